@@ -1,0 +1,295 @@
+"""Student and teacher as LoRA adapters on one transformer: targets, roles, the teacher's average, files."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from . import InputError
+
+
+TeacherKind = Literal["ema", "base", "student"]
+
+# diffusers reads the metadata of the adapter called "default": so that is the student.
+STUDENT = "default"
+TEACHER = "teacher"
+
+LORA_PREFIX = "transformer."
+_REGULAR_EXPRESSION = re.compile(r"[\\*+?()\[\]{}|^$]")
+
+
+class CastLinear(nn.Linear):
+    """A linear map that keeps float32 weights and multiplies in its input's dtype.
+
+    Under bfloat16, peft's own way casts the input to float32 and keeps that copy for the backward pass, and autocast
+    changes the frozen model's arithmetic. This does neither: the base stays as deployed, the input is shared.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def lora_target_modules(transformer: nn.Module, lora_layers: str) -> list[str]:
+    """Full names of the linear modules that `--lora_layers` names.
+
+    Args:
+        transformer: may be on the meta device.
+        lora_layers: names or endings of names, separated by commas ("to_q,to_k"), or a regular expression that
+            matches whole names.
+
+    Raises:
+        InputError: a name, or the expression, matches no linear module.
+    """
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    hint = f"; there are for example {', '.join(linear[1:200:25])}"
+    if _REGULAR_EXPRESSION.search(lora_layers):
+        try:
+            expression = re.compile(lora_layers)
+        except re.error as error:
+            raise InputError(f"--lora_layers {lora_layers}: not a valid regular expression ({error})") from error
+        matches = [name for name in linear if expression.fullmatch(name)]
+        if not matches:
+            raise InputError(f"--lora_layers {lora_layers}: the expression matches no linear module{hint}")
+        return matches
+
+    matches = set()
+    for ending in (part.strip() for part in lora_layers.split(",")):
+        found = {name for name in linear if ending and (name == ending or name.endswith("." + ending))}
+        if not found:
+            raise InputError(f"--lora_layers {lora_layers}: {ending!r} matches no linear module{hint}")
+        matches |= found
+    return [name for name in linear if name in matches]
+
+
+class StudentTeacherLoRA:
+    """Two roles of one transformer.
+
+    The student's adapter is active and trainable whenever no `with` block says otherwise. LoRA weights are float32
+    whatever the transformer's dtype: an average with decay 0.9999 stalls in bfloat16.
+
+    Args:
+        transformer: a diffusers model; its own weights are frozen here.
+        target_modules: full names, from `lora_target_modules`.
+        rank, alpha: of the LoRA; its update is scaled by alpha / rank.
+        dropout: acts in the student's training forward only.
+        teacher: "ema": an average of the student's weights; "base": the model without any adapter; "student": the
+            student's current weights.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        target_modules: list[str],
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        teacher: TeacherKind = "ema",
+    ):
+        transformer.requires_grad_(False)
+        transformer.eval()
+        self.transformer = transformer
+        self.rank, self.alpha, self.teacher = rank, alpha, teacher
+        self._add_adapter(STUDENT, target_modules, dropout)
+        if teacher == "ema":
+            self._add_adapter(TEACHER, target_modules, dropout=0.0)
+        self._layers: dict[str, LoraLayer] = {
+            name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)
+        }
+        for layer in self._layers.values():
+            layer.cast_input_dtype_enabled = False
+            for adapters in (layer.lora_A, layer.lora_B):
+                for name, linear in adapters.items():
+                    adapters[name] = _float32_copy(linear)
+        self._dropouts = [layer.lora_dropout[STUDENT] for layer in self._layers.values() if dropout > 0]
+        self._set_student_training(True)
+        self._activate(STUDENT, trainable=True)
+        self.copy_student_to_teacher()
+
+    def _add_adapter(self, name: str, target_modules: list[str], dropout: float) -> None:
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=dropout,
+            init_lora_weights="gaussian",
+            target_modules=target_modules,
+        )
+        with _several_adapters_are_meant():
+            self.transformer.add_adapter(config, adapter_name=name)
+
+    # Roles
+
+    @contextmanager
+    def teacher_role(self) -> Iterator[None]:
+        """Inside, the transformer is the teacher: no gradient, no dropout. The student is back on leaving."""
+        try:
+            self._set_student_training(False)
+            if self.teacher == "ema":
+                self._activate(TEACHER, trainable=False)
+            elif self.teacher == "base":
+                self._enable_adapters(False)
+            with torch.no_grad():
+                yield
+        finally:
+            self._enable_adapters(True)
+            self._activate(STUDENT, trainable=True)
+            self._set_student_training(True)
+
+    def as_teacher(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """The same function, run in the teacher's role."""
+
+        def in_teacher_role(*args, **kwargs) -> torch.Tensor:
+            with self.teacher_role():
+                return function(*args, **kwargs)
+
+        return in_teacher_role
+
+    def _activate(self, name: str, *, trainable: bool) -> None:
+        for layer in self._layers.values():
+            layer.set_adapter(name, inference_mode=not trainable)
+
+    def _enable_adapters(self, enabled: bool) -> None:
+        for layer in self._layers.values():
+            layer.enable_adapters(enabled)
+
+    def _set_student_training(self, training: bool) -> None:
+        for dropout in self._dropouts:
+            dropout.train(training)
+
+    # Weights
+
+    def named_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """`<module>.lora_A.weight` (rank, in) and `<module>.lora_B.weight` (out, rank) of one adapter."""
+        return {
+            f"{module}.{matrix}.weight": getattr(layer, matrix)[adapter].weight
+            for module, layer in self._layers.items()
+            for matrix in ("lora_A", "lora_B")
+        }
+
+    @property
+    def module_names(self) -> list[str]:
+        return list(self._layers)
+
+    @property
+    def student_parameters(self) -> list[nn.Parameter]:
+        return list(self.named_parameters(STUDENT).values())
+
+    @property
+    def teacher_parameters(self) -> list[nn.Parameter]:
+        return list(self.named_parameters(TEACHER).values()) if self.teacher == "ema" else []
+
+    @torch.no_grad()
+    def copy_student_to_teacher(self) -> None:
+        """The teacher starts as the student: their random A matrices differ otherwise."""
+        if self.teacher == "ema":
+            torch._foreach_copy_(self.teacher_parameters, self.student_parameters)
+
+    @torch.no_grad()
+    def update_teacher(self, decay: float) -> None:
+        """teacher <- decay * teacher + (1 - decay) * student, in float32 (arXiv 2605.05204)."""
+        if self.teacher == "ema":
+            torch._foreach_lerp_(self.teacher_parameters, self.student_parameters, 1 - decay)
+
+    # Files
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Raw float32 weights of both adapters, for a checkpoint: `student.` and `teacher.` before their names."""
+        state = {f"student.{name}": weight.detach() for name, weight in self.named_parameters(STUDENT).items()}
+        if self.teacher == "ema":
+            state |= {f"teacher.{name}": weight.detach() for name, weight in self.named_parameters(TEACHER).items()}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes what `state_dict` gave.
+
+        Raises:
+            ValueError: names or shapes differ: another rank, other targets, or another teacher.
+        """
+        own = self.state_dict()
+        if {name: weight.shape for name, weight in own.items()} != {name: w.shape for name, w in state.items()}:
+            raise ValueError("the checkpoint's adapters have other modules, another rank or another teacher")
+        for name, weight in own.items():
+            weight.copy_(state[name])
+
+    def export(self, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict]:
+        """The student as `save_lora_weights` takes it.
+
+        alpha / rank is multiplied into lora_B and the metadata say alpha = rank: readers that know no metadata load
+        the LoRA at the same strength, and diffusers gives the same images.
+
+        Returns:
+            Weights on the CPU in `dtype`, and the adapter's metadata.
+        """
+        scale = self.alpha / self.rank
+        weights = {
+            name: (weight.detach() * scale if ".lora_B." in name else weight.detach()).to("cpu", dtype).contiguous()
+            for name, weight in self.named_parameters(STUDENT).items()
+        }
+        metadata = self.transformer.peft_config[STUDENT].to_dict()
+        # peft keeps the targets in a set, whose order differs from run to run.
+        targets = sorted(metadata["target_modules"])
+        metadata.update(lora_alpha=self.rank, lora_dropout=0.0, inference_mode=True, target_modules=targets)
+        return weights, metadata
+
+    @torch.no_grad()
+    def load_lora(self, state: dict[str, torch.Tensor], metadata: dict | None, *, origin: str) -> int:
+        """Starts student and teacher from an existing LoRA, at the strength at which diffusers would load it.
+
+        Args:
+            state, metadata: of `Flux2KleinPipeline.lora_state_dict(..., return_lora_metadata=True)`.
+            origin: what to call it in an error.
+
+        Returns:
+            How many trained modules the LoRA does not hold; these start at zero.
+
+        Raises:
+            InputError: it holds modules that are not trained, or has another rank.
+        """
+        weights = {name.removeprefix(LORA_PREFIX): weight for name, weight in state.items()}
+        own = self.named_parameters(STUDENT)
+        if unknown := sorted(set(weights) - set(own)):
+            raise InputError(
+                f"--init_lora {origin}: it changes {unknown[0].rsplit('.lora_', 1)[0]}, which is not trained; "
+                "choose --lora_layers that cover all its modules"
+            )
+        for name, weight in weights.items():
+            if weight.shape != own[name].shape:
+                raise InputError(
+                    f"--init_lora {origin}: {name} has shape {tuple(weight.shape)}, the adapter "
+                    f"{tuple(own[name].shape)}; pass its rank as --rank"
+                )
+        # diffusers itself resolves alpha, rank patterns and missing metadata.
+        with _several_adapters_are_meant():
+            self.transformer.load_lora_adapter(state, metadata=metadata, adapter_name="init")
+            strength = {name: layer.scaling["init"] for name, layer in self._layers.items() if "init" in layer.scaling}
+            self.transformer.delete_adapters("init")
+        for name, weight in weights.items():
+            module, matrix = name.rsplit(".lora_", 1)
+            scale = strength[module] * self.rank / self.alpha if matrix == "B.weight" else 1.0
+            own[name].copy_(weight.float() * scale)
+        self._activate(STUDENT, trainable=True)
+        self.copy_student_to_teacher()
+        return len(self._layers) - len(strength)
+
+
+@contextmanager
+def _several_adapters_are_meant() -> Iterator[None]:
+    """peft warns of a second adapter, and of deleting the active one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        warnings.filterwarnings("ignore", message="Adapter init was active")
+        yield
+
+
+def _float32_copy(linear: nn.Linear) -> CastLinear:
+    copy = CastLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+    copy.weight = nn.Parameter(linear.weight.detach().float())
+    return copy

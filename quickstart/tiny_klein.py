@@ -1,0 +1,125 @@
+"""A tiny FLUX.2-klein of the real classes, with random weights: no download, runs on a CPU in milliseconds.
+
+It draws nothing that a person would recognise. It has every part and every convention of the real checkpoint
+(chat template, text layers 9, 18 and 27, batch-normalised latents, shifted schedule), so what runs on it runs on
+the real one.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+
+# The tokens that Qwen3's chat text and Qwen3-VL's picture placeholders are made of.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<think>",
+    "</think>",
+)
+
+# One user turn of Qwen3's template: the only form that the pipeline uses.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false -%}"
+    "{{ '<think>\n\n</think>\n\n' }}"
+    "{%- endif -%}"
+    "{%- endif -%}"
+)
+
+
+def byte_tokenizer() -> Qwen2TokenizerFast:
+    """Byte-level tokenizer: one token a byte, plus Qwen's special tokens and chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    return Qwen2TokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_tiny_klein(folder: str | Path, *, seed: int = 0, is_distilled: bool = True) -> Path:
+    """Writes a tiny `Flux2KleinPipeline` with `save_pretrained`.
+
+    Args:
+        folder: where the checkpoint goes.
+        seed: of the random weights.
+        is_distilled: what the checkpoint says of itself (the undistilled klein says False).
+
+    Returns:
+        `folder`. 16 latent channels a token, 16 pixels a token side, 2 double and 2 single blocks.
+    """
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    text_width = 32
+    text_encoder = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=text_width,
+            intermediate_size=48,
+            num_hidden_layers=28,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            initializer_range=0.2,
+            tie_word_embeddings=True,
+        )
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    # A trained VAE's statistics are neither zero nor one: a forgotten normalisation must show.
+    vae.bn.running_mean.normal_(std=0.1)
+    vae.bn.running_var.uniform_(0.05, 0.2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * text_width,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    # torch's default gain of 1 / sqrt(3) a layer would leave little of prompt and reference in the output.
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
+    )
+    pipeline = Flux2KleinPipeline(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=is_distilled,
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)

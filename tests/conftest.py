@@ -1,0 +1,45 @@
+import os
+
+
+# Before any library reads them: no hub, no telemetry, and one thread, since tiny models gain nothing from more.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import diffusers
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
+from tiny_klein import make_tiny_klein
+
+
+diffusers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def klein_path(tmp_path_factory):
+    """A tiny FLUX.2-klein checkpoint."""
+    return make_tiny_klein(tmp_path_factory.mktemp("klein"))
+
+
+@pytest.fixture
+def pipeline(klein_path):
+    """Its pipeline in float32, fresh for each test."""
+    pipeline = Flux2KleinDOPSDPipeline.from_pretrained(klein_path, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def make_picture():
+    """A picture with structure: a disc on a gradient, different for each number."""
+
+    def draw(number: int, width: int = 64, height: int = 64) -> Image.Image:
+        image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+        left = 4 + 5 * number % (width // 2)
+        ImageDraw.Draw(image).ellipse((left, 8, left + 30, 38), fill=(40 * number % 256, 90, 200 - 30 * number % 200))
+        return image
+
+    return draw
