@@ -1,0 +1,1487 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trains a LoRA on FLUX.2-klein by on-policy self-distillation (D-OPSD, arXiv 2605.05204).
+
+The file reads from top to bottom: arguments, pictures and captions, their order, contexts, checkpoints, the
+training loop, main. What has an equation or a model's convention is in `pipelines/`.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import mimetypes
+import os
+import posixpath
+import random
+import reprlib
+import shutil
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+import diffusers
+import fsspec
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
+from diffusers import BitsAndBytesConfig, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import (
+    find_nearest_bucket,
+    free_memory,
+    generate_aspect_ratio_buckets,
+    parse_buckets_string,
+)
+from diffusers.utils import check_min_version
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from pipelines import InputError
+from pipelines.adapters import StudentTeacherLoRA, lora_target_modules
+from pipelines.flux2_klein import (
+    DEFAULT_LORA_LAYERS,
+    TEXT_ENCODER_OUT_LAYERS,
+    Flux2KleinDOPSDPipeline,
+    KleinContext,
+    check_is_klein,
+    transformer_skeleton,
+)
+from pipelines.rollout import rollout, seeded_noise
+
+
+check_min_version("0.40.0")
+
+logger = get_logger(__name__)
+
+MODEL_NAME = "FLUX.2-klein"
+TRACKER_NAME = "dopsd-flux2-klein-lora"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+DEFAULT_TEACHER_PROMPT_SUFFIX = (
+    " Reproduce the reference image: the same subject with the same identity, shape, colours and details, the same"
+    " background, the same composition."
+)
+
+
+# Arguments
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the list of all flags."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="Hub id or folder of a FLUX.2-klein checkpoint."
+    )
+    model.add_argument("--revision", default=None, help="Branch, tag or commit of the hub checkpoint.")
+    model.add_argument("--variant", default=None, help="Variant of the checkpoint's files, such as fp16.")
+    model.add_argument("--cache_dir", default=None, help="Where downloads are kept.")
+    model.add_argument(
+        "--bnb_quantization_config_path",
+        default=None,
+        help="JSON file of a bitsandbytes configuration: the frozen transformer is loaded quantized. Needs a GPU.",
+    )
+    model.add_argument("--max_sequence_length", type=positive_int, default=512, help="Tokens a prompt is padded to.")
+    model.add_argument(
+        "--text_encoder_out_layers",
+        type=int,
+        nargs="+",
+        default=list(TEXT_ENCODER_OUT_LAYERS),
+        help="Text encoder layers that make the prompt embeddings.",
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--instance_data_dir",
+        default=None,
+        help="Folder of pictures: with --instance_prompt, with a .txt beside each, or with metadata.jsonl or .csv.",
+    )
+    data.add_argument("--dataset_name", default=None, help="Data set on the hub or on disk that `datasets` reads.")
+    data.add_argument("--dataset_config_name", default=None, help="Configuration of the data set.")
+    data.add_argument("--image_column", default="image", help="Column of the pictures.")
+    data.add_argument(
+        "--caption_column",
+        nargs="+",
+        default=None,
+        help="Column of the captions. Of several, one is drawn each time a picture is seen.",
+    )
+    data.add_argument("--instance_prompt", default=None, help="The caption of every picture that has no own.")
+    data.add_argument("--repeats", type=positive_int, default=1, help="How often each picture is seen in an epoch.")
+    data.add_argument(
+        "--resolution", type=positive_int, default=1024, help="Side in pixels that pictures are resized to."
+    )
+    data.add_argument(
+        "--use_aspect_ratio_buckets",
+        action="store_true",
+        help="Keep each picture near its own aspect ratio, at about resolution x resolution pixels; smaller pictures "
+        "are not enlarged.",
+    )
+    data.add_argument(
+        "--aspect_ratio_buckets",
+        default=None,
+        help="The buckets to use, 'height,width;height,width'. Needs --use_aspect_ratio_buckets.",
+    )
+    data.add_argument("--center_crop", action="store_true", help="Crop at the centre, not at a random place.")
+    data.add_argument("--random_flip", action="store_true", help="Mirror pictures left to right half of the time.")
+
+    method = parser.add_argument_group("D-OPSD")
+    method.add_argument(
+        "--teacher_context",
+        choices=["edit"],
+        default="edit",
+        help="How the teacher sees the target picture. edit: as reference tokens.",
+    )
+    method.add_argument(
+        "--teacher_prompt_suffix",
+        default=DEFAULT_TEACHER_PROMPT_SUFFIX,
+        help="Follows the caption in the teacher's prompt. Default: '%(default)s'",
+    )
+    method.add_argument(
+        "--teacher",
+        choices=["ema", "base", "student"],
+        default="ema",
+        help="The teacher's weights: the student's average, the model as it was, or the student's own.",
+    )
+    method.add_argument("--ema_decay", type=fraction, default=0.9999, help="Decay of the teacher's average.")
+    method.add_argument(
+        "--num_rollout_steps", type=positive_int, default=4, help="Steps of the deployed sampler that are trained on."
+    )
+    method.add_argument(
+        "--loss_space",
+        choices=["x0", "velocity"],
+        default="x0",
+        help="Compare the implied clean latents (published runs) or the velocities (Eq. 7 of the paper).",
+    )
+
+    lora = parser.add_argument_group("LoRA")
+    lora.add_argument("--rank", type=positive_int, default=64, help="Rank of the LoRA.")
+    lora.add_argument(
+        "--lora_alpha", type=positive_float, default=None, help="The update is scaled by alpha / rank. Default: 2 rank"
+    )
+    lora.add_argument("--lora_dropout", type=fraction, default=0.0, help="Dropout in the student's training forward.")
+    lora.add_argument(
+        "--lora_layers",
+        default=DEFAULT_LORA_LAYERS,
+        help="Modules to train: names or their endings, comma-separated, or a regular expression of whole names. "
+        "Default: attention and feed-forward of all blocks.",
+    )
+    lora.add_argument(
+        "--init_lora", default=None, help="LoRA file, folder or hub id that student and teacher start from."
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--output_dir", default="flux2-klein-dopsd-lora", help="Where everything is written.")
+    training.add_argument("--seed", type=int, default=None, help="Default: drawn, printed and kept in checkpoints.")
+    training.add_argument("--train_batch_size", type=positive_int, default=1, help="Pictures a device and forward.")
+    training.add_argument("--num_train_epochs", type=positive_int, default=1, help="Ignored with --max_train_steps.")
+    training.add_argument("--max_train_steps", type=positive_int, default=None, help="Optimizer steps.")
+    training.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches a step.")
+    training.add_argument(
+        "--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower."
+    )
+    training.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        default=None,
+        help="Precision of the frozen model. Default: what accelerate is configured for. LoRA weights are float32.",
+    )
+    training.add_argument("--allow_tf32", action="store_true", help="Faster float32 products on Ampere and later.")
+    training.add_argument("--checkpointing_steps", type=positive_int, default=500, help="Steps between checkpoints.")
+    training.add_argument("--checkpoints_total_limit", type=positive_int, default=None, help="How many are kept.")
+    training.add_argument(
+        "--resume_from_checkpoint", default=None, help="A checkpoint's name in --output_dir, its path, or latest."
+    )
+    training.add_argument(
+        "--upcast_before_saving", action="store_true", help="Save the LoRA in float32 whatever the precision."
+    )
+    training.add_argument("--logging_dir", default="logs", help="Tracker files, in --output_dir.")
+    training.add_argument(
+        "--report_to",
+        choices=["tensorboard", "wandb", "comet_ml", "all", "none"],
+        default="tensorboard",
+        help="Where loss, learning rate and gradient norm are logged.",
+    )
+    training.add_argument("--cache_latents", action="store_true", help="Accepted: pictures are always encoded ahead.")
+    training.add_argument("--offload", action="store_true", help="Accepted: encoders always leave the accelerator.")
+    training.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+
+    optimizer = parser.add_argument_group("optimizer")
+    optimizer.add_argument("--optimizer", type=str.lower, choices=["adamw", "prodigy"], default="adamw")
+    optimizer.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes: states in 8 bit.")
+    optimizer.add_argument("--learning_rate", type=positive_float, default=2e-5, help="Prodigy wants 1.")
+    optimizer.add_argument(
+        "--scale_lr", action="store_true", help="Multiply by processes, accumulation steps and batch size."
+    )
+    optimizer.add_argument(
+        "--lr_scheduler",
+        choices=[kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT],
+        default="constant",
+    )
+    optimizer.add_argument("--lr_warmup_steps", type=int, default=0)
+    optimizer.add_argument("--lr_num_cycles", type=positive_int, default=1, help="Of cosine_with_restarts.")
+    optimizer.add_argument("--lr_power", type=positive_float, default=1.0, help="Of the polynomial scheduler.")
+    optimizer.add_argument("--max_grad_norm", type=positive_float, default=1.0)
+    optimizer.add_argument("--adam_beta1", type=fraction, default=0.9)
+    optimizer.add_argument("--adam_beta2", type=fraction, default=0.999)
+    optimizer.add_argument("--adam_weight_decay", type=float, default=0.0)
+    optimizer.add_argument("--adam_epsilon", type=positive_float, default=1e-8)
+    optimizer.add_argument("--prodigy_beta3", type=float, default=None)
+    optimizer.add_argument("--prodigy_decouple", type=boolean, default=True)
+    optimizer.add_argument("--prodigy_use_bias_correction", type=boolean, default=True)
+    optimizer.add_argument("--prodigy_safeguard_warmup", type=boolean, default=True)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
+    if args.lora_alpha is None:
+        args.lora_alpha = 2 * args.rank
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """What can be said before a file is read."""
+    check_geometry(args)
+    if args.use_8bit_adam and args.optimizer != "adamw":
+        raise InputError("--use_8bit_adam: goes with --optimizer AdamW; drop it for prodigy")
+    if args.lr_warmup_steps < 0:
+        raise InputError(f"--lr_warmup_steps {args.lr_warmup_steps}: must be 0 or more")
+    if args.lora_dropout == 1:
+        raise InputError("--lora_dropout 1.0: would drop everything; pass less than 1")
+    read_quantization_settings(args)
+
+
+# Data: pictures and captions
+
+
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+# What Pillow raises on damaged files, found by damaging some; AVIF's decoder raises RuntimeError.
+PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture and its captions. Nothing is decoded before `read_image`."""
+
+    name: str  # path relative to the folder, or "row 12 of DATASET": for messages
+    captions: tuple[str, ...]
+    source: Path | tuple[datasets.Dataset, int, str]  # a file, or (dataset, row, image column)
+
+
+def read_pictures(args: argparse.Namespace) -> list[Picture]:
+    """Returns the pictures of `--instance_data_dir` (sorted by path) or `--dataset_name` (in row order), captioned.
+
+    Decodes no picture. Raises `InputError` for a picture without a caption, a caption without a picture, and flags
+    that do not fit what is there.
+    """
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        raise InputError("Give one of --instance_data_dir (a folder of pictures) and --dataset_name, and not both.")
+    return read_dataset(args) if args.instance_data_dir is None else read_folder(args)
+
+
+def read_folder(args: argparse.Namespace) -> list[Picture]:
+    folder = Path(args.instance_data_dir)
+    if not folder.is_dir():
+        problem = "is a file: give the folder that holds it" if folder.exists() else "does not exist: check the path"
+        raise InputError(f"--instance_data_dir {folder} {problem}.")
+    names = sorted(path.relative_to(folder).as_posix() for path in files_below(folder))
+    pictures = [name for name in names if is_picture(name)]
+    sidecars = [name for name in names if name.lower().endswith(".txt")]
+    metadata = find_metadata(names)
+    warn_of_ignored(sorted({*names} - {*pictures, *sidecars, metadata}))
+    if not pictures:
+        raise InputError(f"--instance_data_dir {folder} holds no picture: give a folder that does.")
+    if metadata and sidecars:
+        raise InputError(f"{metadata} and {sidecars[0]} both hold captions: keep the metadata or the .txt files.")
+    if metadata:
+        captions = metadata_captions(folder, metadata, pictures, args)
+    else:
+        refuse_column_flags(args)
+        captions = sidecar_captions(folder, sidecars, pictures, args) if sidecars else prompt_captions(pictures, args)
+    return [Picture(name, captions[name], folder / name) for name in sorted(captions)]
+
+
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Every file below `folder` whose path has no part that starts with "." or "__"; links are followed."""
+    above = (*above, folder.resolve())
+    for path in folder.iterdir():
+        if path.name.startswith((".", "__")):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in above:  # a link to a folder above would never end
+            yield from files_below(path, above)
+
+
+def is_picture(name: str) -> bool:
+    """Whether the name is a picture's, also one that Pillow cannot open: that is an error later, not a gap."""
+    pillow_format = Image.registered_extensions().get(posixpath.splitext(name)[1].lower())
+    pillow_opens = pillow_format in Image.OPEN and Image.MIME.get(pillow_format, "").startswith("image/")
+    return pillow_opens or (mimetypes.guess_type(name, strict=False)[0] or "").startswith("image/")
+
+
+def find_metadata(names: list[str]) -> str | None:
+    """Returns the folder's metadata file: "metadata.jsonl", "metadata.csv" or None."""
+    found = [name for name in names if posixpath.basename(name) in METADATA_NAMES]
+    for name in found:
+        if name.endswith(".parquet"):
+            raise InputError(f"{name}: --instance_data_dir reads no parquet; pass the folder as --dataset_name.")
+        if "/" in name:
+            raise InputError(f"{name} lies in a subfolder: put one metadata file at the top of --instance_data_dir.")
+    if len(found) > 1:
+        raise InputError(f"--instance_data_dir holds both {found[0]} and {found[1]}: keep one of them.")
+    return found[0] if found else None
+
+
+def warn_of_ignored(names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        logger.warning(f"Neither pictures nor captions, ignored: {', '.join(names[:5])}{more}.")
+
+
+def refuse_column_flags(args: argparse.Namespace) -> None:
+    for flag, is_given in (
+        ("--caption_column", args.caption_column),
+        ("--image_column", args.image_column != "image"),
+    ):
+        if is_given:
+            raise InputError(
+                f"{flag} needs a metadata.jsonl or metadata.csv in --instance_data_dir: add it, or drop the flag."
+            )
+
+
+def prompt_captions(pictures: list[str], args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    if not has_prompt(args):
+        raise InputError(
+            "The pictures in --instance_data_dir have no captions: give one --instance_prompt, or put PICTURE.txt "
+            "beside each picture, or a metadata.jsonl or metadata.csv at the top."
+        )
+    return {name: (args.instance_prompt,) for name in pictures}
+
+
+def has_prompt(args: argparse.Namespace) -> bool:
+    return bool(args.instance_prompt and args.instance_prompt.strip())
+
+
+def sidecar_captions(
+    folder: Path, sidecars: list[str], pictures: list[str], args: argparse.Namespace
+) -> dict[str, tuple[str, ...]]:
+    sidecar_of = {posixpath.splitext(name)[0]: name for name in sidecars}
+    stem_of = {name: posixpath.splitext(name)[0] for name in pictures}
+    stems = {*stem_of.values()}
+    for name, stem in stem_of.items():
+        if stem not in sidecar_of:
+            raise InputError(f"{name} has no caption: write it to {stem}.txt (other pictures have such a file).")
+    for stem, sidecar in sidecar_of.items():
+        if stem not in stems:
+            raise InputError(
+                f"{sidecar} has no picture {posixpath.basename(stem)} beside it: add it or move the file."
+            )
+    if has_prompt(args):
+        logger.warning("--instance_prompt is not used: the .txt files beside the pictures are their captions.")
+    return {name: (sidecar_text(folder, sidecar_of[stem]),) for name, stem in stem_of.items()}
+
+
+def sidecar_text(folder: Path, name: str) -> str:
+    text = read_text(folder, name).strip()
+    if not text:
+        raise InputError(f"{name} is empty: write the caption into it.")
+    return text
+
+
+def read_text(folder: Path, name: str) -> str:
+    """Returns the file's text with its line ends as they are."""
+    try:
+        return (folder / name).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
+
+
+def metadata_captions(
+    folder: Path, metadata: str, pictures: list[str], args: argparse.Namespace
+) -> dict[str, tuple[str, ...]]:
+    rows = (read_csv if metadata.endswith(".csv") else read_jsonl)(folder, metadata)
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    path_column = "file_name" if args.image_column == "image" else f"{args.image_column}_file_name"
+    if path_column not in columns:
+        raise InputError(
+            f"{metadata} has no column {path_column!r} for --image_column {args.image_column}, "
+            f"only {listed(columns)}: add it, or name another --image_column X (column X_file_name)."
+        )
+    chosen = caption_columns(columns, metadata, args)
+    captions: dict[str, tuple[str, ...]] = {}
+    line_of: dict[str, int] = {}
+    for line, row in rows:
+        place = f"{metadata} line {line}"
+        name = picture_name(folder, row.get(path_column), f"{place}, column {path_column!r}")
+        if name in captions:
+            raise InputError(f"{place} lists {name} again (line {line_of[name]}): give several captions as columns.")
+        line_of[name] = line
+        captions[name] = row_captions(row, chosen, place, args)
+    check_every_picture_has_a_row(pictures, rows, metadata)
+    return captions
+
+
+def read_jsonl(folder: Path, metadata: str) -> list[tuple[int, dict]]:
+    """Returns (line number, row) pairs. Not by `datasets`: see `read_csv`."""
+    rows = []
+    # not splitlines(): it also cuts at characters that JSON allows inside a string
+    for line, text in enumerate(read_text(folder, metadata).split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{metadata} line {line} is not JSON ({error}): correct it.") from error
+        if not isinstance(row, dict):
+            raise InputError(f'{metadata} line {line} is not an object: write {{"file_name": ..., "text": ...}}.')
+        rows.append((line, row))
+    if not rows:
+        raise InputError(f"{metadata} has no row: write one for each picture, or delete the file.")
+    return rows
+
+
+def read_csv(folder: Path, metadata: str) -> list[tuple[int, dict]]:
+    """Returns (line number, row) pairs; every value is text.
+
+    Not by `datasets`: it turns the caption `None` to null and `007` to a number, and renames columns.
+    """
+    reader = csv.reader(io.StringIO(read_text(folder, metadata), newline=""), strict=True)
+    records = []
+    line = 1
+    try:
+        for cells in reader:
+            if cells:  # the reader gives [] for an empty line
+                records.append((line, cells))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{metadata} line {line} is not CSV ({error}): correct it.") from error
+    if len(records) < 2:
+        raise InputError(f"{metadata} has no row: write the columns' names, then one row for each picture.")
+    header = records[0][1]
+    if len({*header}) < len(header):
+        raise InputError(f"{metadata} names a column twice, in {listed(header)}: rename one.")
+    for line, cells in records[1:]:
+        if len(cells) != len(header):
+            raise InputError(
+                f"{metadata} line {line} has {len(cells)} cells for {len(header)} columns: "
+                'put "quotes" around a value that holds a comma.'
+            )
+    return [(line, dict(zip(header, cells, strict=True))) for line, cells in records[1:]]
+
+
+def listed(columns: list[str]) -> str:
+    return ", ".join(map(repr, columns))
+
+
+def picture_name(folder: Path, value: object, place: str) -> str:
+    """Returns the metadata's path of one picture, relative to `folder` and normalised."""
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{place} holds {reprlib.repr(value)}: write a picture's path there.")
+    name = posixpath.normpath(value)
+    if os.path.isabs(value) or name.split("/")[0] == "..":
+        raise InputError(f"{place} leads out of --instance_data_dir: {value!r}; write a path below that folder.")
+    if not (folder / name).is_file():
+        raise InputError(f"{place} names {value!r}, and there is no such file: correct the path or delete the row.")
+    return name
+
+
+def check_every_picture_has_a_row(pictures: list[str], rows: list[tuple[int, dict]], metadata: str) -> None:
+    """A picture counts in any `file_name` or `*_file_name` column: editing pairs have several."""
+    with_row = {
+        posixpath.normpath(value)
+        for _, row in rows
+        for column, value in row.items()
+        if (column == "file_name" or column.endswith("_file_name")) and isinstance(value, str)
+    }
+    without_row = [name for name in pictures if name not in with_row]
+    if without_row:
+        raise InputError(
+            f"{without_row[0]} has no row in {metadata} ({len(without_row)} of {len(pictures)} pictures have none): "
+            "add it or move the picture out."
+        )
+
+
+def caption_columns(columns: list[str], table: str, args: argparse.Namespace) -> list[str]:
+    """Returns the columns that hold captions; none where `--instance_prompt` captions every picture."""
+    if args.caption_column:
+        for column in args.caption_column:
+            if column not in columns:
+                raise InputError(f"--caption_column {column}: {table} has no such column, only {listed(columns)}.")
+        if has_prompt(args):
+            logger.warning("--instance_prompt is not used: --caption_column names the captions.")
+        return args.caption_column
+    if not has_prompt(args):
+        raise InputError(
+            f"{table} needs captions: name their column with --caption_column (there are {listed(columns)}), "
+            "or give one --instance_prompt for all."
+        )
+    logger.warning(
+        f"--instance_prompt captions every picture of {table}; --caption_column could name one of {listed(columns)}."
+    )
+    return []
+
+
+def row_captions(row: dict, columns: list[str], place: str, args: argparse.Namespace) -> tuple[str, ...]:
+    if not columns:
+        return (args.instance_prompt,)
+    for column in columns:
+        value = row.get(column)
+        if not isinstance(value, str) or not value.strip():
+            raise InputError(
+                f"{place}, column {column!r} holds {reprlib.repr(value)}: write a caption there, as text."
+            )
+    return tuple(row[column] for column in columns)
+
+
+def read_dataset(args: argparse.Namespace) -> list[Picture]:
+    name = args.dataset_name
+    dataset = load_train_split(args)
+    columns = dataset.column_names
+    if args.image_column not in columns:
+        raise InputError(f"--image_column {args.image_column}: {name} has no such column, only {listed(columns)}.")
+    chosen = caption_columns(columns, name, args)
+    try:
+        # undecoded, so that one decoder reads every picture; a column of paths or bytes works too
+        dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"--image_column {args.image_column} of {name} holds no pictures ({first_line(error)}): name another."
+        ) from error
+    # an imagefolder leaves out what it has no row for, and names that hold test or val, without a word
+    if dataset.builder_name == "imagefolder" and Path(name).is_dir():
+        check_none_left_out(dataset, Path(name))
+    rows = dataset.select_columns(chosen) if chosen else [{}] * len(dataset)
+    images = dataset.select_columns([args.image_column])
+    return [
+        Picture(place, row_captions(row, chosen, place, args), (images, index, args.image_column))
+        for index, (place, row) in enumerate((f"row {index} of {name}", row) for index, row in enumerate(rows))
+    ]
+
+
+def load_train_split(args: argparse.Namespace) -> datasets.Dataset:
+    name = args.dataset_name
+    try:
+        splits = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir)
+    except Exception as error:  # load_dataset documents no base class for what it raises
+        raise InputError(
+            f"--dataset_name {name} cannot be loaded ({first_line(error)}): check it and --dataset_config_name."
+        ) from error
+    if "train" not in splits:
+        raise InputError(
+            f"--dataset_name {name} has no split train, only {listed(list(splits))}: "
+            "name its files so, or pass a folder of pictures as --instance_data_dir."
+        )
+    return splits["train"]
+
+
+def check_none_left_out(dataset: datasets.Dataset, folder: Path) -> None:
+    kept = {os.path.realpath(path) for path in cell_paths(dataset.with_format("arrow")[:].to_pylist())}
+    pictures = sorted(path for path in files_below(folder) if is_picture(path.name))
+    left_out = [path for path in pictures if os.path.realpath(path) not in kept]
+    if left_out:
+        raise InputError(
+            f"--dataset_name {folder} leaves out {left_out[0].relative_to(folder).as_posix()} "
+            f"({len(left_out)} of {len(pictures)} pictures: no metadata row, or a name with test or val): "
+            f"use --instance_data_dir {folder}."
+        )
+
+
+def cell_paths(cell: object) -> Iterator[str]:
+    """Every path of an undecoded picture ({"bytes": ..., "path": ...}) in nested lists and dictionaries."""
+    if isinstance(cell, dict):
+        if isinstance(cell.get("path"), str):
+            yield cell["path"]
+        cell = list(cell.values())
+    if isinstance(cell, list):
+        for inner in cell:
+            yield from cell_paths(inner)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Data: decoding
+
+
+def read_image(picture: Picture) -> Image.Image:
+    """Returns the picture in RGB, 8 bits: upright by its EXIF, transparency on white, first frame of several.
+
+    Raises `InputError` that names a picture that is missing, damaged or of unknown format.
+    """
+    try:
+        with Image.open(io.BytesIO(source_bytes(picture))) as image:
+            image.load()
+            image.getexif()
+            image.info.pop("exif", None)  # read above; exif_transpose would rewrite it, and fail on odd tags
+            return to_rgb(ImageOps.exif_transpose(image))
+    except PILLOW_ERRORS as error:
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise InputError(
+            f"{picture.name} cannot be read as a picture ({reason}): convert it to JPEG or PNG, or take it out."
+        ) from error
+
+
+def source_bytes(picture: Picture) -> bytes:
+    if isinstance(picture.source, Path):
+        return picture.source.read_bytes()
+    dataset, row, column = picture.source
+    cell = dataset[row][column] or {"bytes": None, "path": None}
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    if cell["path"] is None:
+        raise ValueError(f"column {column!r} is empty")
+    with fsspec.open(cell["path"], "rb") as file:  # the path may lie in an archive, zip://...
+        return file.read()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are fractions, of unknown range")
+    if image.mode.startswith("I"):
+        image = to_8_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")  # premultiplied grey converts to nothing else
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Returns a 16-bit grey picture (modes I and I;16) as L or LA, 65535 -> 255; Pillow's convert would clip."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels do not fit in 16 bits")
+    grey = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if "transparency" in image.info:
+        opaque = values != image.info["transparency"]
+        grey.putalpha(Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8)))
+    return grey
+
+
+def check_pictures(pictures: list[Picture], *, disable_progress: bool) -> list[tuple[int, int]]:
+    """Decodes every picture once, keeps none. Returns each upright (height, width); raises `InputError`."""
+    sizes = []
+    for picture in tqdm(pictures, desc="Reading pictures", disable=disable_progress):
+        image = read_image(picture)
+        sizes.append((image.height, image.width))
+    return sizes
+
+
+# Data: buckets and crops
+
+
+PIXELS_PER_TOKEN = 16  # per side: the VAE's factor 8, and patches of 2
+MIN_SIDE_PIXELS = 64  # the pipeline takes no smaller reference image
+MAX_ASPECT_RATIO = 8  # of a bucket; a longer strip is most likely a typing error
+MAX_IMAGE_TOKENS = 4300  # the schedule's shift falls sharply past it
+
+
+@dataclass(frozen=True)
+class Example:
+    """One repeat of one picture, with its crop drawn once for the run."""
+
+    picture: int  # index into the pictures
+    repeat: int
+    bucket: tuple[int, int]  # (height, width), pixels
+    centering: tuple[float, float]  # where the crop lies: 0 left/top .. 1 right/bottom
+
+
+def check_geometry(args: argparse.Namespace) -> None:
+    """Raises `InputError` for a `--resolution` or bucket that the model cannot be trained at. Reads no file."""
+    problem = size_problem(args.resolution, args.resolution)
+    if problem:
+        raise InputError(f"--resolution {args.resolution} {problem}.")
+    if args.aspect_ratio_buckets is None:
+        return
+    if not args.use_aspect_ratio_buckets:
+        raise InputError("--aspect_ratio_buckets needs --use_aspect_ratio_buckets: give both or neither.")
+    try:
+        buckets = parse_buckets_string(args.aspect_ratio_buckets)
+    except ValueError as error:
+        raise InputError(
+            f"--aspect_ratio_buckets {args.aspect_ratio_buckets!r} cannot be read ({first_line(error)}): "
+            "write height,width;height,width."
+        ) from error
+    for height, width in buckets:
+        problem = size_problem(height, width)
+        if problem:
+            raise InputError(f"--aspect_ratio_buckets: {height},{width} {problem}.")
+
+
+def size_problem(height: int, width: int) -> str | None:
+    """Returns what is wrong with a training size in pixels and what to do, or None."""
+    if min(height, width) < MIN_SIDE_PIXELS:
+        return f"is too small: use at least {MIN_SIDE_PIXELS} pixels a side"
+    if height % PIXELS_PER_TOKEN or width % PIXELS_PER_TOKEN:
+        return f"does not fit the model's patches: use multiples of {PIXELS_PER_TOKEN} pixels"
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        return f"is too long a strip: use at most {MAX_ASPECT_RATIO}:1"
+    tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
+    if tokens > MAX_IMAGE_TOKENS:
+        return (
+            f"is too large ({tokens} image tokens of at most {MAX_IMAGE_TOKENS}): use about 1024x1024 pixels or less"
+        )
+    return None
+
+
+def bucket_for(height: int, width: int, args: argparse.Namespace) -> tuple[int, int]:
+    """Returns the (height, width) in pixels that a picture of this size is cropped to."""
+    if not args.use_aspect_ratio_buckets:
+        return (args.resolution, args.resolution)
+    if args.aspect_ratio_buckets is None:
+        resolution = min(args.resolution, round((height * width) ** 0.5))  # small pictures are not enlarged
+        buckets = generate_aspect_ratio_buckets(resolution, divisibility=PIXELS_PER_TOKEN)
+    else:
+        buckets = parse_buckets_string(args.aspect_ratio_buckets)
+    return buckets[find_nearest_bucket(height, width, buckets)]
+
+
+def plan_examples(pictures: list[Picture], sizes: list[tuple[int, int]], args: argparse.Namespace) -> list[Example]:
+    """Returns `--repeats` examples of every picture; `sizes` are the pictures' (height, width) in pixels.
+
+    A crop is drawn from (seed, picture, repeat) alone. Raises `InputError` for a picture that is too small.
+    """
+    examples = []
+    for index, (picture, (height, width)) in enumerate(zip(pictures, sizes, strict=True)):
+        bucket = bucket_for(height, width, args)
+        problem = size_problem(*bucket)
+        if problem:
+            raise InputError(
+                f"{picture.name} ({height}x{width} pixels) at --resolution {args.resolution} falls in the bucket "
+                f"{bucket[0]}x{bucket[1]}, which {problem}; change --resolution or the picture."
+            )
+        for repeat in range(args.repeats):
+            rng = random.Random(f"{args.seed}/crop/{index}/{repeat}")
+            centering = (0.5, 0.5) if args.center_crop else (rng.random(), rng.random())
+            examples.append(Example(index, repeat, bucket, centering))
+    return examples
+
+
+def crop(image: Image.Image, example: Example, flip: bool) -> Image.Image:
+    """Returns the example's part of its picture, scaled to the bucket's size, mirrored if `flip`."""
+    height, width = example.bucket
+    image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=example.centering)
+    return ImageOps.mirror(image) if flip else image
+
+
+# Data: order
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example as it is seen in one epoch."""
+
+    example: int  # index into the examples
+    epoch: int
+    caption: int  # index into the picture's captions
+    flip: bool
+
+
+class SampleOrder:
+    """An endless run's micro-batches. In each epoch every example comes once, and a batch is of one bucket.
+
+    Everything is drawn from (seed, place in the run) alone: any process can compute any batch, and a resumed run needs
+    no generator state. A bucket's last batch may be smaller than `batch_size`.
+    """
+
+    def __init__(
+        self, pictures: list[Picture], examples: list[Example], *, batch_size: int, random_flip: bool, seed: int
+    ):
+        self.batch_size = batch_size
+        self.random_flip = random_flip
+        self.seed = seed
+        self.caption_counts = [len(pictures[example.picture].captions) for example in examples]
+        self.buckets: dict[tuple[int, int], list[int]] = {}
+        for index, example in enumerate(examples):
+            self.buckets.setdefault(example.bucket, []).append(index)
+        self.num_batches = sum(math.ceil(len(members) / batch_size) for members in self.buckets.values())
+        self._epoch = -1  # the one whose batches are kept
+        self._batches: list[list[int]] = []
+
+    def batch(self, index: int) -> list[Sample]:
+        """Returns the run's micro-batch `index`, counted from 0; its epoch is `index // num_batches`."""
+        epoch, place = divmod(index, self.num_batches)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self.shuffled_batches(epoch)
+        return [self.sample(epoch, example) for example in self._batches[place]]
+
+    def shuffled_batches(self, epoch: int) -> list[list[int]]:
+        rng = random.Random(f"{self.seed}/order/{epoch}")
+        batches = []
+        for members in self.buckets.values():
+            shuffled = rng.sample(members, len(members))
+            batches += [shuffled[i : i + self.batch_size] for i in range(0, len(shuffled), self.batch_size)]
+        rng.shuffle(batches)
+        return batches
+
+    def sample(self, epoch: int, example: int) -> Sample:
+        place = f"{epoch}/{example}"
+        caption = random.Random(f"{self.seed}/caption/{place}").randrange(self.caption_counts[example])
+        flip = self.random_flip and random.Random(f"{self.seed}/flip/{place}").random() < 0.5
+        return Sample(example, epoch, caption, flip)
+
+
+def place_seed(seed: int, purpose: str, place: str) -> int:
+    """Returns a generator's seed, below 2**63, for one purpose at one place in the run."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{place}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def noise_seed(seed: int, sample: Sample) -> int:
+    """Returns the seed of a sample's noise: the same in any process, at any batch size."""
+    return place_seed(seed, "noise", f"{sample.epoch}/{sample.example}")
+
+
+# Contexts
+
+
+class ContextStore:
+    """Every prompt and every crop, encoded once, in CPU memory."""
+
+    def __init__(self, pictures: list[Picture], examples: list[Example], teacher_prompt_suffix: str):
+        self.pictures, self.examples, self.suffix = pictures, examples, teacher_prompt_suffix
+        self.prompt_embeds: dict[str, torch.Tensor] = {}  # prompt -> (1, L, D)
+        self.references: dict[tuple, torch.Tensor] = {}  # crop -> (1, C, h, w)
+
+    @property
+    def prompts(self) -> list[str]:
+        """All distinct prompts, the student's and the teacher's."""
+        captions = dict.fromkeys(caption for picture in self.pictures for caption in picture.captions)
+        return list(dict.fromkeys([*captions, *(caption + self.suffix for caption in captions)]))
+
+    @staticmethod
+    def crop_key(example: Example, flip: bool) -> tuple:
+        """Repeats that share a crop share its encoding."""
+        return example.picture, example.bucket, example.centering, flip
+
+    def load(self, samples: list[Sample], device: torch.device) -> tuple[KleinContext, KleinContext]:
+        """(student's, teacher's) contexts of one batch, on the device."""
+        examples = [self.examples[sample.example] for sample in samples]
+        captions = [
+            self.pictures[example.picture].captions[sample.caption]
+            for sample, example in zip(samples, examples, strict=True)
+        ]
+        references = [
+            self.references[self.crop_key(example, sample.flip)]
+            for sample, example in zip(samples, examples, strict=True)
+        ]
+        student = KleinContext(torch.cat([self.prompt_embeds[caption] for caption in captions]))
+        teacher = KleinContext(
+            torch.cat([self.prompt_embeds[caption + self.suffix] for caption in captions]), (torch.cat(references),)
+        )
+        return student.to(device), teacher.to(device)
+
+
+def check_text_layers(
+    pipeline: Flux2KleinDOPSDPipeline, transformer: Flux2Transformer2DModel, args: argparse.Namespace
+) -> None:
+    layers, text = args.text_encoder_out_layers, pipeline.text_encoder.config
+    if not all(0 <= layer <= text.num_hidden_layers for layer in layers):
+        raise InputError(
+            f"--text_encoder_out_layers {layers}: the text encoder has layers 0 to {text.num_hidden_layers}"
+        )
+    if len(layers) * text.hidden_size != transformer.config.joint_attention_dim:
+        raise InputError(
+            f"--text_encoder_out_layers {layers}: the transformer takes "
+            f"{transformer.config.joint_attention_dim // text.hidden_size} layers of {text.hidden_size} channels"
+        )
+
+
+def check_prompt_lengths(pipeline: Flux2KleinDOPSDPipeline, contexts: ContextStore, args: argparse.Namespace) -> None:
+    """The text encoder cuts a long prompt without a word, and with it the teacher's suffix."""
+    for picture in contexts.pictures:
+        for caption in picture.captions:
+            count = pipeline.chat_token_count(caption + contexts.suffix)
+            if count > args.max_sequence_length:
+                raise InputError(
+                    f"{picture.name}: its caption has {count} tokens with --teacher_prompt_suffix, "
+                    f"--max_sequence_length is {args.max_sequence_length}; shorten the caption"
+                )
+
+
+def encode_contexts(
+    pipeline: Flux2KleinDOPSDPipeline, contexts: ContextStore, args: argparse.Namespace, accelerator: Accelerator
+) -> None:
+    """Fills the store. One encoder at a time is on the accelerator, and none afterwards."""
+    bar = partial(tqdm, disable=not accelerator.is_local_main_process)
+    pipeline.text_encoder.to(accelerator.device)
+    for prompt in bar(contexts.prompts, desc="Encoding prompts"):
+        context = pipeline.encode_student(
+            [prompt],
+            max_sequence_length=args.max_sequence_length,
+            text_encoder_out_layers=tuple(args.text_encoder_out_layers),
+        )
+        contexts.prompt_embeds[prompt] = context.prompt_embeds.cpu()
+    pipeline.text_encoder.to("cpu")
+
+    pipeline.vae.to(accelerator.device)
+    flips = (False, True) if args.random_flip else (False,)
+    by_picture = itertools.groupby(contexts.examples, key=lambda example: example.picture)
+    for picture, examples in bar(by_picture, desc="Encoding pictures", total=len(contexts.pictures)):
+        image = read_image(contexts.pictures[picture])
+        for example, flip in itertools.product(examples, flips):
+            key = contexts.crop_key(example, flip)
+            if key not in contexts.references:
+                contexts.references[key] = pipeline.encode_reference(crop(image, example, flip)).cpu()
+    pipeline.vae.to("cpu")
+    free_memory()
+
+
+# Models and optimizer
+
+
+def hub_kwargs(args: argparse.Namespace) -> dict:
+    return {"revision": args.revision, "cache_dir": args.cache_dir}
+
+
+def read_quantization_settings(args: argparse.Namespace) -> dict | None:
+    if args.bnb_quantization_config_path is None:
+        return None
+    path = args.bnb_quantization_config_path
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        BitsAndBytesConfig(**settings)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise InputError(
+            f"--bnb_quantization_config_path {path}: cannot be used ({first_line(error)}); give a JSON file with the "
+            'arguments of BitsAndBytesConfig, such as {"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}'
+        ) from error
+    return settings
+
+
+def load_transformer(args: argparse.Namespace, dtype: torch.dtype) -> Flux2Transformer2DModel:
+    settings = read_quantization_settings(args)
+    if settings is not None and settings.get("load_in_4bit"):
+        settings["bnb_4bit_compute_dtype"] = dtype
+    return Flux2Transformer2DModel.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder="transformer",
+        dtype=dtype,
+        variant=args.variant,
+        quantization_config=None if settings is None else BitsAndBytesConfig(**settings),
+        **hub_kwargs(args),
+    )
+
+
+def build_optimizer(
+    args: argparse.Namespace, parameters: list[torch.nn.Parameter], num_processes: int
+) -> torch.optim.Optimizer:
+    pictures_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    settings = {
+        "lr": args.learning_rate * (pictures_per_step if args.scale_lr else 1),
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "prodigy":
+        try:
+            import prodigyopt
+        except ImportError as error:
+            raise InputError("--optimizer prodigy: run pip install prodigyopt first") from error
+        if args.learning_rate <= 0.1:
+            logger.warning(f"--learning_rate {args.learning_rate}: with prodigy it is a factor; 1.0 is usual")
+        return prodigyopt.Prodigy(
+            parameters,
+            beta3=args.prodigy_beta3,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+            **settings,
+        )
+    if args.use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise InputError("--use_8bit_adam: run pip install bitsandbytes first") from error
+        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, **settings)
+
+
+class StudentVelocity(torch.nn.Module):
+    """The student as a module: what accelerate wraps, so that processes share its gradients."""
+
+    def __init__(self, pipeline: Flux2KleinDOPSDPipeline):
+        super().__init__()
+        self.pipeline = pipeline
+        self.transformer = pipeline.transformer
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, context: KleinContext) -> torch.Tensor:
+        return self.pipeline.predict_velocity(latents, timestep, context)
+
+
+@dataclass
+class Run:
+    """What the training loop works on."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    pipeline: Flux2KleinDOPSDPipeline
+    roles: StudentTeacherLoRA
+    student: torch.nn.Module
+    contexts: ContextStore
+    order: SampleOrder
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    weight_dtype: torch.dtype
+
+
+# Checkpoints and the LoRA file
+
+
+# What a resumed run must share with its checkpoint to end in the same weights.
+FIXED_SETTINGS = """
+    pretrained_model_name_or_path revision variant bnb_quantization_config_path max_sequence_length
+    text_encoder_out_layers
+    instance_data_dir dataset_name dataset_config_name image_column caption_column instance_prompt repeats resolution
+    use_aspect_ratio_buckets aspect_ratio_buckets center_crop random_flip
+    teacher_context teacher_prompt_suffix teacher ema_decay num_rollout_steps loss_space
+    rank lora_alpha lora_dropout lora_layers init_lora
+    seed train_batch_size
+    optimizer use_8bit_adam learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm
+    adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+    prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup
+""".split()
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint folder's name, or -1 for anything else."""
+    _, _, number = path.name.partition("checkpoint-")
+    return int(number) if path.is_dir() and path.name == f"checkpoint-{number}" and number.isdecimal() else -1
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in output_dir.iterdir() if checkpoint_step(path) >= 0] if output_dir.is_dir() else []
+    return sorted(found, key=checkpoint_step)
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from; None for a run from the start.
+
+    Raises:
+        InputError: it is not there, or the folder holds another run's that would be mixed with this one's.
+    """
+    existing = list_checkpoints(Path(args.output_dir))
+    names = ", ".join(path.name for path in existing) or "none"
+    if args.resume_from_checkpoint is None:
+        if existing:
+            raise InputError(
+                f"--output_dir {args.output_dir}: holds checkpoints of an earlier run ({names}); go on with "
+                "--resume_from_checkpoint latest, or choose another folder"
+            )
+        return None
+    if args.resume_from_checkpoint == "latest":
+        return existing[-1] if existing else None
+    for path in (Path(args.output_dir, args.resume_from_checkpoint), Path(args.resume_from_checkpoint)):
+        if checkpoint_step(path) >= 0:
+            return path
+    raise InputError(
+        f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such checkpoint; {args.output_dir} has: {names}"
+    )
+
+
+def take_settings(checkpoint: Path, args: argparse.Namespace) -> None:
+    """Takes the checkpoint's seed where none is given; refuses settings that differ from the checkpoint's."""
+    saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["settings"]
+    if args.seed is None:
+        args.seed = saved["seed"]
+    for name in FIXED_SETTINGS:
+        if saved[name] != getattr(args, name):
+            raise InputError(
+                f"--resume_from_checkpoint {checkpoint.name}: it was trained with --{name} {saved[name]}, not "
+                f"{getattr(args, name)}; pass the same, or start in another --output_dir"
+            )
+
+
+def save_lora(run: Run, folder: Path) -> None:
+    """Writes the student as stock diffusers reads it, beside its place first."""
+    dtype = torch.float32 if run.args.upcast_before_saving else run.weight_dtype
+    weights, metadata = run.roles.export(dtype)
+    unfinished = f".{LORA_FILE}.tmp"
+    Flux2KleinPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=weights,
+        transformer_lora_adapter_metadata=metadata,
+        weight_name=unfinished,
+    )
+    os.replace(folder / unfinished, folder / LORA_FILE)
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """Adapters, optimizer, scheduler and step; never the frozen base. Written beside, then renamed."""
+    output_dir = Path(run.args.output_dir)
+    target, unfinished = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_file(
+        {name: weight.cpu() for name, weight in run.roles.state_dict().items()}, unfinished / "adapters.safetensors"
+    )
+    trainer_state = {"optimizer": run.optimizer.state_dict(), "lr_scheduler": run.lr_scheduler.state_dict()}
+    if run.accelerator.scaler is not None:
+        trainer_state["scaler"] = run.accelerator.scaler.state_dict()
+    torch.save(trainer_state, unfinished / "trainer_state.pt")
+    settings = {name: getattr(run.args, name) for name in FIXED_SETTINGS}
+    state = json.dumps({"step": step, "settings": settings}, indent=2)
+    (unfinished / "state.json").write_text(state, encoding="utf-8")
+    save_lora(run, unfinished)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(unfinished, target)
+    logger.info(f"Saved {target}")
+    if run.args.checkpoints_total_limit is not None:
+        for old in list_checkpoints(output_dir)[: -run.args.checkpoints_total_limit]:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(run: Run, checkpoint: Path) -> int:
+    """Restores what `save_checkpoint` wrote; returns its step."""
+    run.roles.load_state_dict(load_file(checkpoint / "adapters.safetensors"))
+    trainer_state = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
+    run.optimizer.load_state_dict(trainer_state["optimizer"])
+    run.lr_scheduler.load_state_dict(trainer_state["lr_scheduler"])
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(trainer_state["scaler"])
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
+
+
+# Training
+
+
+def micro_batches(run: Run, step: int) -> Iterator[tuple[int, list[Sample], float]]:
+    """This process's share of one optimizer step: (place in the run, samples, weight).
+
+    Step s takes the places s * G to (s + 1) * G of the endless order, G = processes * accumulation steps. The weight
+    makes every sample of the step count the same where batches differ in size; its mean over the step is 1.
+    """
+    accelerator = run.accelerator
+    per_step = accelerator.num_processes * run.args.gradient_accumulation_steps
+    places = range(step * per_step, (step + 1) * per_step)
+    batches = [run.order.batch(place) for place in places]
+    mean_size = sum(map(len, batches)) / per_step
+    for offset in range(accelerator.process_index, per_step, accelerator.num_processes):
+        yield places[offset], batches[offset], len(batches[offset]) / mean_size
+
+
+def distil(run: Run, samples: list[Sample], weight: float) -> torch.Tensor:
+    """One micro-batch's rollout, each visited state backwarded before the next is computed.
+
+    Returns:
+        Scalar: the weighted mean loss over the visited states, detached.
+    """
+    args, accelerator, pipeline = run.args, run.accelerator, run.pipeline
+    height, width = run.contexts.examples[samples[0].example].bucket
+    student_context, teacher_context = run.contexts.load(samples, accelerator.device)
+    noise = seeded_noise(pipeline.latent_shape(height, width), [noise_seed(args.seed, sample) for sample in samples])
+    schedule = pipeline.schedule(height, width, args.num_rollout_steps, accelerator.device)
+    visited = itertools.count(1)
+
+    def student(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        # Processes exchange gradients in the last visited state's backward only.
+        last = next(visited) == len(schedule) and accelerator.sync_gradients
+        with nullcontext() if last else accelerator.no_sync(run.student):
+            velocity = run.student(latents, timestep, student_context)
+        return velocity.to(latents.dtype)  # accelerate returns float32
+
+    teacher = run.roles.as_teacher(partial(pipeline.predict_velocity, context=teacher_context))
+    noise = noise.to(accelerator.device, student_context.prompt_embeds.dtype)
+    total = torch.zeros((), device=accelerator.device)
+    for state in rollout(student, teacher, noise, schedule, loss_space=args.loss_space):
+        loss = state.loss * weight / len(schedule)
+        accelerator.backward(loss)
+        total += loss.detach()
+    return total
+
+
+def train_step(run: Run, step: int, first_step: int) -> dict[str, float]:
+    """One optimizer step over this process's micro-batches; returns what is logged of it."""
+    args, accelerator = run.args, run.accelerator
+    loss = torch.zeros((), device=accelerator.device)
+    for place, samples, weight in micro_batches(run, step):
+        with accelerator.accumulate(run.student):
+            if args.lora_dropout > 0:
+                torch.manual_seed(place_seed(args.seed, "dropout", str(place)))
+            loss += distil(run, samples, weight) / args.gradient_accumulation_steps
+            if accelerator.sync_gradients:
+                mean_loss = accelerator.reduce(loss, reduction="mean").item()
+                grad_norm = accelerator.clip_grad_norm_(run.roles.student_parameters, args.max_grad_norm).item()
+                stop_if_not_finite(run, step, first_step, mean_loss, grad_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    learning_rate = run.lr_scheduler.get_last_lr()[0]
+    if not run.optimizer.step_was_skipped:
+        run.lr_scheduler.step()
+        run.roles.update_teacher(args.ema_decay)
+    return {"loss": mean_loss, "lr": learning_rate, "grad_norm": grad_norm}
+
+
+def train(run: Run, first_step: int) -> None:
+    args, accelerator = run.args, run.accelerator
+    bar = partial(tqdm, desc="Steps", disable=not accelerator.is_local_main_process)
+    with bar(initial=first_step, total=args.max_train_steps) as progress:
+        for step in range(first_step, args.max_train_steps):
+            logs = train_step(run, step, first_step)
+            progress.set_postfix(loss=f"{logs['loss']:.3g}", lr=f"{logs['lr']:.3g}")
+            progress.update()
+            accelerator.log(logs, step=step + 1)
+            if (step + 1) % args.checkpointing_steps == 0 and accelerator.is_main_process:
+                save_checkpoint(run, step + 1)
+
+
+def stop_if_not_finite(run: Run, step: int, first_step: int, loss: float, grad_norm: float) -> None:
+    """Before the optimizer steps: keeps the weights of the steps that were good, then stops the run.
+
+    Under fp16 the gradient scaler skips a step whose gradients overflow; that is no fault.
+    """
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or run.accelerator.scaler is not None):
+        return
+    kept = "nothing had been trained yet"
+    if step > first_step:
+        if run.accelerator.is_main_process:
+            save_checkpoint(run, step)
+        kept = f"the weights before it are in checkpoint-{step}"
+    raise InputError(
+        f"at step {step + 1} the loss is {loss:g} and the gradient norm {grad_norm:g}; {kept}; "
+        "lower --learning_rate, or pass --mixed_precision bf16 or no"
+    )
+
+
+# Main
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+        ),
+        kwargs_handlers=[
+            # The frozen model runs as deployed; the adapters cast their own weights (`CastLinear`).
+            AutocastKwargs(enabled=False),
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
+    )
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise InputError("--mixed_precision fp16: has no gradient scaler on a CPU; use bf16 or no")
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
+    )
+    for library in (transformers, diffusers, datasets):
+        library.utils.logging.set_verbosity_error()
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def make_output_dir(args: argparse.Namespace) -> None:
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {args.output_dir}: cannot be made ({error.strerror}); choose another"
+        ) from error
+
+
+def resolve_seed(args: argparse.Namespace) -> None:
+    """Draws a seed where none is given, the same on all processes."""
+    if args.seed is None:
+        args.seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
+        logger.info(f"--seed {args.seed} was drawn")
+
+
+def resolve_steps(args: argparse.Namespace, order: SampleOrder, num_processes: int) -> None:
+    if args.max_train_steps is None:
+        per_step = num_processes * args.gradient_accumulation_steps
+        args.max_train_steps = math.ceil(args.num_train_epochs * order.num_batches / per_step)
+
+
+def load_init_lora(args: argparse.Namespace, roles: StudentTeacherLoRA) -> None:
+    try:
+        state, metadata = Flux2KleinPipeline.lora_state_dict(args.init_lora, return_lora_metadata=True)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--init_lora {args.init_lora}: no LoRA is found there ({first_line(error)}); give a .safetensors file, "
+            "its folder or a hub id"
+        ) from error
+    fresh = roles.load_lora(state, metadata, origin=args.init_lora)
+    if fresh:
+        logger.warning(f"--init_lora {args.init_lora}: {fresh} trained modules are not in it and start at zero")
+
+
+def report_plan(run: Run, first_step: int) -> None:
+    args, order = run.args, run.order
+    count = sum(parameter.numel() for parameter in run.roles.student_parameters)
+    total_batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
+    logger.info(f"Training {len(run.roles.module_names)} modules, {count:,} parameters, rank {args.rank}")
+    logger.info(f"Pictures: {len(run.contexts.pictures)}; batches an epoch: {order.num_batches}")
+    logger.info(f"Pictures a step over all processes: {total_batch}; steps: {first_step} to {args.max_train_steps}")
+
+
+def main(args: argparse.Namespace) -> None:
+    check_args(args)
+    accelerator = make_accelerator(args)
+    make_output_dir(args)
+    checkpoint = find_checkpoint(args)
+    if checkpoint is not None:
+        take_settings(checkpoint, args)
+    resolve_seed(args)
+
+    # Everything that a user can get wrong, before any weight is loaded.
+    pictures = read_pictures(args)
+    sizes = check_pictures(pictures, disable_progress=not accelerator.is_local_main_process)
+    examples = plan_examples(pictures, sizes, args)
+    if not check_is_klein(args.pretrained_model_name_or_path, **hub_kwargs(args)):
+        logger.warning(
+            f"{args.pretrained_model_name_or_path} is not step-distilled: D-OPSD keeps few steps, it does not make "
+            "them. Its samples at --num_rollout_steps will stay as poor as they are."
+        )
+    skeleton = transformer_skeleton(args.pretrained_model_name_or_path, **hub_kwargs(args))
+    target_modules = lora_target_modules(skeleton, args.lora_layers)
+
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    pipeline = Flux2KleinDOPSDPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        transformer=None,
+        dtype=weight_dtype,
+        variant=args.variant,
+        **hub_kwargs(args),
+    )
+    contexts = ContextStore(pictures, examples, args.teacher_prompt_suffix)
+    check_text_layers(pipeline, skeleton, args)
+    check_prompt_lengths(pipeline, contexts, args)
+    encode_contexts(pipeline, contexts, args, accelerator)
+    # The text encoder makes room: it and the transformer are never in memory together.
+    pipeline.text_encoder = None
+    free_memory()
+
+    pipeline.transformer = load_transformer(args, weight_dtype)
+    set_seed(args.seed)
+    roles = StudentTeacherLoRA(
+        pipeline.transformer,
+        target_modules,
+        rank=args.rank,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        teacher=args.teacher,
+    )
+    if args.init_lora:
+        load_init_lora(args, roles)
+    if args.gradient_checkpointing:
+        pipeline.transformer.enable_gradient_checkpointing()
+    pipeline.transformer.to(accelerator.device)
+
+    order = SampleOrder(
+        pictures, examples, batch_size=args.train_batch_size, random_flip=args.random_flip, seed=args.seed
+    )
+    resolve_steps(args, order, accelerator.num_processes)
+    optimizer = build_optimizer(args, roles.student_parameters, accelerator.num_processes)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    student, optimizer = accelerator.prepare(StudentVelocity(pipeline), optimizer)
+    run = Run(args, accelerator, pipeline, roles, student, contexts, order, optimizer, lr_scheduler, weight_dtype)
+    first_step = load_checkpoint(run, checkpoint) if checkpoint is not None else 0
+    report_plan(run, first_step)
+    accelerator.init_trackers(TRACKER_NAME, config={name: str(value) for name, value in vars(args).items()})
+    train(run, first_step)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_lora(run, Path(args.output_dir))
+        logger.info(
+            f"The LoRA is {Path(args.output_dir, LORA_FILE)}; load it: pipe.load_lora_weights({args.output_dir!r})"
+        )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except InputError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
