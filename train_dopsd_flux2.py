@@ -331,6 +331,7 @@ PILLOW_ERRORS = (
     SyntaxError,
     ValueError,
     TypeError,
+    IndexError,
     RuntimeError,
     struct.error,
     Image.DecompressionBombError,

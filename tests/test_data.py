@@ -96,16 +96,18 @@ def as_picture(path):
     return script.Picture(path.name, ("a dog",), path)
 
 
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png(width, height, depth, color_type, rows, transparency=None):
     """A PNG as bytes, for kinds that Pillow reads and does not write. `rows`: each row's bytes."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + png_chunk(
+        b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
+    )
     if transparency is not None:
-        data += chunk(b"tRNS", transparency)
-    return data + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))) + chunk(b"IEND", b"")
+        data += png_chunk(b"tRNS", transparency)
+    return data + png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))) + png_chunk(b"IEND", b"")
 
 
 # ---- Where the pictures are ----
@@ -148,6 +150,16 @@ def test_links_are_followed_and_a_loop_ends(tmp_path):
 def test_a_dangling_link_is_an_error_and_not_a_gap(tmp_path):
     (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
     assert_names(error_of(script.read_image, read_folder(tmp_path, instance_prompt="x")[0]), "a.png")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.TGA", "a.ICNS", "a.avif", "a.heic", "a.pict", "a.svg"])
+def test_names_of_pictures(name):
+    assert script.is_picture(name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.mp4", "a.mpeg", "a.pdf", "a.hdf", "a.jpg.json", "png", "a"])
+def test_names_of_other_files(name):
+    assert not script.is_picture(name)
 
 
 def test_heic_is_a_picture_and_its_error_says_convert(tmp_path):
@@ -764,23 +776,27 @@ def test_jpeg_with_orientation_and_a_tag_that_cannot_be_written_again(tmp_path):
     assert script.read_image(as_picture(tmp_path / "a.jpg")).size == (16, 24)
 
 
+def encoded(image, file_format, **settings):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **settings)
+    return buffer.getvalue()
+
+
 def damaged_files():
-    buffer = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(buffer, "PNG")
-    whole_png = buffer.getvalue()
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "JPEG")
-    whole_jpeg = buffer.getvalue()
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "AVIF")
-    whole_avif = buffer.getvalue()
+    """Together they raise every kind of error that the reader expects, but for struct.error."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    whole_png, whole_jpeg, whole_avif = (encoded(noise, file_format) for file_format in ("PNG", "JPEG", "AVIF"))
+    small_avif, tiff = (encoded(Image.new("RGB", (16, 16)), file_format) for file_format in ("AVIF", "TIFF"))
     return {
         "empty.png": b"",
         "text.jpg": b"<html>not found</html>",
         "cut.png": whole_png[: len(whole_png) // 2],
         "cut.jpg": whole_jpeg[: len(whole_jpeg) // 2],
         "cut.avif": whole_avif[: len(whole_avif) // 2],
+        "bad_end.avif": small_avif[:-3] + bytes([small_avif[-3] ^ 255]) + small_avif[-2:],
+        "bad_exif.webp": encoded(noise, "WEBP", exif=b"Exif\0\0IM*\0\x08\0\0\0"),
+        "bad_tag.tiff": tiff.replace(struct.pack("<HH", 273, 4), struct.pack("<HH", 273, 2)),  # an offset as text
+        "bad_profile.png": whole_png[:-12] + png_chunk(b"iCCP", b"") + whole_png[-12:],
         "bad_checksum.png": whole_png[:60] + bytes([whole_png[60] ^ 255]) + whole_png[61:],
         "bad_number.ppm": b"P6 x 1 255\n" + bytes(3),
         "bomb.png": png(20000, 20000, 8, 0, []),
