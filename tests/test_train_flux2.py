@@ -348,7 +348,7 @@ def test_results_do_not_depend_on_the_number_of_pictures_at_once(train, tmp_path
     succeed(train("three", train_batch_size=3, gradient_accumulation_steps=1, max_train_steps=3))
     one, three = weights(tmp_path / "one"), weights(tmp_path / "three")
     for name in one:
-        torch.testing.assert_close(one[name], three[name], atol=2e-5, rtol=1e-3)
+        torch.testing.assert_close(one[name], three[name], atol=1e-4, rtol=1e-3)
 
 
 # Bad input
