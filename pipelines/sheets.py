@@ -1,0 +1,314 @@
+"""Pictures for people: contact sheets of samples and the curves of a run. Knows no model and no training.
+
+Lengths are in pixels.
+"""
+
+import os
+import unicodedata
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
+
+
+PAPER, INK, FAINT, RULE, EMPTY = "#ffffff", "#1d2433", "#5b6475", "#c9ced8", "#f1f3f6"
+MAX_LABEL_LINES, MAX_HEADING_LINES, MAX_CAPTION_LINES = 4, 3, 2
+SMALLEST_FONT = 12
+SMOOTH_FROM = 50  # points; curves of more are drawn smoothed
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of a contact sheet.
+
+    Attributes:
+        image: of any size; None leaves the place empty.
+        caption: small text under the picture, at most two lines.
+    """
+
+    image: Image.Image | None
+    caption: str = ""
+
+
+def contact_sheet(
+    title: str, columns: list[str], rows: list[tuple[str, list[Cell]]], *, note: str = "", cell_pixels: int = 320
+) -> Image.Image:
+    """A table of pictures, to be compared along its rows.
+
+    Args:
+        title: in larger type at the top.
+        columns: the headings, one a column.
+        rows: (label, one cell a column). The label, often a prompt, stands above its pictures, where a long one has
+            the sheet's whole width; what four lines do not hold ends in an ellipsis.
+        note: says how to read the sheet, at its bottom. Wrapped; line breaks are kept.
+        cell_pixels: side of the square that each picture is fitted into, see `fit`. Type and margins follow it.
+
+    Returns:
+        RGB, as wide as its columns and as tall as its contents.
+    """
+    gap, margin = cell_pixels // 16, cell_pixels // 8
+    width = len(columns) * (cell_pixels + gap) - gap
+    font_size = max(SMALLEST_FONT, cell_pixels // 18)
+    regular, bold = load_font("DejaVuSans", font_size), load_font("DejaVuSans-Bold", font_size)
+    small = load_font("DejaVuSans", max(SMALLEST_FONT, font_size * 5 // 6))
+    title_font = load_font("DejaVuSans-Bold", font_size * 8 // 5)
+    rule = Image.new("RGB", (width, 1), RULE)
+
+    headings = [text_block(heading, bold, cell_pixels, MAX_HEADING_LINES, align="center") for heading in columns]
+    blocks = [text_block(title, title_font, width, MAX_HEADING_LINES), beside(headings, gap)]
+    for label, cells in rows:
+        assert len(cells) == len(columns), f"row {label!r}: {len(cells)} cells for {len(columns)} columns"
+        captions = [
+            text_block(cell.caption, small, cell_pixels, MAX_CAPTION_LINES, align="center", ink=FAINT)
+            for cell in cells
+        ]
+        pictures = stack([picture_row(cells, cell_pixels, gap), beside(captions, gap)], gap // 3)
+        blocks += [rule, stack([text_block(label, regular, width, MAX_LABEL_LINES), pictures], gap // 2)]
+    if note:
+        blocks += [rule, text_block(note, small, width, ink=FAINT)]
+
+    content = stack(blocks, gap * 3 // 4)
+    sheet = Image.new("RGB", (width + 2 * margin, content.height + 2 * margin), PAPER)
+    sheet.paste(content, (margin, margin))
+    return sheet
+
+
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """Returns `image` in RGB and its own proportions, no side longer than `side`.
+
+    A small picture grows by a whole factor, so that each of its pixels becomes a square of exactly its colour.
+    """
+    picture = image.convert("RGB")
+    factor = side // max(picture.size)
+    if factor >= 1:
+        return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
+    return picture
+
+
+def picture_row(cells: list[Cell], cell_pixels: int, gap: int) -> Image.Image:
+    """The cells' pictures, each in the middle of its cell; the row is as tall as the tallest."""
+    pictures = [fit(cell.image, cell_pixels) if cell.image else None for cell in cells]
+    height = max((picture.height for picture in pictures if picture), default=cell_pixels)
+    places = []
+    for picture in pictures:
+        place = Image.new("RGB", (cell_pixels, height), PAPER if picture else EMPTY)
+        if picture:
+            place.paste(picture, ((cell_pixels - picture.width) // 2, (height - picture.height) // 2))
+        places.append(place)
+    return beside(places, gap)
+
+
+def stack(blocks: list[Image.Image], gap: int) -> Image.Image:
+    """The blocks below each other, left-aligned; those without height take no gap either."""
+    blocks = [block for block in blocks if block.height]
+    height = sum(block.height + gap for block in blocks) - gap
+    result = Image.new("RGB", (max(block.width for block in blocks), height), PAPER)
+    top = 0
+    for block in blocks:
+        result.paste(block, (0, top))
+        top += block.height + gap
+    return result
+
+
+def beside(blocks: list[Image.Image], gap: int) -> Image.Image:
+    """The blocks next to each other, top-aligned."""
+    width = sum(block.width + gap for block in blocks) - gap
+    result = Image.new("RGB", (width, max(block.height for block in blocks)), PAPER)
+    left = 0
+    for block in blocks:
+        result.paste(block, (left, 0))
+        left += block.width + gap
+    return result
+
+
+@cache
+def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """One of the DejaVu fonts in matplotlib's wheel: Latin, Greek, Cyrillic, Arabic; others are drawn as boxes."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", size)
+
+
+def text_block(
+    text: str,
+    font: ImageFont.FreeTypeFont,
+    width: int,
+    max_lines: int | None = None,
+    *,
+    align: str = "left",
+    ink: str = INK,
+) -> Image.Image:
+    """Wrapped text, `width` wide and as tall as its lines; no text is no height."""
+    ascent, descent = font.getmetrics()
+    lines = wrap(text, font, width, max_lines)
+    block = Image.new("RGB", (width, len(lines) * (ascent + descent)), PAPER)
+    draw = ImageDraw.Draw(block)
+    for number, line in enumerate(lines):
+        left = (width - font.getlength(line)) // 2 if align == "center" else 0
+        draw.text((left, number * (ascent + descent)), line, fill=ink, font=font)
+    return block
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int | None = None) -> list[str]:
+    """Lines of at most `width`; the last of `max_lines` ends in an ellipsis if text is left over."""
+    lines = []
+    for paragraph in text.splitlines():
+        rest = " ".join(paragraph.split())
+        while rest:
+            end = line_end(rest, font, width)
+            lines.append(rest[:end].rstrip())
+            rest = rest[end:].lstrip()
+    if max_lines is None or len(lines) <= max_lines:
+        return lines
+    last = lines[max_lines - 1]
+    while last and font.getlength(last + "…") > width:
+        last = last[:-1].rstrip()
+    return [*lines[: max_lines - 1], last + "…"]
+
+
+def line_end(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
+    """How many characters of `text` the first line takes: whole words, where one fits."""
+    # More characters than pixels never fit; leaving them out keeps a book-long prompt fast.
+    fitting = bisect_right(range(1, min(len(text), width) + 1), width, key=lambda end: font.getlength(text[:end]))
+    if fitting == len(text):
+        return fitting
+    for end in range(fitting, 0, -1):
+        # Chinese and Japanese have no spaces: a line may end before any of their characters.
+        if text[end] == " " or unicodedata.east_asian_width(text[end]) in "WF":
+            return end
+    return max(fitting, 1)
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes beside `path` and renames, so that whoever looks at `path` never sees half a picture."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    image.save(unfinished, format="PNG")
+    os.replace(unfinished, path)
+
+
+def plot_curves(history: list[dict], path: Path, *, title: str) -> None:
+    """Draws a run's curves into a PNG of 1200 x 1000 pixels: losses, student against teacher, retention.
+
+    Args:
+        history: the lines of metrics.jsonl. Each has "step", and some of "loss" (the states' mean), "loss/state_1"
+            (at pure noise) to "loss/state_K", "cosine/state_1" to "cosine/state_K", "retention". Other keys are left
+            out. Of two values at one step, as a resumed run leaves them, the later one counts.
+        path: the PNG.
+        title: above the curves.
+    """
+    figure = Figure(figsize=(12, 10), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches
+    canvas = FigureCanvasAgg(figure)
+    # matplotlib's own wrapping ignores parse_math, and a run's name with dollar signs is no formula.
+    title_lines = wrap(title, load_font("DejaVuSans-Bold", 21), 1150, MAX_HEADING_LINES)
+    figure.suptitle("\n".join(title_lines), fontsize=15, fontfamily="DejaVu Sans", fontweight="bold", parse_math=False)
+    loss_axes, cosine_axes, retention_axes = figure.subplots(3, sharex=True, height_ratios=(3, 2, 2))
+
+    draw_losses(loss_axes, history)
+    draw_cosines(cosine_axes, history)
+    draw_retention(retention_axes, history)
+    retention_axes.set_xlabel(
+        f"optimizer step\n(more than {SMOOTH_FROM} points: losses and cosines are moving means over 4 % of them)"
+    )
+    retention_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    retention_axes.margins(x=0.02)
+    for axes in (loss_axes, cosine_axes, retention_axes):
+        axes.grid(color="#e3e6eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.align_ylabels()
+
+    canvas.draw()
+    save_png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
+
+
+def draw_losses(axes: Axes, history: list[dict]) -> None:
+    states = state_keys(history, "loss")
+    left_out = 0
+    for key, label, colour in (*states, ("loss", "mean", INK)):
+        steps, values = series(history, key)
+        drawable = np.isfinite(values) & (values > 0)
+        left_out += np.count_nonzero(~drawable)
+        draw_series(axes, steps, np.where(drawable, values, np.nan), label, colour, bold=key == "loss")
+    axes.set_yscale("log")
+    axes.set_ylabel("loss")
+    finish_panel(axes, "no loss yet")
+    if left_out:
+        axes.set_title(f"values not drawn, being zero or not finite: {left_out}", fontsize=10, color="#b3261e")
+
+
+def draw_cosines(axes: Axes, history: list[dict]) -> None:
+    for key, label, colour in state_keys(history, "cosine"):
+        steps, values = series(history, key)
+        draw_series(axes, steps, np.where(np.isfinite(values), values, np.nan), label, colour)
+    axes.set_ylabel("cosine of student's and\nteacher's velocity")
+    finish_panel(axes, "no cosine yet")
+
+
+def draw_retention(axes: Axes, history: list[dict]) -> None:
+    steps, values = series(history, "retention")
+    if len(steps):
+        axes.plot(steps, values, color="#1b7f5c", marker="o", markersize=5, linewidth=1.8)
+        axes.axhline(0, linewidth=0)  # makes the room above the points a share of the whole axis, not of their range
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("retention")
+    finish_panel(axes, "no validation yet")
+
+
+def draw_series(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str | np.ndarray, *, bold: bool = False
+) -> None:
+    """One curve; nan is a gap. Many points are drawn as their moving mean, the bold curve's own points behind it."""
+    marker = "o"  # a lone point has no line
+    if len(steps) > SMOOTH_FROM:
+        if bold:
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        values = smooth(values, len(values) // 25)
+        marker = ""
+    if len(steps):
+        linewidth, zorder = (2.6, 3) if bold else (1.5, 2)
+        axes.plot(
+            steps, values, color=colour, label=label, linewidth=linewidth, zorder=zorder, marker=marker, markersize=4
+        )
+
+
+def finish_panel(axes: Axes, empty_text: str) -> None:
+    """The legend beside the panel, or what an empty panel says."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, title="visited state")
+    if not axes.lines:
+        axes.text(0.5, 0.5, empty_text, transform=axes.transAxes, ha="center", va="center", color=FAINT, fontsize=13)
+        axes.set_yticks([])
+
+
+def state_keys(history: list[dict], quantity: str) -> list[tuple[str, str, np.ndarray]]:
+    """(key, label, colour) of each visited state, from noise to clean; one state has one colour in every panel."""
+    prefix = f"{quantity}/state_"
+    numbers = sorted({int(key.removeprefix(prefix)) for row in history for key in row if key.startswith(prefix)})
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(numbers)))
+    return [
+        (f"{prefix}{number}", f"{number} (noise)" if number == 1 else str(number), colour)
+        for number, colour in zip(numbers, colours, strict=True)
+    ]
+
+
+def series(history: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of one key, by step; two arrays of its number of points."""
+    points = sorted({row["step"]: row[key] for row in history if key in row}.items())
+    return np.array([step for step, _ in points]), np.array([value for _, value in points], dtype=float)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred moving mean, of an array's own shape; nan is left out, and at the ends the window is cut off."""
+    known = np.isfinite(values)
+    ones = np.ones(window)
+    total = np.convolve(np.where(known, values, 0.0), ones, mode="same")
+    count = np.convolve(known, ones, mode="same")
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
