@@ -32,16 +32,20 @@ import reprlib
 import shutil
 import struct
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 
 import datasets
 import diffusers
 import fsspec
 import numpy as np
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -59,15 +63,19 @@ from diffusers.training_utils import (
     find_nearest_bucket,
     free_memory,
     generate_aspect_ratio_buckets,
+    offload_models,
     parse_buckets_string,
 )
 from diffusers.utils import check_min_version
 from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+from transformers import AutoConfig, PretrainedConfig, Qwen3ForCausalLM
 
 from pipelines import InputError
 from pipelines.adapters import StudentTeacherLoRA, lora_target_modules
+from pipelines.context_cache import ContextCache, checkpoint_fingerprint, content_key
 from pipelines.flux2_klein import (
     DEFAULT_LORA_LAYERS,
     TEXT_ENCODER_OUT_LAYERS,
@@ -77,6 +85,7 @@ from pipelines.flux2_klein import (
     transformer_skeleton,
 )
 from pipelines.rollout import rollout, seeded_noise
+from pipelines.sheets import Cell, contact_sheet, plot_curves, save_png
 
 
 check_min_version("0.40.0")
@@ -85,12 +94,24 @@ logger = get_logger(__name__)
 
 MODEL_NAME = "FLUX.2-klein"
 TRACKER_NAME = "dopsd-flux2-klein-lora"
+TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
+HISTORY_FILE = "metrics.jsonl"
 
 DEFAULT_TEACHER_PROMPT_SUFFIX = (
     " Reproduce the reference image: the same subject with the same identity, shape, colours and details, the same"
     " background, the same composition."
 )
+
+# Unlike one another and unlike what people train on: what the base draws for them should stay.
+RETENTION_PROMPTS = (
+    "a lighthouse on a cliff at sunset, oil painting",
+    "a bowl of ramen on a wooden table, top view",
+    "an astronaut riding a horse through a snowy forest",
+    "a city street at night in the rain, neon signs",
+)
+NUM_PREVIEW_PICTURES = 4
+NUM_DEFAULT_VALIDATION_PROMPTS = 2
 
 
 # Arguments
@@ -117,6 +138,28 @@ def fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
+
+
+def below_one(text: str) -> float:
+    if (value := fraction(text)) == 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 1")
+    return value
+
+
+def not_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 4294967295")
+    return int(text)
 
 
 def positive_float(text: str) -> float:
@@ -222,12 +265,43 @@ def build_parser() -> argparse.ArgumentParser:
         help="Compare the implied clean latents (published runs) or the velocities (Eq. 7 of the paper).",
     )
 
+    seeing = parser.add_argument_group("what you see")
+    seeing.add_argument(
+        "--validation_prompt",
+        nargs="+",
+        default=None,
+        help="Prompts that are drawn with the base model and the student. Default: the first captions.",
+    )
+    seeing.add_argument("--final_validation_prompt", default=None, help="Drawn too, at the end only.")
+    seeing.add_argument("--num_validation_images", type=positive_int, default=4, help="Pictures a prompt, seeds 0 up.")
+    seeing.add_argument(
+        "--validation_steps", type=int, default=250, help="Steps between validations. 0: draw nothing at all."
+    )
+    seeing.add_argument("--num_inference_steps", type=positive_int, default=4, help="Steps of the drawn pictures.")
+    seeing.add_argument("--validation_height", type=positive_int, default=None, help="Pixels. Default: --resolution.")
+    seeing.add_argument("--validation_width", type=positive_int, default=None, help="Pixels. Default: --resolution.")
+    seeing.add_argument(
+        "--retention_prompts",
+        nargs="+",
+        default=list(RETENTION_PROMPTS),
+        help="At least two prompts that have nothing to do with the training pictures: what should stay as it is.",
+    )
+    seeing.add_argument(
+        "--preview_only", action="store_true", help="Draw what the teacher sees before the first step, then stop."
+    )
+    seeing.add_argument(
+        "--context_cache_dir", default=None, help="Where encodings are kept. Default: context_cache in --output_dir."
+    )
+    seeing.add_argument(
+        "--no_context_cache", action="store_true", help="Keep the encoders in memory and encode each batch anew."
+    )
+
     lora = parser.add_argument_group("LoRA")
     lora.add_argument("--rank", type=positive_int, default=64, help="Rank of the LoRA.")
     lora.add_argument(
         "--lora_alpha", type=positive_float, default=None, help="The update is scaled by alpha / rank. Default: 2 rank"
     )
-    lora.add_argument("--lora_dropout", type=fraction, default=0.0, help="Dropout in the student's training forward.")
+    lora.add_argument("--lora_dropout", type=below_one, default=0.0, help="Dropout in the student's training forward.")
     lora.add_argument(
         "--lora_layers",
         default=DEFAULT_LORA_LAYERS,
@@ -240,7 +314,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     training = parser.add_argument_group("training")
     training.add_argument("--output_dir", default="flux2-klein-dopsd-lora", help="Where everything is written.")
-    training.add_argument("--seed", type=int, default=None, help="Default: drawn, printed and kept in checkpoints.")
+    training.add_argument("--seed", type=seed, default=None, help="Default: drawn, printed and kept in checkpoints.")
     training.add_argument("--train_batch_size", type=positive_int, default=1, help="Pictures a device and forward.")
     training.add_argument("--num_train_epochs", type=positive_int, default=1, help="Ignored with --max_train_steps.")
     training.add_argument("--max_train_steps", type=positive_int, default=None, help="Optimizer steps.")
@@ -290,11 +364,11 @@ def build_parser() -> argparse.ArgumentParser:
     optimizer.add_argument("--lr_num_cycles", type=positive_int, default=1, help="Of cosine_with_restarts.")
     optimizer.add_argument("--lr_power", type=positive_float, default=1.0, help="Of the polynomial scheduler.")
     optimizer.add_argument("--max_grad_norm", type=positive_float, default=1.0)
-    optimizer.add_argument("--adam_beta1", type=fraction, default=0.9)
-    optimizer.add_argument("--adam_beta2", type=fraction, default=0.999)
-    optimizer.add_argument("--adam_weight_decay", type=float, default=0.0)
+    optimizer.add_argument("--adam_beta1", type=below_one, default=0.9)
+    optimizer.add_argument("--adam_beta2", type=below_one, default=0.999)
+    optimizer.add_argument("--adam_weight_decay", type=not_negative, default=0.0)
     optimizer.add_argument("--adam_epsilon", type=positive_float, default=1e-8)
-    optimizer.add_argument("--prodigy_beta3", type=float, default=None)
+    optimizer.add_argument("--prodigy_beta3", type=below_one, default=None)
     optimizer.add_argument("--prodigy_decouple", type=boolean, default=True)
     optimizer.add_argument("--prodigy_use_bias_correction", type=boolean, default=True)
     optimizer.add_argument("--prodigy_safeguard_warmup", type=boolean, default=True)
@@ -313,11 +387,27 @@ def check_args(args: argparse.Namespace) -> None:
     check_geometry(args)
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise InputError("--use_8bit_adam: goes with --optimizer AdamW; drop it for prodigy")
-    if args.lr_warmup_steps < 0:
-        raise InputError(f"--lr_warmup_steps {args.lr_warmup_steps}: must be 0 or more")
-    if args.lora_dropout == 1:
-        raise InputError("--lora_dropout 1.0: would drop everything; pass less than 1")
+    for name in ("lr_warmup_steps", "validation_steps"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name} {getattr(args, name)}: must be 0 or more")
+    if args.preview_only and args.validation_steps == 0:
+        raise InputError("--preview_only: draws the preview, which --validation_steps 0 turns off; drop one of them")
+    if args.report_to in TRACKER_PACKAGES and find_spec(TRACKER_PACKAGES[args.report_to]) is None:
+        raise InputError(f"--report_to {args.report_to}: run pip install {TRACKER_PACKAGES[args.report_to]} first")
     read_quantization_settings(args)
+    for name in ("validation_height", "validation_width"):
+        if getattr(args, name) is None:
+            setattr(args, name, args.resolution)
+    if problem := size_problem(args.validation_height, args.validation_width):
+        raise InputError(
+            f"--validation_height {args.validation_height} --validation_width {args.validation_width}: {problem}."
+        )
+    if len(args.retention_prompts) < 2:
+        raise InputError("--retention_prompts: give two prompts or more, whose distance is the measure")
+    if args.no_context_cache and args.context_cache_dir:
+        raise InputError("--no_context_cache: goes without --context_cache_dir; drop one of them")
+    if args.context_cache_dir is None:
+        args.context_cache_dir = str(Path(args.output_dir, "context_cache"))
 
 
 # Data: pictures and captions
@@ -360,6 +450,8 @@ def read_pictures(args: argparse.Namespace) -> list[Picture]:
 
 def read_folder(args: argparse.Namespace) -> list[Picture]:
     folder = Path(args.instance_data_dir)
+    if not args.instance_data_dir.strip():
+        raise InputError("--instance_data_dir is empty: name the folder of pictures.")
     if not folder.is_dir():
         problem = "is a file: give the folder that holds it" if folder.exists() else "does not exist: check the path"
         raise InputError(f"--instance_data_dir {folder} {problem}.")
@@ -741,6 +833,11 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
+def picture_digests(pictures: list[Picture]) -> list[str]:
+    """sha256 of each picture's undecoded content."""
+    return [hashlib.sha256(source_bytes(picture)).hexdigest() for picture in pictures]
+
+
 def check_pictures(pictures: list[Picture], *, disable_progress: bool) -> list[tuple[int, int]]:
     """Decodes every picture once, keeps none. Returns each upright (height, width); raises `InputError`."""
     sizes = []
@@ -833,9 +930,12 @@ def plan_examples(pictures: list[Picture], sizes: list[tuple[int, int]], args: a
                 f"{picture.name} ({height}x{width} pixels) at --resolution {args.resolution} falls in the bucket "
                 f"{bucket[0]}x{bucket[1]}, which {problem}; change --resolution or the picture."
             )
+        # A side that the crop keeps whole has no place to draw: equal crops are then encoded once.
+        too_wide, too_tall = width * bucket[0] > height * bucket[1], width * bucket[0] < height * bucket[1]
         for repeat in range(args.repeats):
             rng = random.Random(f"{args.seed}/crop/{index}/{repeat}")
-            centering = (0.5, 0.5) if args.center_crop else (rng.random(), rng.random())
+            x, y = (0.5, 0.5) if args.center_crop else (rng.random(), rng.random())
+            centering = (x if too_wide else 0.5, y if too_tall else 0.5)
             examples.append(Example(index, repeat, bucket, centering))
     return examples
 
@@ -918,96 +1018,202 @@ def noise_seed(seed: int, sample: Sample) -> int:
 # Contexts
 
 
-class ContextStore:
-    """Every prompt and every crop, encoded once, in CPU memory."""
+class Contexts:
+    """Contexts for training and drawing, read from the cache or, without one, encoded when they are asked for."""
 
-    def __init__(self, pictures: list[Picture], examples: list[Example], teacher_prompt_suffix: str):
-        self.pictures, self.examples, self.suffix = pictures, examples, teacher_prompt_suffix
-        self.prompt_embeds: dict[str, torch.Tensor] = {}  # prompt -> (1, L, D)
-        self.references: dict[tuple, torch.Tensor] = {}  # crop -> (1, C, h, w)
+    def __init__(
+        self,
+        pipeline: Flux2KleinDOPSDPipeline,
+        pictures: list[Picture],
+        digests: list[str],
+        examples: list[Example],
+        args: argparse.Namespace,
+        device: torch.device,
+    ):
+        self.pipeline, self.pictures, self.digests, self.examples = pipeline, pictures, digests, examples
+        self.args, self.device = args, device
+        self.cache: ContextCache | None = None
+        self.model_fingerprint = ""
+        self._last_image: tuple[int, Image.Image] | None = None
 
     @property
-    def prompts(self) -> list[str]:
-        """All distinct prompts, the student's and the teacher's."""
-        captions = dict.fromkeys(caption for picture in self.pictures for caption in picture.captions)
-        return list(dict.fromkeys([*captions, *(caption + self.suffix for caption in captions)]))
+    def captions(self) -> list[str]:
+        return list(dict.fromkeys(caption for picture in self.pictures for caption in picture.captions))
 
-    @staticmethod
-    def crop_key(example: Example, flip: bool) -> tuple:
-        """Repeats that share a crop share its encoding."""
-        return example.picture, example.bucket, example.centering, flip
+    def teacher_prompt(self, caption: str) -> str:
+        return caption + self.args.teacher_prompt_suffix
 
-    def load(self, samples: list[Sample], device: torch.device) -> tuple[KleinContext, KleinContext]:
-        """(student's, teacher's) contexts of one batch, on the device."""
-        examples = [self.examples[sample.example] for sample in samples]
-        captions = [
-            self.pictures[example.picture].captions[sample.caption]
-            for sample, example in zip(samples, examples, strict=True)
-        ]
-        references = [
-            self.references[self.crop_key(example, sample.flip)]
-            for sample, example in zip(samples, examples, strict=True)
-        ]
-        student = KleinContext(torch.cat([self.prompt_embeds[caption] for caption in captions]))
-        teacher = KleinContext(
-            torch.cat([self.prompt_embeds[caption + self.suffix] for caption in captions]), (torch.cat(references),)
+    def caption(self, sample: Sample) -> str:
+        return self.pictures[self.examples[sample.example].picture].captions[sample.caption]
+
+    def cropped(self, example: Example, flip: bool) -> Image.Image:
+        """The picture as the teacher sees it."""
+        if self._last_image is None or self._last_image[0] != example.picture:
+            self._last_image = example.picture, read_image(self.pictures[example.picture])
+        return crop(self._last_image[1], example, flip)
+
+    # Keys: all that an encoding depends on.
+
+    def prompt_key(self, prompt: str) -> str:
+        args = self.args
+        return content_key(
+            "prompt",
+            self.model_fingerprint,
+            str(self.pipeline.vae.dtype),
+            args.max_sequence_length,
+            args.text_encoder_out_layers,
+            prompt,
         )
-        return student.to(device), teacher.to(device)
+
+    def reference_key(self, example: Example, flip: bool) -> str:
+        digest = self.digests[example.picture]
+        place = [*example.bucket, *example.centering, flip]
+        return content_key("reference", self.model_fingerprint, str(self.pipeline.vae.dtype), digest, place)
+
+    # Encodings: (1, L, D) of a prompt, (1, C, h, w) of a crop.
+
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        context = self.pipeline.encode_student(
+            [prompt],
+            max_sequence_length=self.args.max_sequence_length,
+            text_encoder_out_layers=tuple(self.args.text_encoder_out_layers),
+        )
+        return finite(context.prompt_embeds, f"the prompt {reprlib.repr(prompt)}")
+
+    def encode_reference(self, example: Example, flip: bool) -> torch.Tensor:
+        reference = self.pipeline.encode_reference(self.cropped(example, flip))
+        return finite(reference, self.pictures[example.picture].name)
+
+    def prompt_embeds(self, prompt: str) -> torch.Tensor:
+        return self.encode_prompt(prompt) if self.cache is None else self.cache.load(self.prompt_key(prompt))
+
+    def reference(self, example: Example, flip: bool) -> torch.Tensor:
+        if self.cache is None:
+            return self.encode_reference(example, flip)
+        return self.cache.load(self.reference_key(example, flip))
+
+    # Contexts of a batch, on the device.
+
+    def student(self, prompts: list[str]) -> KleinContext:
+        return KleinContext(torch.cat([self.prompt_embeds(prompt) for prompt in prompts])).to(self.device)
+
+    def teacher(self, samples: list[Sample]) -> KleinContext:
+        context = self.student([self.teacher_prompt(self.caption(sample)) for sample in samples])
+        references = [self.reference(self.examples[sample.example], sample.flip) for sample in samples]
+        return context.with_references(torch.cat(references).to(self.device))
+
+    def load(self, samples: list[Sample]) -> tuple[KleinContext, KleinContext]:
+        """(student's, teacher's) contexts of one batch."""
+        return self.student([self.caption(sample) for sample in samples]), self.teacher(samples)
 
 
-def check_text_layers(
-    pipeline: Flux2KleinDOPSDPipeline, transformer: Flux2Transformer2DModel, args: argparse.Namespace
-) -> None:
-    layers, text = args.text_encoder_out_layers, pipeline.text_encoder.config
+def finite(encoding: torch.Tensor, name: str) -> torch.Tensor:
+    if not encoding.isfinite().all():
+        raise InputError(f"{name}: its encoding is not finite; use --mixed_precision bf16 or no")
+    return encoding
+
+
+def checkpoint_folder(args: argparse.Namespace) -> Path:
+    """The checkpoint's folder, downloaded but for the transformer where it is a hub id."""
+    if Path(args.pretrained_model_name_or_path).is_dir():
+        return Path(args.pretrained_model_name_or_path)
+    return Path(
+        Flux2KleinDOPSDPipeline.download(
+            args.pretrained_model_name_or_path, transformer=None, variant=args.variant, **hub_kwargs(args)
+        )
+    )
+
+
+def check_text_layers(text: PretrainedConfig, transformer_config: dict, args: argparse.Namespace) -> None:
+    layers = args.text_encoder_out_layers
     if not all(0 <= layer <= text.num_hidden_layers for layer in layers):
         raise InputError(
             f"--text_encoder_out_layers {layers}: the text encoder has layers 0 to {text.num_hidden_layers}"
         )
-    if len(layers) * text.hidden_size != transformer.config.joint_attention_dim:
+    width = transformer_config["joint_attention_dim"]
+    if len(layers) * text.hidden_size != width:
         raise InputError(
-            f"--text_encoder_out_layers {layers}: the transformer takes "
-            f"{transformer.config.joint_attention_dim // text.hidden_size} layers of {text.hidden_size} channels"
+            f"--text_encoder_out_layers {layers}: the transformer takes {width // text.hidden_size} layers of "
+            f"{text.hidden_size} channels"
         )
 
 
-def check_prompt_lengths(pipeline: Flux2KleinDOPSDPipeline, contexts: ContextStore, args: argparse.Namespace) -> None:
+def check_prompt_lengths(contexts: Contexts, drawn_prompts: list[str]) -> None:
     """The text encoder cuts a long prompt without a word, and with it the teacher's suffix."""
+    limit = contexts.args.max_sequence_length
+    named = [("--validation_prompt or --retention_prompts", prompt) for prompt in drawn_prompts]
     for picture in contexts.pictures:
-        for caption in picture.captions:
-            count = pipeline.chat_token_count(caption + contexts.suffix)
-            if count > args.max_sequence_length:
-                raise InputError(
-                    f"{picture.name}: its caption has {count} tokens with --teacher_prompt_suffix, "
-                    f"--max_sequence_length is {args.max_sequence_length}; shorten the caption"
-                )
+        named += [(picture.name, contexts.teacher_prompt(caption)) for caption in picture.captions]
+    for name, prompt in named:
+        count = contexts.pipeline.chat_token_count(prompt)
+        if count > limit:
+            raise InputError(
+                f"{name}: {reprlib.repr(prompt)} has {count} tokens, with the chat text and, for a caption, "
+                f"--teacher_prompt_suffix; --max_sequence_length is {limit}: shorten it"
+            )
 
 
-def encode_contexts(
-    pipeline: Flux2KleinDOPSDPipeline, contexts: ContextStore, args: argparse.Namespace, accelerator: Accelerator
+@contextmanager
+def naming_the_checkpoint(args: argparse.Namespace) -> Iterator[None]:
+    """A part of the checkpoint that is missing or damaged is one line."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: cannot be loaded "
+            f"({first_line(error)}); check its files and --variant, --revision"
+        ) from error
+
+
+def load_text_encoder(folder: Path, args: argparse.Namespace, dtype: torch.dtype) -> Qwen3ForCausalLM:
+    with naming_the_checkpoint(args):
+        return Qwen3ForCausalLM.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, variant=args.variant)
+
+
+def fill_cache(
+    contexts: Contexts, prompts: list[str], text_width: int, accelerator: Accelerator, folder: Path
 ) -> None:
-    """Fills the store. One encoder at a time is on the accelerator, and none afterwards."""
-    bar = partial(tqdm, disable=not accelerator.is_local_main_process)
-    pipeline.text_encoder.to(accelerator.device)
-    for prompt in bar(contexts.prompts, desc="Encoding prompts"):
-        context = pipeline.encode_student(
-            [prompt],
-            max_sequence_length=args.max_sequence_length,
-            text_encoder_out_layers=tuple(args.text_encoder_out_layers),
-        )
-        contexts.prompt_embeds[prompt] = context.prompt_embeds.cpu()
-    pipeline.text_encoder.to("cpu")
+    """Encodes what the cache lacks, shared among processes. One encoder at a time is on the accelerator.
 
-    pipeline.vae.to(accelerator.device)
+    Where nothing is missing, no encoder is loaded.
+    """
+    args, pipeline, cache = contexts.args, contexts.pipeline, contexts.cache
+    bar = partial(tqdm, disable=not accelerator.is_local_main_process)
     flips = (False, True) if args.random_flip else (False,)
-    by_picture = itertools.groupby(contexts.examples, key=lambda example: example.picture)
-    for picture, examples in bar(by_picture, desc="Encoding pictures", total=len(contexts.pictures)):
-        image = read_image(contexts.pictures[picture])
-        for example, flip in itertools.product(examples, flips):
-            key = contexts.crop_key(example, flip)
-            if key not in contexts.references:
-                contexts.references[key] = pipeline.encode_reference(crop(image, example, flip)).cpu()
+    prompt_of = {contexts.prompt_key(prompt): prompt for prompt in prompts}
+    crop_of = {
+        contexts.reference_key(example, flip): (example, flip)
+        for example, flip in itertools.product(contexts.examples, flips)
+    }
+    missing = cache.missing(bar([*prompt_of, *crop_of], desc="Checking the context cache"))
+    accelerator.wait_for_everyone()  # all have seen the same gaps before anyone fills one
+    missing_prompts = [prompt_of[key] for key in missing if key in prompt_of]
+    missing_crops = [crop_of[key] for key in missing if key in crop_of]
+    itemsize = pipeline.vae.dtype.itemsize
+    prompt_bytes = args.max_sequence_length * text_width * itemsize
+    crop_bytes = [math.prod(pipeline.latent_shape(*example.bucket)) * itemsize for example, _ in missing_crops]
+    total = prompt_bytes * len(missing_prompts) + sum(crop_bytes)
+    logger.info(
+        f"Encoding {len(missing_prompts)} of {len(prompt_of)} prompts and {len(missing_crops)} of {len(crop_of)} "
+        f"pictures: {total / 1e6:,.1f} MB in {cache.folder}"
+    )
+    cache.check_space(total)
+
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    if missing_prompts:
+        pipeline.text_encoder = load_text_encoder(folder, args, pipeline.vae.dtype).to(accelerator.device)
+        for prompt in bar(missing_prompts[share], desc="Encoding prompts"):
+            cache.save(contexts.prompt_key(prompt), contexts.encode_prompt(prompt).cpu())
+        pipeline.text_encoder = None
+        free_memory()
+    pipeline.vae.to(accelerator.device)
+    for example, flip in bar(missing_crops[share], desc="Encoding pictures"):
+        cache.save(contexts.reference_key(example, flip), contexts.encode_reference(example, flip).cpu())
     pipeline.vae.to("cpu")
     free_memory()
+    accelerator.wait_for_everyone()
 
 
 # Models and optimizer
@@ -1023,12 +1229,17 @@ def read_quantization_settings(args: argparse.Namespace) -> dict | None:
     path = args.bnb_quantization_config_path
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        kinds = [kind for kind in ("load_in_4bit", "load_in_8bit") if settings.get(kind)]
+        if len(kinds) != 1:
+            raise ValueError("it sets neither or both of load_in_4bit and load_in_8bit")
         BitsAndBytesConfig(**settings)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise InputError(
             f"--bnb_quantization_config_path {path}: cannot be used ({first_line(error)}); give a JSON file with the "
             'arguments of BitsAndBytesConfig, such as {"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}'
         ) from error
+    if not torch.cuda.is_available():
+        raise InputError(f"--bnb_quantization_config_path {path}: quantized weights need a GPU; drop the flag")
     return settings
 
 
@@ -1036,14 +1247,15 @@ def load_transformer(args: argparse.Namespace, dtype: torch.dtype) -> Flux2Trans
     settings = read_quantization_settings(args)
     if settings is not None and settings.get("load_in_4bit"):
         settings["bnb_4bit_compute_dtype"] = dtype
-    return Flux2Transformer2DModel.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder="transformer",
-        dtype=dtype,
-        variant=args.variant,
-        quantization_config=None if settings is None else BitsAndBytesConfig(**settings),
-        **hub_kwargs(args),
-    )
+    with naming_the_checkpoint(args):
+        return Flux2Transformer2DModel.from_pretrained(
+            args.pretrained_model_name_or_path,
+            subfolder="transformer",
+            dtype=dtype,
+            variant=args.variant,
+            quantization_config=None if settings is None else BitsAndBytesConfig(**settings),
+            **hub_kwargs(args),
+        )
 
 
 def build_optimizer(
@@ -1101,35 +1313,52 @@ class Run:
     pipeline: Flux2KleinDOPSDPipeline
     roles: StudentTeacherLoRA
     student: torch.nn.Module
-    contexts: ContextStore
+    contexts: Contexts
     order: SampleOrder
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    weight_dtype: torch.dtype
+    save_dtype: torch.dtype
+    settings: dict  # see `fixed_settings`
 
 
 # Checkpoints and the LoRA file
 
 
-# What a resumed run must share with its checkpoint to end in the same weights.
-FIXED_SETTINGS = """
+# What a resumed run must share with its checkpoint to end in the same weights: flags, and what follows from flags,
+# data and launcher.
+FIXED_FLAGS = """
     pretrained_model_name_or_path revision variant bnb_quantization_config_path max_sequence_length
     text_encoder_out_layers
-    instance_data_dir dataset_name dataset_config_name image_column caption_column instance_prompt repeats resolution
-    use_aspect_ratio_buckets aspect_ratio_buckets center_crop random_flip
+    repeats resolution use_aspect_ratio_buckets aspect_ratio_buckets center_crop random_flip
     teacher_context teacher_prompt_suffix teacher ema_decay num_rollout_steps loss_space
     rank lora_alpha lora_dropout lora_layers init_lora
-    seed train_batch_size
+    seed train_batch_size mixed_precision
     optimizer use_8bit_adam learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm
     adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
     prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup
 """.split()
+CHECKPOINT_FILES = ("adapters.safetensors", "trainer_state.pt", "state.json")
+
+
+def fixed_settings(args: argparse.Namespace, pictures: list[Picture], digests: list[str], batches: int) -> dict:
+    """What is kept in a checkpoint and compared on resuming; as JSON gives it back.
+
+    Args:
+        batches: a step's, over all processes.
+    """
+    content = [[picture.name, picture.captions, digest] for picture, digest in zip(pictures, digests, strict=True)]
+    settings = {f"--{name}": getattr(args, name) for name in FIXED_FLAGS} | {
+        "pictures and captions": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12],
+        "processes x --gradient_accumulation_steps": batches,
+    }
+    return json.loads(json.dumps(settings))
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint folder's name, or -1 for anything else."""
-    _, _, number = path.name.partition("checkpoint-")
-    return int(number) if path.is_dir() and path.name == f"checkpoint-{number}" and number.isdecimal() else -1
+    """The step of a whole checkpoint's folder, or -1 for anything else."""
+    number = path.name.removeprefix("checkpoint-")
+    is_whole = all((path / name).is_file() for name in CHECKPOINT_FILES)
+    return int(number) if number != path.name and number.isdecimal() and is_whole else -1
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -1142,44 +1371,54 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from; None for a run from the start.
 
     Raises:
-        InputError: it is not there, or the folder holds another run's that would be mixed with this one's.
+        InputError: it is not there, or this run would overwrite another's results or mix with them.
     """
-    existing = list_checkpoints(Path(args.output_dir))
+    output_dir = Path(args.output_dir)
+    existing = list_checkpoints(output_dir)
     names = ", ".join(path.name for path in existing) or "none"
     if args.resume_from_checkpoint is None:
-        if existing:
+        if existing or (output_dir / LORA_FILE).exists():
             raise InputError(
-                f"--output_dir {args.output_dir}: holds checkpoints of an earlier run ({names}); go on with "
-                "--resume_from_checkpoint latest, or choose another folder"
+                f"--output_dir {args.output_dir}: holds an earlier run (checkpoints: {names}); choose another folder, "
+                "or go on with --resume_from_checkpoint latest"
             )
         return None
     if args.resume_from_checkpoint == "latest":
         return existing[-1] if existing else None
-    for path in (Path(args.output_dir, args.resume_from_checkpoint), Path(args.resume_from_checkpoint)):
+    for path in (output_dir / args.resume_from_checkpoint, Path(args.resume_from_checkpoint)):
         if checkpoint_step(path) >= 0:
+            if existing and checkpoint_step(existing[-1]) > checkpoint_step(path):
+                raise InputError(
+                    f"--resume_from_checkpoint {args.resume_from_checkpoint}: {args.output_dir} holds newer ones "
+                    f"({names}), which a new branch would mix with; move them away, or resume from latest"
+                )
             return path
     raise InputError(
-        f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such checkpoint; {args.output_dir} has: {names}"
+        f"--resume_from_checkpoint {args.resume_from_checkpoint}: no whole checkpoint; {args.output_dir} has: {names}"
     )
 
 
-def take_settings(checkpoint: Path, args: argparse.Namespace) -> None:
-    """Takes the checkpoint's seed where none is given; refuses settings that differ from the checkpoint's."""
-    saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["settings"]
-    if args.seed is None:
-        args.seed = saved["seed"]
-    for name in FIXED_SETTINGS:
-        if saved[name] != getattr(args, name):
+def read_state(checkpoint: Path) -> dict:
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return {"step": state["step"], "settings": state["settings"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--resume_from_checkpoint {checkpoint}: state.json is damaged; remove the folder") from error
+
+
+def check_settings(checkpoint: Path, settings: dict) -> None:
+    """Refuses to go on with settings that differ from the checkpoint's."""
+    for name, saved in read_state(checkpoint)["settings"].items():
+        if saved != settings.get(name):
             raise InputError(
-                f"--resume_from_checkpoint {checkpoint.name}: it was trained with --{name} {saved[name]}, not "
-                f"{getattr(args, name)}; pass the same, or start in another --output_dir"
+                f"--resume_from_checkpoint {checkpoint.name}: its {name} was {saved}, now it is {settings.get(name)}; "
+                "pass the same, or start in another --output_dir"
             )
 
 
 def save_lora(run: Run, folder: Path) -> None:
     """Writes the student as stock diffusers reads it, beside its place first."""
-    dtype = torch.float32 if run.args.upcast_before_saving else run.weight_dtype
-    weights, metadata = run.roles.export(dtype)
+    weights, metadata = run.roles.export(run.save_dtype)
     unfinished = f".{LORA_FILE}.tmp"
     Flux2KleinPipeline.save_lora_weights(
         folder,
@@ -1203,27 +1442,281 @@ def save_checkpoint(run: Run, step: int) -> None:
     if run.accelerator.scaler is not None:
         trainer_state["scaler"] = run.accelerator.scaler.state_dict()
     torch.save(trainer_state, unfinished / "trainer_state.pt")
-    settings = {name: getattr(run.args, name) for name in FIXED_SETTINGS}
-    state = json.dumps({"step": step, "settings": settings}, indent=2)
+    state = json.dumps({"step": step, "settings": run.settings}, indent=2)
     (unfinished / "state.json").write_text(state, encoding="utf-8")
     save_lora(run, unfinished)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(unfinished, target)
     logger.info(f"Saved {target}")
     if run.args.checkpoints_total_limit is not None:
-        for old in list_checkpoints(output_dir)[: -run.args.checkpoints_total_limit]:
+        older = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) < step]
+        for old in older[: max(0, len(older) + 1 - run.args.checkpoints_total_limit)]:
             shutil.rmtree(old)
 
 
 def load_checkpoint(run: Run, checkpoint: Path) -> int:
     """Restores what `save_checkpoint` wrote; returns its step."""
-    run.roles.load_state_dict(load_file(checkpoint / "adapters.safetensors"))
-    trainer_state = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
+    try:
+        adapters = load_file(checkpoint / "adapters.safetensors")
+        trainer_state = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint.name}: is damaged ({first_line(error)}); remove it and resume again"
+        ) from error
+    run.roles.load_state_dict(adapters)
     run.optimizer.load_state_dict(trainer_state["optimizer"])
     run.lr_scheduler.load_state_dict(trainer_state["lr_scheduler"])
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(trainer_state["scaler"])
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
+    return read_state(checkpoint)["step"]
+
+
+# What the user sees
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture and the latents it was decoded from."""
+
+    latents: torch.Tensor  # (1, C, H / 8, W / 8), on the CPU
+    image: Image.Image
+
+
+class Gallery:
+    """Draws with base, student and teacher at the deployed steps; writes contact sheets and curves.
+
+    Every picture is what `Flux2KleinPipeline` draws from the same noise with the saved LoRA. Nothing here touches
+    the weights or the generators that training uses.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.args = run, run.args
+        self.folder = Path(run.args.output_dir)
+        self.base_drawings: dict[tuple[str, int], Drawing] = {}  # (prompt, seed): drawn once
+        # (step, prompt, seed) -> the student's picture: of validation prompts at seed 0, and of retention prompts
+        self.story: dict[tuple[int, str, int], Image.Image] = {}
+        one_per_picture = {
+            example.picture: index for index, example in reversed(list(enumerate(run.contexts.examples)))
+        }
+        self.shown = [
+            Sample(example=index, epoch=0, caption=0, flip=False)
+            for index in sorted(one_per_picture.values())[:NUM_PREVIEW_PICTURES]
+        ]
+
+    # Drawing
+
+    def noise(self, height: int, width: int, seed: int) -> torch.Tensor:
+        """(1, C, h, w): in float32 what a pipeline draws with `torch.Generator().manual_seed(seed)`."""
+        pipeline = self.run.pipeline
+        noise = seeded_noise(pipeline.latent_shape(height, width), [seed])
+        return noise.to(self.run.accelerator.device, pipeline.vae.dtype)
+
+    def draw(self, context: KleinContext, noise: torch.Tensor) -> Drawing:
+        latents = self.run.pipeline.sample(context, noise, self.args.num_inference_steps)
+        return Drawing(latents.cpu(), self.decode(latents)[0])
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """The VAE is on the accelerator for this alone."""
+        vae = self.run.pipeline.vae
+        with offload_models(vae, device=self.run.accelerator.device, offload=True):
+            return self.run.pipeline.decode(latents)
+
+    def draw_prompt(self, prompt: str, seed: int) -> Drawing:
+        noise = self.noise(self.args.validation_height, self.args.validation_width, seed)
+        return self.draw(self.run.contexts.student([prompt]), noise)
+
+    def base_drawing(self, prompt: str, seed: int) -> Drawing:
+        if (prompt, seed) not in self.base_drawings:
+            with self.run.roles.base_role():
+                self.base_drawings[prompt, seed] = self.draw_prompt(prompt, seed)
+        return self.base_drawings[prompt, seed]
+
+    def student_drawing(self, prompt: str, seed: int) -> Drawing:
+        with self.run.roles.shipped_role(self.run.save_dtype):
+            return self.draw_prompt(prompt, seed)
+
+    # Sheets
+
+    def write(self, name: str, step: int, title: str, columns: list[str], rows: list[tuple], note: str) -> None:
+        """One contact sheet, in the output folder and to the trackers; rows of (label, pictures or None)."""
+        cells = [(label, [Cell(image) for image in images]) for label, images in rows]
+        sheet = contact_sheet(title, columns, cells, note=note)
+        path = self.folder / f"{name}.png"
+        save_png(sheet, path)
+        for tracker in self.run.accelerator.trackers:
+            if tracker.name in ("tensorboard", "wandb"):
+                form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name.partition("-")[0]: np.asarray(sheet)[None]}, step=step, **form)
+        logger.info(f"Wrote {path}")
+
+    def preview(self) -> None:
+        """Before the first step: what the teacher draws where it sees the picture. It can teach no more than that."""
+        rows = []
+        for seed, sample in enumerate(progress_bar(self.shown, "Drawing the preview")):
+            example = self.run.contexts.examples[sample.example]
+            noise = self.noise(*example.bucket, seed)
+            caption = self.run.contexts.caption(sample)
+            with self.run.roles.base_role():
+                base = self.draw(self.run.contexts.student([caption]), noise)
+            with self.run.roles.teacher_role():
+                teacher = self.draw(self.run.contexts.teacher([sample]), noise)
+            rows.append((caption, [base.image, teacher.image, self.run.contexts.cropped(example, sample.flip)]))
+        self.write(
+            "preview",
+            0,
+            f"Before training, {self.args.num_inference_steps} steps",
+            ["base", "teacher: sees the picture", "the picture"],
+            rows,
+            note="The student is pulled from the left column towards the middle one. If the middle column does not "
+            "show your subject, training cannot teach it: change --teacher_prompt_suffix, --resolution or the "
+            "pictures before you spend hours.",
+        )
+
+    def validate(self, step: int) -> float:
+        """Draws prompts, a rollout and the retention prompts with the student as it would be saved.
+
+        Returns:
+            Retention: how far the student's final latents lie from the base's, from the same noise, over how far the
+            base's lie from one another. 0: unrelated prompts are drawn as before; 1: as unlike as another picture.
+        """
+        self.draw_validation(step)
+        self.draw_rollout(step)
+        return self.draw_retention(step)
+
+    def validation_prompts(self, step: int) -> list[str]:
+        final = [self.args.final_validation_prompt] if self.args.final_validation_prompt else []
+        return self.args.validation_prompt + (final if step == self.args.max_train_steps else [])
+
+    def draw_validation(self, step: int) -> None:
+        rows = []
+        seeds = range(self.args.num_validation_images)
+        for prompt in progress_bar(self.validation_prompts(step), "Validating"):
+            bases = [self.base_drawing(prompt, seed).image for seed in seeds]
+            students = [self.student_drawing(prompt, seed).image for seed in seeds]
+            rows += [(f"base: {prompt}", bases), (f"student: {prompt}", students)]
+            self.story[step, prompt, 0] = students[0]
+        self.write(
+            f"validation-{step}",
+            step,
+            f"Step {step}, {self.args.num_inference_steps} steps",
+            [f"seed {seed}" for seed in seeds],
+            rows,
+            note="A column starts from the same noise. Look for your subject, and for edges as sharp as the base's.",
+        )
+
+    def draw_rollout(self, step: int) -> None:
+        """The clean picture that student and teacher imply at each state the student visits."""
+        sample = self.shown[0]
+        example, contexts, pipeline = self.run.contexts.examples[sample.example], self.run.contexts, self.run.pipeline
+        student_context, teacher_context = contexts.load([sample])
+        schedule = pipeline.schedule(*example.bucket, self.args.num_rollout_steps, self.run.accelerator.device)
+        with self.run.roles.shipped_role(self.run.save_dtype):
+            states = rollout(
+                partial(pipeline.predict_velocity, context=student_context),
+                self.run.roles.as_teacher(partial(pipeline.predict_velocity, context=teacher_context)),
+                self.noise(*example.bucket, 0),
+                schedule,
+            )
+            pairs = [(float(state.sigma), state.student_x0, state.teacher_x0) for state in states]
+        students, teachers = (
+            [self.decode(pipeline.image_latents(pair[place]))[0] for pair in pairs] for place in (1, 2)
+        )
+        self.write(
+            f"rollout-{step}",
+            step,
+            f"Step {step}: the clean picture implied at each visited state",
+            [f"sigma {sigma:.3f}" for sigma, *_ in pairs],
+            [("student", students), ("teacher", teachers)],
+            note=f"Caption: {contexts.caption(sample)}. The loss is the distance between the two rows.",
+        )
+
+    def draw_retention(self, step: int) -> float:
+        bases, students = [], []
+        for seed, prompt in enumerate(progress_bar(self.args.retention_prompts, "Measuring retention")):
+            bases.append(self.base_drawing(prompt, seed))
+            students.append(self.student_drawing(prompt, seed))
+            self.story[step, prompt, seed] = students[-1].image
+        retention = relative_drift(
+            torch.cat([drawing.latents for drawing in bases]), torch.cat([drawing.latents for drawing in students])
+        )
+        self.write(
+            f"retention-{step}",
+            step,
+            f"Step {step}: prompts that have nothing to do with the training, retention {retention:.3f}",
+            self.args.retention_prompts,
+            [("base", [drawing.image for drawing in bases]), ("student", [drawing.image for drawing in students])],
+            note="A column starts from the same noise. Retention 0: drawn as before. 1: as unlike the base's picture "
+            "as another prompt's picture is.",
+        )
+        return retention
+
+    def tell_story(self, step: int) -> None:
+        """One sheet of the whole run, and its curves."""
+        steps = sorted({told for told, *_ in self.story})
+        shown = steps if len(steps) <= 4 else [steps[round(place * (len(steps) - 1) / 3)] for place in range(4)]
+        columns = ["base", *(f"step {told}" for told in shown)]
+        asked = [(prompt, 0) for prompt in self.args.validation_prompt]
+        retained = [(prompt, seed) for seed, prompt in enumerate(self.args.retention_prompts)]
+        told_rows, retained_rows = (
+            [
+                (prompt, [self.base_drawing(prompt, seed).image, *(self.story.get((t, prompt, seed)) for t in shown)])
+                for prompt, seed in pairs
+            ]
+            for pairs in (asked, retained)
+        )
+        pictures = [self.run.contexts.cropped(self.run.contexts.examples[s.example], s.flip) for s in self.shown]
+        filled = pictures + [None] * (-len(pictures) % len(columns))
+        picture_rows = [
+            ("training pictures", filled[start : start + len(columns)])
+            for start in range(0, len(filled), len(columns))
+        ]
+        self.write(
+            "story",
+            step,
+            f"{self.folder.name}: {step} steps of D-OPSD, drawn at {self.args.num_inference_steps} steps",
+            columns,
+            [*told_rows, *picture_rows, *retained_rows],
+            note="Above: the validation prompts, each row from the same noise. Below the training pictures: prompts "
+            "that have nothing to do with them, which should stay as the base draws them.",
+        )
+        plot_curves(read_history(self.folder), self.folder / "curves.png", title=self.folder.name)
+
+
+def progress_bar(items: list, description: str) -> Iterator:
+    return tqdm(items, desc=description, leave=False)
+
+
+def relative_drift(base: torch.Tensor, student: torch.Tensor) -> float:
+    """Mean distance of each student's latents to its base's, over the mean distance between bases.
+
+    Args:
+        base, student: (N, ...), N of 2 or more; row i of both is drawn from the same prompt and noise.
+    """
+    base, student = base.float().flatten(1), student.float().flatten(1)
+    moved = (student - base).norm(dim=1).mean()
+    apart = torch.nn.functional.pdist(base).mean()
+    return (moved / apart).item()
+
+
+def read_history(folder: Path) -> list[dict]:
+    path = folder / HISTORY_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def rewind_history(folder: Path, step: int) -> None:
+    """Forgets what an interrupted run logged after the checkpoint that this one goes on from."""
+    kept = [line for line in read_history(folder) if line["step"] <= step]
+    unfinished = folder / f".{HISTORY_FILE}.tmp"
+    unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(unfinished, folder / HISTORY_FILE)
+
+
+def log(run: Run, step: int, values: dict[str, float]) -> None:
+    """To the trackers and to the run's own history."""
+    run.accelerator.log(values, step=step)
+    if run.accelerator.is_main_process:
+        with open(Path(run.args.output_dir, HISTORY_FILE), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
 
 
 # Training
@@ -1248,11 +1741,11 @@ def distil(run: Run, samples: list[Sample], weight: float) -> torch.Tensor:
     """One micro-batch's rollout, each visited state backwarded before the next is computed.
 
     Returns:
-        Scalar: the weighted mean loss over the visited states, detached.
+        (K, 3), float32: loss, cosine and norm ratio of student and teacher at each visited state, times the weight.
     """
     args, accelerator, pipeline = run.args, run.accelerator, run.pipeline
     height, width = run.contexts.examples[samples[0].example].bucket
-    student_context, teacher_context = run.contexts.load(samples, accelerator.device)
+    student_context, teacher_context = run.contexts.load(samples)
     noise = seeded_noise(pipeline.latent_shape(height, width), [noise_seed(args.seed, sample) for sample in samples])
     schedule = pipeline.schedule(height, width, args.num_rollout_steps, accelerator.device)
     visited = itertools.count(1)
@@ -1266,37 +1759,47 @@ def distil(run: Run, samples: list[Sample], weight: float) -> torch.Tensor:
 
     teacher = run.roles.as_teacher(partial(pipeline.predict_velocity, context=teacher_context))
     noise = noise.to(accelerator.device, student_context.prompt_embeds.dtype)
-    total = torch.zeros((), device=accelerator.device)
+    measured = []
     for state in rollout(student, teacher, noise, schedule, loss_space=args.loss_space):
-        loss = state.loss * weight / len(schedule)
-        accelerator.backward(loss)
-        total += loss.detach()
-    return total
+        accelerator.backward(state.loss * weight / len(schedule))
+        measured.append(torch.cat([state.loss.detach()[None], state.agreement]))
+    return torch.stack(measured) * weight
 
 
 def train_step(run: Run, step: int, first_step: int) -> dict[str, float]:
     """One optimizer step over this process's micro-batches; returns what is logged of it."""
     args, accelerator = run.args, run.accelerator
-    loss = torch.zeros((), device=accelerator.device)
+    started = time.perf_counter()
+    measured = torch.zeros(args.num_rollout_steps, 3, device=accelerator.device)
     for place, samples, weight in micro_batches(run, step):
         with accelerator.accumulate(run.student):
             if args.lora_dropout > 0:
                 torch.manual_seed(place_seed(args.seed, "dropout", str(place)))
-            loss += distil(run, samples, weight) / args.gradient_accumulation_steps
+            measured += distil(run, samples, weight) / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                mean_loss = accelerator.reduce(loss, reduction="mean").item()
+                losses, cosines, norm_ratios = accelerator.reduce(measured, reduction="mean").T.tolist()
+                loss = sum(losses) / len(losses)
                 grad_norm = accelerator.clip_grad_norm_(run.roles.student_parameters, args.max_grad_norm).item()
-                stop_if_not_finite(run, step, first_step, mean_loss, grad_norm)
+                stop_if_not_finite(run, step, first_step, loss, grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
-    learning_rate = run.lr_scheduler.get_last_lr()[0]
+    logs = {"loss": loss, "lr": run.lr_scheduler.get_last_lr()[0], "grad_norm": grad_norm}
     if not run.optimizer.step_was_skipped:
         run.lr_scheduler.step()
         run.roles.update_teacher(args.ema_decay)
-    return {"loss": mean_loss, "lr": learning_rate, "grad_norm": grad_norm}
+    for name, values in (("loss", losses), ("cosine", cosines), ("norm_ratio", norm_ratios)):
+        logs |= {f"{name}/state_{index}": value for index, value in enumerate(values, start=1)}
+    return logs | {"seconds_per_step": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
 
 
-def train(run: Run, first_step: int) -> None:
+def peak_memory_gb() -> float:
+    """Largest memory allocated on the GPU so far; where there is none, what this process has resident now."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
+def train(run: Run, gallery: Gallery, first_step: int) -> None:
     args, accelerator = run.args, run.accelerator
     bar = partial(tqdm, desc="Steps", disable=not accelerator.is_local_main_process)
     with bar(initial=first_step, total=args.max_train_steps) as progress:
@@ -1304,9 +1807,26 @@ def train(run: Run, first_step: int) -> None:
             logs = train_step(run, step, first_step)
             progress.set_postfix(loss=f"{logs['loss']:.3g}", lr=f"{logs['lr']:.3g}")
             progress.update()
-            accelerator.log(logs, step=step + 1)
-            if (step + 1) % args.checkpointing_steps == 0 and accelerator.is_main_process:
-                save_checkpoint(run, step + 1)
+            done = step + 1
+            if done % args.checkpointing_steps == 0 and accelerator.is_main_process:
+                save_checkpoint(run, done)
+            if is_validation_step(args, done) and accelerator.is_main_process:
+                logs |= validate(run, gallery, done)
+            log(run, done, logs)
+
+
+def is_validation_step(args: argparse.Namespace, step: int) -> bool:
+    return args.validation_steps > 0 and (step % args.validation_steps == 0 or step == args.max_train_steps)
+
+
+def validate(run: Run, gallery: Gallery, step: int) -> dict[str, float]:
+    """Draws; a drawing that fails (memory, a full disk) costs neither the run nor its weights."""
+    try:
+        return {"retention": gallery.validate(step)}
+    except Exception:
+        logger.exception(f"Validation at step {step} failed; training goes on")
+        save_checkpoint(run, step)
+        return {}
 
 
 def stop_if_not_finite(run: Run, step: int, first_step: int, loss: float, grad_norm: float) -> None:
@@ -1316,14 +1836,15 @@ def stop_if_not_finite(run: Run, step: int, first_step: int, loss: float, grad_n
     """
     if math.isfinite(loss) and (math.isfinite(grad_norm) or run.accelerator.scaler is not None):
         return
-    kept = "nothing had been trained yet"
+    kept = f"nothing was trained since step {first_step}"
     if step > first_step:
         if run.accelerator.is_main_process:
             save_checkpoint(run, step)
         kept = f"the weights before it are in checkpoint-{step}"
+    run.accelerator.wait_for_everyone()  # a process that ends takes the one that writes with it
     raise InputError(
-        f"at step {step + 1} the loss is {loss:g} and the gradient norm {grad_norm:g}; {kept}; "
-        "lower --learning_rate, or pass --mixed_precision bf16 or no"
+        f"at step {step + 1} the loss is {loss:g} and the gradient norm {grad_norm:g}; {kept}; start in another "
+        "--output_dir with a lower --learning_rate (a checkpoint's folder can be --init_lora), or without fp16"
     )
 
 
@@ -1344,6 +1865,13 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
+    if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
+        raise InputError(f"--mixed_precision {accelerator.mixed_precision}: pass bf16, fp16 or no")
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise InputError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: accelerate is configured for "
+            f"{accelerator.gradient_accumulation_steps}; pass the same, or configure accelerate anew"
+        )
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
         raise InputError("--mixed_precision fp16: has no gradient scaler on a CPU; use bf16 or no")
     logging.basicConfig(
@@ -1378,17 +1906,15 @@ def resolve_steps(args: argparse.Namespace, order: SampleOrder, num_processes: i
         args.max_train_steps = math.ceil(args.num_train_epochs * order.num_batches / per_step)
 
 
-def load_init_lora(args: argparse.Namespace, roles: StudentTeacherLoRA) -> None:
+def read_init_lora(args: argparse.Namespace) -> tuple[dict[str, torch.Tensor], dict | None]:
+    """Weights and metadata of `--init_lora`, as diffusers reads them."""
     try:
-        state, metadata = Flux2KleinPipeline.lora_state_dict(args.init_lora, return_lora_metadata=True)
-    except (OSError, ValueError) as error:
+        return Flux2KleinPipeline.lora_state_dict(args.init_lora, return_lora_metadata=True)
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"--init_lora {args.init_lora}: no LoRA is found there ({first_line(error)}); give a .safetensors file, "
             "its folder or a hub id"
         ) from error
-    fresh = roles.load_lora(state, metadata, origin=args.init_lora)
-    if fresh:
-        logger.warning(f"--init_lora {args.init_lora}: {fresh} trained modules are not in it and start at zero")
 
 
 def report_plan(run: Run, first_step: int) -> None:
@@ -1397,66 +1923,63 @@ def report_plan(run: Run, first_step: int) -> None:
     total_batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
     logger.info(f"Training {len(run.roles.module_names)} modules, {count:,} parameters, rank {args.rank}")
     logger.info(f"Pictures: {len(run.contexts.pictures)}; batches an epoch: {order.num_batches}")
+    checkpointing = "on" if run.pipeline.transformer.is_gradient_checkpointing else "off"
+    logger.info(f"Precision of the frozen model: {args.mixed_precision}; gradient checkpointing: {checkpointing}")
     logger.info(f"Pictures a step over all processes: {total_batch}; steps: {first_step} to {args.max_train_steps}")
 
 
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     accelerator = make_accelerator(args)
+    args.mixed_precision = accelerator.mixed_precision
     make_output_dir(args)
     checkpoint = find_checkpoint(args)
-    if checkpoint is not None:
-        take_settings(checkpoint, args)
+    if checkpoint is not None and args.seed is None:
+        args.seed = read_state(checkpoint)["settings"]["--seed"]
     resolve_seed(args)
 
     # Everything that a user can get wrong, before any weight is loaded.
     pictures = read_pictures(args)
     sizes = check_pictures(pictures, disable_progress=not accelerator.is_local_main_process)
+    digests = picture_digests(pictures)
+    settings = fixed_settings(args, pictures, digests, accelerator.num_processes * args.gradient_accumulation_steps)
+    if checkpoint is not None:
+        check_settings(checkpoint, settings)
     examples = plan_examples(pictures, sizes, args)
+    order = SampleOrder(
+        pictures, examples, batch_size=args.train_batch_size, random_flip=args.random_flip, seed=args.seed
+    )
+    resolve_steps(args, order, accelerator.num_processes)
     if not check_is_klein(args.pretrained_model_name_or_path, **hub_kwargs(args)):
         logger.warning(
             f"{args.pretrained_model_name_or_path} is not step-distilled: D-OPSD keeps few steps, it does not make "
             "them. Its samples at --num_rollout_steps will stay as poor as they are."
         )
-    skeleton = transformer_skeleton(args.pretrained_model_name_or_path, **hub_kwargs(args))
-    target_modules = lora_target_modules(skeleton, args.lora_layers)
+    with naming_the_checkpoint(args):
+        skeleton = transformer_skeleton(args.pretrained_model_name_or_path, **hub_kwargs(args))
+    lora = {
+        "target_modules": lora_target_modules(skeleton, args.lora_layers),
+        "rank": args.rank,
+        "alpha": args.lora_alpha,
+        "dropout": args.lora_dropout,
+        "teacher": args.teacher,
+    }
+    init_lora = read_init_lora(args) if args.init_lora else None
+    if init_lora is not None:
+        StudentTeacherLoRA(skeleton, **lora | {"teacher": "base"}).check_lora(init_lora[0], origin=args.init_lora)
 
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipeline = Flux2KleinDOPSDPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        transformer=None,
-        dtype=weight_dtype,
-        variant=args.variant,
-        **hub_kwargs(args),
-    )
-    contexts = ContextStore(pictures, examples, args.teacher_prompt_suffix)
-    check_text_layers(pipeline, skeleton, args)
-    check_prompt_lengths(pipeline, contexts, args)
-    encode_contexts(pipeline, contexts, args, accelerator)
-    # The text encoder makes room: it and the transformer are never in memory together.
-    pipeline.text_encoder = None
-    free_memory()
-
+    # Encoders first; the transformer is loaded when they are gone, so that they are never in memory together.
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
+    contexts = load_contexts(args, accelerator, pictures, digests, examples, skeleton.config, weight_dtype)
+    pipeline = contexts.pipeline
     pipeline.transformer = load_transformer(args, weight_dtype)
     set_seed(args.seed)
-    roles = StudentTeacherLoRA(
-        pipeline.transformer,
-        target_modules,
-        rank=args.rank,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        teacher=args.teacher,
-    )
-    if args.init_lora:
-        load_init_lora(args, roles)
+    roles = StudentTeacherLoRA(pipeline.transformer, **lora)
+    if init_lora is not None and (fresh := roles.load_lora(*init_lora, origin=args.init_lora)):
+        logger.warning(f"--init_lora {args.init_lora}: {fresh} trained modules are not in it and start at zero")
     if args.gradient_checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
     pipeline.transformer.to(accelerator.device)
-
-    order = SampleOrder(
-        pictures, examples, batch_size=args.train_batch_size, random_flip=args.random_flip, seed=args.seed
-    )
-    resolve_steps(args, order, accelerator.num_processes)
     optimizer = build_optimizer(args, roles.student_parameters, accelerator.num_processes)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -1467,18 +1990,68 @@ def main(args: argparse.Namespace) -> None:
         power=args.lr_power,
     )
     student, optimizer = accelerator.prepare(StudentVelocity(pipeline), optimizer)
-    run = Run(args, accelerator, pipeline, roles, student, contexts, order, optimizer, lr_scheduler, weight_dtype)
+    save_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    run = Run(
+        args, accelerator, pipeline, roles, student, contexts, order, optimizer, lr_scheduler, save_dtype, settings
+    )
     first_step = load_checkpoint(run, checkpoint) if checkpoint is not None else 0
     report_plan(run, first_step)
     accelerator.init_trackers(TRACKER_NAME, config={name: str(value) for name, value in vars(args).items()})
-    train(run, first_step)
-    accelerator.wait_for_everyone()
+
+    gallery = Gallery(run)
     if accelerator.is_main_process:
-        save_lora(run, Path(args.output_dir))
-        logger.info(
-            f"The LoRA is {Path(args.output_dir, LORA_FILE)}; load it: pipe.load_lora_weights({args.output_dir!r})"
-        )
+        rewind_history(Path(args.output_dir), first_step)
+        if first_step == 0 and args.validation_steps > 0:
+            gallery.preview()
+    if not args.preview_only:
+        train(run, gallery, first_step)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            finish(run, gallery)
     accelerator.end_training()
+
+
+def load_contexts(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pictures: list[Picture],
+    digests: list[str],
+    examples: list[Example],
+    transformer_config: dict,
+    weight_dtype: torch.dtype,
+) -> Contexts:
+    """Every context that the run will ask for, and the pipeline, still without its transformer."""
+    with naming_the_checkpoint(args):
+        folder = checkpoint_folder(args)
+        text_config = AutoConfig.from_pretrained(folder, subfolder="text_encoder")
+        pipeline = Flux2KleinDOPSDPipeline.from_pretrained(
+            folder, transformer=None, text_encoder=None, dtype=weight_dtype, variant=args.variant
+        )
+    check_text_layers(text_config, transformer_config, args)
+    contexts = Contexts(pipeline, pictures, digests, examples, args, accelerator.device)
+    if args.validation_prompt is None:
+        args.validation_prompt = contexts.captions[:NUM_DEFAULT_VALIDATION_PROMPTS]
+    final = [args.final_validation_prompt] if args.final_validation_prompt else []
+    drawn_prompts = [*args.validation_prompt, *final, *args.retention_prompts] if args.validation_steps > 0 else []
+    check_prompt_lengths(contexts, drawn_prompts)
+    if args.no_context_cache:
+        pipeline.text_encoder = load_text_encoder(folder, args, weight_dtype).to(accelerator.device)
+        pipeline.vae.to(accelerator.device)
+    else:
+        contexts.model_fingerprint = checkpoint_fingerprint(folder, ("text_encoder", "tokenizer", "vae"))
+        contexts.cache = ContextCache(Path(args.context_cache_dir))
+        captions = contexts.captions
+        prompts = list(dict.fromkeys([*captions, *map(contexts.teacher_prompt, captions), *drawn_prompts]))
+        fill_cache(contexts, prompts, transformer_config["joint_attention_dim"], accelerator, folder)
+    return contexts
+
+
+def finish(run: Run, gallery: Gallery) -> None:
+    folder = Path(run.args.output_dir)
+    save_lora(run, folder)
+    logger.info(f"The LoRA is {folder / LORA_FILE}; load it: pipe.load_lora_weights({run.args.output_dir!r})")
+    if gallery.story:
+        gallery.tell_story(run.args.max_train_steps)
 
 
 if __name__ == "__main__":

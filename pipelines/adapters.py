@@ -129,6 +129,7 @@ class StudentTeacherLoRA:
     @contextmanager
     def teacher_role(self) -> Iterator[None]:
         """Inside, the transformer is the teacher: no gradient, no dropout. The student is back on leaving."""
+        was_training = self._student_training
         try:
             self._set_student_training(False)
             if self.teacher == "ema":
@@ -140,6 +141,41 @@ class StudentTeacherLoRA:
         finally:
             self._enable_adapters(True)
             self._activate(STUDENT, trainable=True)
+            self._set_student_training(was_training)
+
+    @contextmanager
+    def base_role(self) -> Iterator[None]:
+        """Inside, the transformer is as it was before training: no adapter, no gradient."""
+        try:
+            self._enable_adapters(False)
+            with torch.no_grad():
+                yield
+        finally:
+            self._enable_adapters(True)
+            self._activate(STUDENT, trainable=True)
+
+    @contextmanager
+    def shipped_role(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, the student's weights are those that `export(dtype)` saves, without gradient or dropout.
+
+        The raw weights are back on leaving, bit for bit.
+        """
+        scale = self.alpha / self.rank
+        raw = {name: parameter.data for name, parameter in self.named_parameters(STUDENT).items()}
+        try:
+            self._set_student_training(False)
+            for name, parameter in self.named_parameters(STUDENT).items():
+                shipped = parameter.data * scale if ".lora_B." in name else parameter.data
+                parameter.data = shipped.to(dtype).float()
+            for layer in self._layers.values():
+                layer.scaling[STUDENT] = 1.0
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in self._layers.values():
+                layer.scaling[STUDENT] = scale
+            for name, parameter in self.named_parameters(STUDENT).items():
+                parameter.data = raw[name]
             self._set_student_training(True)
 
     def as_teacher(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -160,6 +196,7 @@ class StudentTeacherLoRA:
             layer.enable_adapters(enabled)
 
     def _set_student_training(self, training: bool) -> None:
+        self._student_training = training
         for dropout in self._dropouts:
             dropout.train(training)
 
@@ -239,6 +276,26 @@ class StudentTeacherLoRA:
         metadata.update(lora_alpha=self.rank, lora_dropout=0.0, inference_mode=True, target_modules=targets)
         return weights, metadata
 
+    def check_lora(self, state: dict[str, torch.Tensor], *, origin: str) -> None:
+        """Whether `load_lora` can take it. Needs no weights: the transformer may be on the meta device.
+
+        Raises:
+            InputError: it holds modules that are not trained, or has another rank.
+        """
+        own = self.named_parameters(STUDENT)
+        for key, weight in sorted(state.items()):
+            name = key.removeprefix(LORA_PREFIX)
+            if name not in own:
+                raise InputError(
+                    f"--init_lora {origin}: it changes {name.rsplit('.lora_', 1)[0]}, which is not trained; "
+                    "choose --lora_layers that cover all its modules"
+                )
+            if weight.shape != own[name].shape:
+                raise InputError(
+                    f"--init_lora {origin}: {name} has shape {tuple(weight.shape)}, the adapter "
+                    f"{tuple(own[name].shape)}; pass its rank as --rank"
+                )
+
     @torch.no_grad()
     def load_lora(self, state: dict[str, torch.Tensor], metadata: dict | None, *, origin: str) -> int:
         """Starts student and teacher from an existing LoRA, at the strength at which diffusers would load it.
@@ -254,18 +311,8 @@ class StudentTeacherLoRA:
             InputError: it holds modules that are not trained, or has another rank.
         """
         weights = {name.removeprefix(LORA_PREFIX): weight for name, weight in state.items()}
+        self.check_lora(state, origin=origin)
         own = self.named_parameters(STUDENT)
-        if unknown := sorted(set(weights) - set(own)):
-            raise InputError(
-                f"--init_lora {origin}: it changes {unknown[0].rsplit('.lora_', 1)[0]}, which is not trained; "
-                "choose --lora_layers that cover all its modules"
-            )
-        for name, weight in weights.items():
-            if weight.shape != own[name].shape:
-                raise InputError(
-                    f"--init_lora {origin}: {name} has shape {tuple(weight.shape)}, the adapter "
-                    f"{tuple(own[name].shape)}; pass its rank as --rank"
-                )
         # diffusers itself resolves alpha, rank patterns and missing metadata.
         with _several_adapters_are_meant():
             self.transformer.load_lora_adapter(state, metadata=metadata, adapter_name="init")

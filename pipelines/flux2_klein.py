@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
 
 from . import InputError
-from .rollout import Schedule
+from .rollout import Schedule, euler_step
 
 
 TEXT_ENCODER_OUT_LAYERS = (9, 18, 27)
@@ -162,6 +162,42 @@ class Flux2KleinDOPSDPipeline(Flux2KleinPipeline):
         )[0]
         velocity = velocity[:, : rows * columns]
         return velocity.permute(0, 2, 1).unflatten(2, (rows, columns))
+
+    def image_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents, (B, C / 4, H / 8, W / 8), from the transformer's (B, C, H / 16, W / 16)."""
+        mean = self.vae.bn.running_mean.view(1, -1, 1, 1).to(latents.device, latents.dtype)
+        variance = self.vae.bn.running_var.view(1, -1, 1, 1) + self.vae.config.batch_norm_eps
+        return self._unpatchify_latents(latents * torch.sqrt(variance).to(latents.device, latents.dtype) + mean)
+
+    @torch.no_grad()
+    def sample(self, context: KleinContext, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
+        """What `Flux2KleinPipeline.__call__(..., latents=noise, output_type="latent")` returns, from a context.
+
+        The stock call takes no encoded references. This one does, and needs no text encoder and no VAE encoder.
+
+        Args:
+            context: of the noise's batch, device and dtype.
+            noise: (B, C, H / 16, W / 16).
+
+        Returns:
+            (B, C / 4, H / 8, W / 8), for `decode`.
+        """
+        height, width = (side * self.token_pixels for side in noise.shape[-2:])
+        schedule = self.schedule(height, width, num_steps, noise.device)
+        latents = noise
+        for index, timestep in enumerate(schedule.timesteps):
+            velocity = self.predict_velocity(latents, timestep, context)
+            latents = euler_step(latents, velocity, schedule.sigmas[index], schedule.sigmas[index + 1])
+        return self.image_latents(latents)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> list[PIL.Image.Image]:
+        """Pictures of (B, C / 4, H / 8, W / 8) latents, decoded one at a time on the VAE's device."""
+        images = []
+        for one in latents.split(1):
+            pixels = self.vae.decode(one.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
+            images += self.image_processor.postprocess(pixels, output_type="pil")
+        return images
 
 
 # The transformer shares positions over the batch; they are made once a size, not once a forward.

@@ -53,6 +53,23 @@ class RolloutStep:
     loss: torch.Tensor
     next_latents: torch.Tensor
 
+    @property
+    def student_x0(self) -> torch.Tensor:
+        """The clean latents that the student implies at this state, (B, ...)."""
+        return self.latents - self.sigma * self.student_velocity.detach()
+
+    @property
+    def teacher_x0(self) -> torch.Tensor:
+        return self.latents - self.sigma * self.teacher_velocity
+
+    @property
+    def agreement(self) -> torch.Tensor:
+        """(2,), float32: cosine of the two velocities, and the student's norm over the teacher's; batch means."""
+        student = self.student_velocity.detach().float().flatten(1)
+        teacher = self.teacher_velocity.float().flatten(1)
+        cosine = torch.nn.functional.cosine_similarity(student, teacher).mean()
+        return torch.stack([cosine, (student.norm(dim=1) / teacher.norm(dim=1)).mean()])
+
 
 def euler_step(
     latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, next_sigma: torch.Tensor

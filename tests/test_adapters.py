@@ -298,6 +298,40 @@ def test_stock_pipeline_gives_the_students_images(pipeline, klein_path, tmp_path
     assert torch.equal(loaded, student)  # exact, since alpha / rank is a power of two in all three cases
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shipped_role_is_what_the_stock_pipeline_loads_bit_for_bit(pipeline, klein_path, tmp_path, velocity, dtype):
+    pipeline.transformer.to(dtype)
+    roles = make_roles(pipeline.transformer, rank=4, alpha=12, lora_layers=DEFAULT_LORA_LAYERS, dropout=0.5)
+    randomise(roles.student_parameters, std=0.4)
+    before = [parameter.clone() for parameter in roles.student_parameters]
+    with roles.shipped_role(dtype):
+        with roles.teacher_role():
+            pass
+        shipped = velocity(dtype)
+    assert not shipped.requires_grad
+    assert all(torch.equal(old, new) for old, new in zip(before, roles.student_parameters, strict=True))
+    assert velocity(dtype).requires_grad
+    assert not torch.equal(velocity(dtype), velocity(dtype))  # dropout is back
+
+    save(roles, tmp_path, dtype)
+    stock = Flux2KleinPipeline.from_pretrained(klein_path, dtype=dtype)
+    stock.load_lora_weights(tmp_path)
+    pipeline.transformer = stock.transformer
+    with torch.no_grad():
+        assert torch.equal(shipped, velocity(dtype))
+
+
+def test_base_role_is_the_model_before_training(pipeline, velocity):
+    with torch.no_grad():
+        base = velocity()
+    roles = make_roles(pipeline.transformer)
+    randomise(roles.student_parameters)
+    with roles.base_role():
+        assert torch.equal(velocity(), base)
+    assert not torch.equal(velocity(), base)
+    assert velocity().requires_grad
+
+
 def test_a_reader_without_metadata_gets_the_same_strength(pipeline, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import load_file

@@ -926,11 +926,19 @@ def test_crops_are_drawn_once_for_each_picture_and_repeat():
     centerings = [example.centering for example in examples]
     assert len({*centerings}) == 12
     assert all(0 <= value <= 1 for centering in centerings for value in centering)
-    assert max(x for x, _ in centerings) > 0.6 and min(x for x, _ in centerings) < 0.4
+    # Tall pictures: the crop has a place to draw along the height alone.
+    assert max(y for _, y in centerings) > 0.6 and min(y for _, y in centerings) < 0.4
+    assert {x for x, _ in centerings} == {0.5}
     assert script.plan_examples(pictures, sizes, args) == examples
     assert script.plan_examples(pictures[:1], sizes[:1], args) == examples[:4]  # a crop asks no other picture
     args.seed = 1
     assert not {*centerings} & {example.centering for example in script.plan_examples(pictures, sizes, args)}
+
+
+def test_a_picture_of_the_buckets_shape_has_one_crop():
+    args = make_args(resolution=64, repeats=5)
+    examples = script.plan_examples(some_pictures(1), [(128, 128)], args)
+    assert [example.centering for example in examples] == [(0.5, 0.5)] * 5
 
 
 def test_center_crop():
@@ -1075,5 +1083,6 @@ def test_draws_are_the_same_on_every_machine():
         script.Sample(example=4, epoch=1, caption=1, flip=True),
         script.Sample(example=10, epoch=1, caption=0, flip=True),
     ]
-    (example,) = script.plan_examples(some_pictures(1), [(64, 64)], make_args(resolution=64))
-    assert example.centering == (0.7431504558087547, 0.06165086885984905)
+    tall, wide = script.plan_examples(some_pictures(2), [(80, 64), (64, 80)], make_args(resolution=64))
+    assert tall.centering == (0.5, 0.06165086885984905)
+    assert wide.centering == (0.1385553791119012, 0.5)

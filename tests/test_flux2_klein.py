@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
@@ -15,21 +16,6 @@ from tiny_klein import make_tiny_klein
 
 PROMPT = "a striped ball on grass"
 LENGTH = 64
-
-
-def last_latents(pipeline, context, noise, height, width, num_steps):
-    """The rollout's end, in the form of `output_type="latent"`."""
-
-    def velocity(latents, timestep):
-        return pipeline.predict_velocity(latents, timestep, context)
-
-    schedule = pipeline.schedule(height, width, num_steps)
-    with torch.no_grad():
-        *_, last = rollout(velocity, velocity, noise, schedule)
-    mean = pipeline.vae.bn.running_mean.view(1, -1, 1, 1)
-    std = torch.sqrt(pipeline.vae.bn.running_var.view(1, -1, 1, 1) + pipeline.vae.config.batch_norm_eps)
-    latents = last.next_latents
-    return pipeline._unpatchify_latents(latents * std.to(latents.dtype) + mean.to(latents.dtype))
 
 
 @pytest.mark.parametrize("num_references", [0, 1, 2])
@@ -56,7 +42,7 @@ def test_rollout_equals_the_stock_pipeline_bit_for_bit(
         max_sequence_length=LENGTH,
         output_type="latent",
     ).images
-    assert torch.equal(last_latents(pipeline, context, noise, height, width, num_steps), expected)
+    assert torch.equal(pipeline.sample(context, noise, num_steps), expected)
 
 
 def test_edit_teacher_equals_the_stock_pipeline_with_image(pipeline, klein_path, make_picture):
@@ -73,7 +59,37 @@ def test_edit_teacher_equals_the_stock_pipeline_with_image(pipeline, klein_path,
         max_sequence_length=LENGTH,
         output_type="latent",
     ).images
-    assert torch.equal(last_latents(pipeline, context, noise, 64, 96, 4), expected)
+    assert torch.equal(pipeline.sample(context, noise, 4), expected)
+
+
+def test_rollout_visits_what_the_sampler_visits(pipeline):
+    context = pipeline.encode_student([PROMPT], max_sequence_length=LENGTH)
+    noise = seeded_noise(pipeline.latent_shape(64, 96), [3])
+
+    def velocity(latents, timestep):
+        return pipeline.predict_velocity(latents, timestep, context)
+
+    with torch.no_grad():
+        *_, last = rollout(velocity, velocity, noise, pipeline.schedule(64, 96, 4))
+    assert torch.equal(pipeline.image_latents(last.next_latents), pipeline.sample(context, noise, 4))
+
+
+def test_decoded_pictures_are_the_stock_pipelines(pipeline, klein_path):
+    noise = seeded_noise(pipeline.latent_shape(64, 64), [0, 1])
+    context = pipeline.encode_student([PROMPT] * 2, max_sequence_length=LENGTH)
+    stock = Flux2KleinPipeline.from_pretrained(klein_path)
+    images = pipeline.decode(pipeline.sample(context, noise, 2))
+    for seed, image in enumerate(images):
+        expected = stock(
+            prompt=PROMPT,
+            height=64,
+            width=64,
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(seed),
+            max_sequence_length=LENGTH,
+        ).images[0]
+        assert abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1  # a batch of two rounds otherwise
 
 
 def test_a_large_reference_is_shrunk_as_the_stock_pipeline_does(pipeline, make_picture):

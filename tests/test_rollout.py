@@ -137,3 +137,14 @@ def test_noise_depends_on_its_seed_alone():
     assert torch.equal(together[1:], seeded_noise((2, 3, 3), [8]))
     assert not torch.equal(together[0], together[1])
     assert abs(seeded_noise((64, 64), [0]).std().item() - 1) < 0.05
+
+
+def test_implied_clean_latents_and_agreement_by_hand():
+    latents = torch.tensor([[1.0, 2.0]])
+    schedule = Schedule(sigmas=torch.tensor([0.5, 0.0]), timesteps=torch.tensor([500.0]))
+    (step,) = rollout(
+        lambda x, t: torch.tensor([[3.0, 4.0]]), lambda x, t: torch.tensor([[0.0, 10.0]]), latents, schedule
+    )
+    assert step.student_x0.tolist() == [[-0.5, 0.0]]
+    assert step.teacher_x0.tolist() == [[1.0, -3.0]]
+    torch.testing.assert_close(step.agreement, torch.tensor([0.8, 0.5]))

@@ -1,22 +1,28 @@
 """The script from its command line: what it leaves, how it resumes, what it says to bad input."""
 
+import itertools
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import Flux2KleinPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
+import train_dopsd_flux2 as script
 from pipelines.adapters import StudentTeacherLoRA
 from tiny_klein import make_tiny_klein
 
@@ -98,6 +104,7 @@ def train(command, klein_path, photos, tmp_path):
             "max_train_steps": 2,
             "seed": 0,
             "report_to": "none",
+            "validation_steps": 0,
         } | flags
         arguments = []
         for name, value in flags.items():
@@ -165,7 +172,13 @@ def test_stock_pipeline_gives_the_images_of_trainings_student(
 
 def test_a_checkpoint_holds_adapters_and_optimizer_and_never_the_base(train, tmp_path):
     succeed(train(checkpointing_steps=1, max_train_steps=3, checkpoints_total_limit=2))
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2", "checkpoint-3", LORA_FILE]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-3",
+        "context_cache",
+        "metrics.jsonl",
+        LORA_FILE,
+    ]
     checkpoint = tmp_path / "run/checkpoint-3"
     expected = ["adapters.safetensors", LORA_FILE, "state.json", "trainer_state.pt"]
     assert sorted(path.name for path in checkpoint.iterdir()) == expected
@@ -187,8 +200,9 @@ def test_upcast_before_saving(train, tmp_path):
 
 
 def test_gradient_checkpointing_changes_no_weight(train, tmp_path):
-    succeed(train("plain", lora_dropout=0.2))
-    succeed(train("saving", lora_dropout=0.2, gradient_checkpointing=True))
+    plain = succeed(train("plain", lora_dropout=0.2))
+    saving = succeed(train("saving", lora_dropout=0.2, gradient_checkpointing=True))
+    assert "gradient checkpointing: off" in plain.log and "gradient checkpointing: on" in saving.log
     first, second = weights(tmp_path / "plain"), weights(tmp_path / "saving")
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-3)
@@ -217,15 +231,19 @@ def test_what_the_run_says(train):
     assert "load_lora_weights" in log
 
 
-def test_tensorboard_files_hold_the_scalars(train, tmp_path):
+def test_tensorboard_files_hold_the_scalars_and_the_pictures(train, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    succeed(train(report_to="tensorboard"))
+    succeed(train(report_to="tensorboard", validation_steps=2, num_validation_images=1))
     file = next((tmp_path / "run/logs").glob("*/events*"))
     events = EventAccumulator(str(file))
     events.Reload()
-    assert {"loss", "lr", "grad_norm"} <= set(events.Tags()["scalars"])
+    per_state = {f"{name}/state_{k}" for name in ("loss", "cosine", "norm_ratio") for k in (1, 2, 3, 4)}
+    others = {"loss", "lr", "grad_norm", "seconds_per_step", "peak_memory_gb", "retention"}
+    assert per_state | others <= set(events.Tags()["scalars"])
+    assert {"preview", "validation", "rollout", "retention", "story"} <= set(events.Tags()["images"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert [event.step for event in events.Scalars("retention")] == [2]
 
 
 def test_an_undistilled_klein_gets_a_warning(train, tmp_path):
@@ -234,15 +252,69 @@ def test_an_undistilled_klein_gets_a_warning(train, tmp_path):
     assert "is not step-distilled" not in succeed(train("distilled")).log
 
 
-@pytest.mark.parametrize("flag", [{"teacher": "base"}, {"teacher": "student"}, {"loss_space": "velocity"}])
-@pytest.mark.parametrize("other", [{"num_rollout_steps": 2}])
-def test_method_flags_reach_the_training(train, tmp_path, flag, other):
-    # One step leaves lora_A alone, and base, average and student agree until then.
-    succeed(train("default", max_train_steps=3, ema_decay=0.5))
-    succeed(train("flag", max_train_steps=3, ema_decay=0.5, **flag))
-    succeed(train("both", max_train_steps=3, ema_decay=0.5, **flag, **other))
-    assert not same_weights(tmp_path / "default", tmp_path / "flag")
-    assert not same_weights(tmp_path / "flag", tmp_path / "both")
+EFFECTIVE_FLAGS = [
+    {"teacher": "base"},
+    {"teacher": "student"},
+    {"ema_decay": 0.9},
+    {"loss_space": "velocity"},
+    {"num_rollout_steps": 2},
+    {"teacher_prompt_suffix": " otherwise"},
+    {"lora_dropout": 0.3},
+    {"optimizer": "prodigy"},
+    {"lr_scheduler": "cosine"},
+    {"lr_warmup_steps": 2, "lr_scheduler": "constant_with_warmup"},
+    {"max_grad_norm": 1e-6},
+    {"scale_lr": True, "gradient_accumulation_steps": 2},
+    {"gradient_accumulation_steps": 2},
+    {"adam_weight_decay": 0.5},
+    {"adam_beta1": 0.5},
+    {"random_flip": True},
+    {"center_crop": True},
+    {"repeats": 2},
+    {"seed": 1},
+]
+
+
+def test_every_flag_that_should_changes_the_weights(train, tmp_path):
+    """Steps enough for base, average and student to part, which agree at the first."""
+    common = {"max_train_steps": 4, "ema_decay": 0.5, "context_cache_dir": tmp_path / "cache"}
+    ends = {"": tmp_path / "default"}
+    succeed(train("default", **common))
+    for number, flags in enumerate(EFFECTIVE_FLAGS):
+        succeed(train(f"{number}", **common | flags))
+        ends[str(flags)] = tmp_path / f"{number}"
+    for (name, one), (other_name, other) in itertools.combinations(ends.items(), 2):
+        assert not same_weights(one, other), f"{name} and {other_name}"
+
+
+def test_8_bit_adam_keeps_8_bit_states(train, tmp_path):
+    # bitsandbytes leaves tensors of fewer than 4096 elements in 32 bits.
+    succeed(train(use_8bit_adam=True, rank=128, checkpointing_steps=2))
+    optimizer = torch.load(tmp_path / "run/checkpoint-2/trainer_state.pt", weights_only=True)["optimizer"]
+
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            for inner in value.values():
+                yield from tensors(inner)
+
+    assert torch.uint8 in {tensor.dtype for tensor in tensors(optimizer["state"])}
+
+
+def test_the_learning_rate_follows_its_schedule(train, tmp_path):
+    flags = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "max_train_steps": 6, "learning_rate": 0.1}
+    succeed(train(**flags))
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.075, 0.05, 0.025])
+
+
+def test_each_caption_of_several_is_used(train, photos, tmp_path):
+    both = with_jsonl(tmp_path / "data", photos) | {"max_train_steps": 6}
+    succeed(train("both", **both))
+    for column in ("short", "long"):
+        succeed(train(column, **both | {"caption_column": column}))
+        assert not same_weights(tmp_path / "both", tmp_path / column)
 
 
 def test_init_lora_is_where_training_starts(train, tmp_path):
@@ -251,6 +323,271 @@ def test_init_lora_is_where_training_starts(train, tmp_path):
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     for name in first:
         torch.testing.assert_close(first[name], second[name])
+
+
+# Parts of the loop
+
+
+def test_every_sample_of_a_step_counts_the_same_whoever_computes_it():
+    sizes = [1, 2, 2, 4, 1, 3]  # of the places 6 to 11: step 1 of two processes with three batches each
+    seen = []
+    for process in range(2):
+        run = SimpleNamespace(
+            accelerator=SimpleNamespace(num_processes=2, process_index=process),
+            args=SimpleNamespace(gradient_accumulation_steps=3),
+            order=SimpleNamespace(batch=lambda place: [f"{place}.{i}" for i in range(sizes[place - 6])]),
+        )
+        seen += script.micro_batches(run, step=1)
+    assert sorted(place for place, *_ in seen) == [6, 7, 8, 9, 10, 11]
+    # Processes average over themselves and accelerate over the accumulation: each sample ends with 1 / 13.
+    for _, samples, weight in seen:
+        assert weight / 6 / len(samples) == pytest.approx(1 / 13)
+
+
+def test_encoders_leave_the_accelerator_and_come_only_where_needed(klein_path, photos, tmp_path, monkeypatch):
+    args = script.parse_args(
+        ["--pretrained_model_name_or_path", str(klein_path), "--instance_data_dir", str(photos), "--seed", "0"]
+        + ["--instance_prompt", "a ball", "--resolution", "64", "--max_sequence_length", "80", "--center_crop"]
+        + ["--teacher_prompt_suffix", " like this", "--output_dir", str(tmp_path), "--validation_steps", "0"]
+        + ["--random_flip"]
+    )
+    script.check_args(args)
+    PartialState()  # the logger asks it which process this is
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu:0"),  # told apart from "cpu" by its name
+        process_index=0,
+        num_processes=1,
+        is_local_main_process=True,
+        wait_for_everyone=lambda: None,
+    )
+    pictures = script.read_pictures(args)
+    examples = script.plan_examples(pictures, [(64, 64)] * 3, args)
+    digests = script.picture_digests(pictures)
+    config = Flux2KleinPipeline.from_pretrained(klein_path).transformer.config
+    moves = []
+    move = torch.nn.Module.to
+
+    def record(module, *where, **kwargs):
+        moves.append((type(module).__name__, *map(str, where)))
+        return move(module, *where, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", record)
+    contexts = script.load_contexts(args, accelerator, pictures, digests, examples, config, torch.float32)
+    assert contexts.pipeline.text_encoder is None
+    moves = [entry for entry in moves if "cpu" in entry[1:] or "cpu:0" in entry[1:]]
+    assert [where for name, where in moves if name == "Qwen3ForCausalLM"] == ["cpu:0"]
+    assert [where for name, where in moves if name == "AutoencoderKLFlux2"] == ["cpu:0", "cpu"]
+
+    student, teacher = contexts.load([script.Sample(example=1, epoch=0, caption=0, flip=True)])
+    stock = script.Flux2KleinDOPSDPipeline.from_pretrained(klein_path)
+    picture = ImageOps.mirror(script.crop(script.read_image(pictures[1]), examples[1], flip=False))
+    expected = stock.encode_teacher(["a ball"], [picture], prompt_suffix=" like this", max_sequence_length=80)
+    assert torch.equal(student.prompt_embeds, stock.encode_student(["a ball"], max_sequence_length=80).prompt_embeds)
+    assert torch.equal(teacher.prompt_embeds, expected.prompt_embeds)
+    assert torch.equal(teacher.references[0], expected.references[0])
+
+
+# The context cache
+
+
+def test_a_second_run_encodes_nothing_and_loads_no_encoder(train, tmp_path):
+    first = succeed(train("first", context_cache_dir=tmp_path / "cache"))
+    second = succeed(train("second", context_cache_dir=tmp_path / "cache"))
+    assert "Encoding 2 of 2 prompts and 3 of 3 pictures" in first.log
+    assert "Encoding 0 of 2 prompts and 0 of 3 pictures: 0.0 MB" in second.log
+    assert "Loading weights" in first.log and "Encoding prompts" in first.log  # transformers' bar: the text encoder
+    assert "Loading weights" not in second.log and "Encoding prompts" not in second.log
+    assert same_weights(tmp_path / "first", tmp_path / "second")
+
+
+def test_cached_and_uncached_training_give_the_same_weights(train, tmp_path):
+    flags = {"random_flip": True, "repeats": 2, "max_train_steps": 5}
+    succeed(train("cached", **flags))
+    log = succeed(train("uncached", **flags, no_context_cache=True)).log
+    assert "Encoding" not in log
+    assert not (tmp_path / "uncached/context_cache").exists()
+    assert same_weights(tmp_path / "cached", tmp_path / "uncached")
+
+
+def test_damaged_entries_are_encoded_again(train, tmp_path):
+    succeed(train("first"))
+    cache = tmp_path / "first/context_cache"
+    half, flipped, gone = sorted(cache.glob("*/*.safetensors"))[:3]
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+    flipped.write_bytes(flipped.read_bytes()[:-1] + bytes([flipped.read_bytes()[-1] ^ 1]))
+    gone.unlink()
+    log = succeed(train("second", context_cache_dir=cache)).log
+    numbers = re.search(r"Encoding (\d) of 2 prompts and (\d) of 3 pictures", log)
+    assert int(numbers[1]) + int(numbers[2]) == 3
+    assert same_weights(tmp_path / "first", tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_sequence_length": 90}, {"text_encoder_out_layers": ["8", "18", "27"]}, {"mixed_precision": "bf16"}],
+    ids=["length", "layers", "precision"],
+)
+def test_other_settings_use_no_wrong_entry(train, tmp_path, change):
+    cache = tmp_path / "cache"
+    succeed(train("plain", context_cache_dir=cache))
+    succeed(train("warm", context_cache_dir=cache, **change))
+    succeed(train("cold", **change))
+    assert same_weights(tmp_path / "warm", tmp_path / "cold")
+    assert not same_weights(tmp_path / "warm", tmp_path / "plain")
+
+
+def test_another_text_encoder_or_picture_uses_no_wrong_entry(train, klein_path, photos, tmp_path):
+    cache, model, pictures = tmp_path / "cache", tmp_path / "model", tmp_path / "pictures"
+    succeed(train("plain", context_cache_dir=cache))
+    shutil.copytree(klein_path, model)
+    other = make_tiny_klein(tmp_path / "other", seed=1)
+    shutil.copytree(other / "text_encoder", model / "text_encoder", dirs_exist_ok=True)
+    log = succeed(train("text", context_cache_dir=cache, pretrained_model_name_or_path=model)).log
+    assert "Encoding 2 of 2 prompts and 3 of 3 pictures" in log
+    shutil.copytree(photos, pictures)
+    Image.new("RGB", (64, 64), "red").save(pictures / "0.png")
+    log = succeed(train("picture", context_cache_dir=cache, instance_data_dir=pictures)).log
+    assert "Encoding 0 of 2 prompts and 1 of 3 pictures" in log
+
+
+def test_a_disk_without_room_is_one_line(train, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where the cache should be")
+    assert "--context_cache_dir" in train(context_cache_dir=tmp_path / "cache").error
+
+
+def test_a_hub_id_is_read_from_the_hub_cache(train, klein_path, tmp_path):
+    commit = "0" * 40
+    repository = tmp_path / "hub/models--org--tiny-klein"
+    shutil.copytree(klein_path, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    succeed(train("hub", pretrained_model_name_or_path="org/tiny-klein", cache_dir=tmp_path / "hub"))
+    succeed(train("local"))
+    assert same_weights(tmp_path / "hub", tmp_path / "local")
+
+
+# What the user sees
+
+DRAWN = {
+    "validation_steps": 2,
+    "num_validation_images": 2,
+    "max_train_steps": 4,
+    "validation_prompt": ["a ball", "a box"],
+}
+
+
+def holds(sheet: Path, image: Image.Image, cell_pixels: int = 320) -> bool:
+    """Whether a contact sheet shows exactly this picture, enlarged by a whole factor."""
+    factor = cell_pixels // max(image.size)
+    enlarged = np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
+    with Image.open(sheet) as opened:
+        pixels = np.asarray(opened.convert("RGB"))
+    height, width, _ = enlarged.shape
+    corners = (pixels[: -height + 1, : -width + 1] == enlarged[0, 0]).all(axis=2)
+    corners &= (pixels[height - 1 :, width - 1 :] == enlarged[-1, -1]).all(axis=2)
+    return any(
+        np.array_equal(pixels[top : top + height, left : left + width], enlarged) for top, left in np.argwhere(corners)
+    )
+
+
+def draw(pipeline, prompt, seed, **settings):
+    call = {"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 80}
+    return pipeline(prompt=prompt, generator=torch.Generator().manual_seed(seed), **call | settings).images[0]
+
+
+def test_the_sheets_show_what_the_stock_pipeline_draws(train, klein_path, photos, tmp_path):
+    succeed(train(**DRAWN, center_crop=True, checkpointing_steps=2))
+    run = tmp_path / "run"
+    stock = Flux2KleinPipeline.from_pretrained(klein_path)
+    retained = ["a lighthouse on a cliff at sunset, oil painting", "a bowl of ramen on a wooden table, top view"]
+    asked = [("a ball", 0), ("a ball", 1), ("a box", 0), ("a box", 1)]
+    base = {pair: draw(stock, *pair) for pair in [*asked, (retained[0], 0), (retained[1], 1)]}
+    with Image.open(photos / "1.png") as opened:
+        picture = ImageOps.fit(opened.convert("RGB"), (64, 64), Image.Resampling.LANCZOS)
+    assert holds(run / "preview.png", draw(stock, "a ball", 1))
+    assert holds(run / "preview.png", draw(stock, "a ball like this", 1, image=picture))
+    assert holds(run / "preview.png", picture)
+
+    for step in (2, 4):
+        stock = Flux2KleinPipeline.from_pretrained(klein_path)
+        stock.load_lora_weights(run / f"checkpoint-{step}")
+        for pair in asked:
+            student = draw(stock, *pair)
+            assert student != base[pair]
+            assert holds(run / f"validation-{step}.png", base[pair])
+            assert holds(run / f"validation-{step}.png", student)
+        for seed, prompt in enumerate(retained):
+            assert holds(run / f"retention-{step}.png", base[prompt, seed])
+            assert holds(run / f"retention-{step}.png", draw(stock, prompt, seed))
+        assert holds(run / "story.png", draw(stock, "a box", 0))
+    assert holds(run / "story.png", base["a box", 0])
+    assert holds(run / "story.png", picture)
+    assert (run / "curves.png").stat().st_size > 10_000
+    assert (run / "rollout-4.png").exists()
+
+
+def test_the_retention_figure_is_the_distance_of_stock_latents(train, klein_path, tmp_path):
+    prompts = ["a red ball", "a blue box", "a green tree"]
+    succeed(train(**DRAWN | {"retention_prompts": prompts}))
+    history = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in history] == [1, 2, 3, 4]
+    assert [line["step"] for line in history if "retention" in line] == [2, 4]
+
+    stock = Flux2KleinPipeline.from_pretrained(klein_path)
+    pairs = list(enumerate(prompts))
+    base = [sample(stock, prompt=p, generator=torch.Generator().manual_seed(seed)) for seed, p in pairs]
+    stock.load_lora_weights(tmp_path / "run")
+    student = [sample(stock, prompt=p, generator=torch.Generator().manual_seed(seed)) for seed, p in pairs]
+    moved = sum((s - b).norm() for s, b in zip(student, base, strict=True)) / 3
+    apart = ((base[0] - base[1]).norm() + (base[0] - base[2]).norm() + (base[1] - base[2]).norm()) / 3
+    assert history[-1]["retention"] == pytest.approx((moved / apart).item(), rel=1e-4)
+    assert history[-1]["retention"] > 0.01
+
+
+def test_drawing_changes_no_weight(train, tmp_path):
+    flags = {"max_train_steps": 4, "lora_dropout": 0.3, "random_flip": True, "checkpointing_steps": 4}
+    succeed(train("blind", **flags))
+    succeed(train("seeing", **DRAWN | flags | {"validation_steps": 1}))
+    for folder in ("", "checkpoint-4"):
+        assert same_weights(tmp_path / "blind" / folder, tmp_path / "seeing" / folder)
+    blind, seeing = (load_file(tmp_path / name / "checkpoint-4/adapters.safetensors") for name in ("blind", "seeing"))
+    assert all(torch.equal(blind[name], seeing[name]) for name in blind)
+
+
+def test_preview_only_stops_before_the_first_step(train, tmp_path):
+    log = succeed(train(validation_steps=1, preview_only=True)).log
+    assert "Steps:" not in log
+    assert (tmp_path / "run/preview.png").exists()
+    assert not (tmp_path / "run" / LORA_FILE).exists()
+
+
+def test_a_validation_that_fails_loses_no_weights(train, tmp_path):
+    (tmp_path / "run/validation-1.png").mkdir(parents=True)  # cannot be replaced by a picture
+    log = succeed(train(**DRAWN | {"validation_steps": 1, "max_train_steps": 2})).log
+    assert "Validation at step 1 failed; training goes on" in log
+    assert weights(tmp_path / "run/checkpoint-1")
+    assert (tmp_path / "run/validation-2.png").is_file()
+    succeed(train("undisturbed", max_train_steps=2))
+    assert same_weights(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_a_resumed_run_has_one_history(train, tmp_path):
+    flags = DRAWN | {"checkpointing_steps": 2, "max_train_steps": 5}
+    succeed(train(**flags))
+    whole = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    succeed(train(**flags, resume_from_checkpoint="latest"))
+    again = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in again] == [1, 2, 3, 4, 5]
+    assert [line["loss"] for line in again] == [line["loss"] for line in whole]
+    assert [line.get("retention") for line in again] == [line.get("retention") for line in whole]
+
+
+def test_the_first_captions_are_validated_where_no_prompt_is_given(train, tmp_path, klein_path):
+    succeed(train(validation_steps=2, num_validation_images=1, final_validation_prompt="a box"))
+    stock = Flux2KleinPipeline.from_pretrained(klein_path)
+    assert holds(tmp_path / "run/validation-2.png", draw(stock, "a ball", 0))
+    assert holds(tmp_path / "run/validation-2.png", draw(stock, "a box", 0))
 
 
 # Data
@@ -301,7 +638,7 @@ def test_every_data_form_trains(train, photos, tmp_path, form):
     "flags",
     [
         {},
-        {"mixed_precision": "bf16", "use_8bit_adam": True},
+        {"mixed_precision": "bf16", "use_8bit_adam": True, "rank": 128},
         {"optimizer": "prodigy", "learning_rate": 1.0},
         {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "lora_dropout": 0.3, "random_flip": True, "repeats": 2},
         {"gradient_accumulation_steps": 2, "train_batch_size": 2} | BUCKETS,
@@ -337,8 +674,8 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning(train, tmp_path):
 def test_resuming_with_other_settings_is_refused(train):
     succeed(train(checkpointing_steps=1))
     result = train(rank=8, checkpointing_steps=1, resume_from_checkpoint="latest")
-    assert "--rank 4, not 8" in result.error
-    assert "--seed 0, not 5" in train(seed=5, resume_from_checkpoint="latest").error
+    assert "its --rank was 4, now it is 8" in result.error
+    assert "its --seed was 0, now it is 5" in train(seed=5, resume_from_checkpoint="latest").error
     assert succeed(train(max_train_steps=3, resume_from_checkpoint="latest"))
 
 
@@ -422,6 +759,18 @@ BAD_FLAGS = {
     "targets": ({"lora_layers": "to_q,ff.net.0.proj"}, "'ff.net.0.proj' matches no linear module"),
     "fp16 on a CPU": ({"mixed_precision": "fp16"}, "--mixed_precision fp16"),
     "8-bit prodigy": ({"use_8bit_adam": True, "optimizer": "prodigy"}, "--use_8bit_adam"),
+    "one retention prompt": ({"retention_prompts": ["one"]}, "--retention_prompts"),
+    "validation size": ({"validation_height": 100}, "--validation_height 100"),
+    "two ways to cache": ({"no_context_cache": True, "context_cache_dir": "x"}, "--no_context_cache"),
+    "preview of nothing": ({"preview_only": True}, "--preview_only"),
+    "seed": ({"seed": -1}, "--seed"),
+    "large seed": ({"seed": 2**32}, "--seed"),
+    "beta": ({"adam_beta1": 1.0}, "--adam_beta1"),
+    "decay": ({"adam_weight_decay": -1}, "--adam_weight_decay"),
+    "dropout": ({"lora_dropout": 1}, "--lora_dropout"),
+    "empty folder name": ({"instance_data_dir": ""}, "--instance_data_dir"),
+    "no tracker": ({"report_to": "wandb"}, "--report_to wandb: run pip install wandb"),
+    "negative validation steps": ({"validation_steps": -1}, "--validation_steps -1"),
     "no quantization file": (
         {"bnb_quantization_config_path": "nowhere.json"},
         "--bnb_quantization_config_path nowhere",
@@ -445,11 +794,57 @@ def test_another_model_is_refused(train, klein_path, tmp_path):
     assert "is a FluxPipeline, not FLUX.2-klein" in train(pretrained_model_name_or_path=folder).error
 
 
-def test_an_earlier_runs_checkpoints_are_not_mixed_with_a_new_run(train, tmp_path):
-    succeed(train(checkpointing_steps=1))
+@pytest.mark.parametrize("flags", [{"checkpointing_steps": 1}, {}], ids=["checkpoints", "a LoRA alone"])
+def test_an_earlier_run_is_not_overwritten(train, tmp_path, flags):
+    succeed(train(**flags))
     before = (tmp_path / "run" / LORA_FILE).read_bytes()
-    assert "--output_dir" in train(checkpointing_steps=1, seed=7).error
+    assert "--output_dir" in train(**flags, seed=7).error
     assert (tmp_path / "run" / LORA_FILE).read_bytes() == before
+
+
+def test_the_rotation_keeps_the_newest_and_a_second_branch_is_refused(train, tmp_path):
+    succeed(train(checkpointing_steps=1, max_train_steps=3))
+    result = train(checkpointing_steps=1, max_train_steps=4, resume_from_checkpoint="checkpoint-1")
+    assert "holds newer ones (checkpoint-1, checkpoint-2, checkpoint-3)" in result.error
+    flags = {"checkpoints_total_limit": 1, "max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    succeed(train(checkpointing_steps=1, **flags))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_damaged_checkpoint_is_one_line(train, tmp_path):
+    succeed(train(checkpointing_steps=1))
+    (tmp_path / "run/checkpoint-9").mkdir()  # without its files it is none
+    adapters = tmp_path / "run/checkpoint-2/adapters.safetensors"
+    adapters.write_bytes(adapters.read_bytes()[:100])
+    assert "checkpoint-2: is damaged" in train(max_train_steps=3, resume_from_checkpoint="latest").error
+    (tmp_path / "run/checkpoint-2/state.json").write_text("{")
+    assert "checkpoint-2: state.json is damaged" in train(seed=None, resume_from_checkpoint="latest").error
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_an_incomplete_model_is_one_line(train, klein_path, tmp_path, part):
+    folder = shutil.copytree(klein_path, tmp_path / "model")
+    for weights_file in (folder / part).glob("*.safetensors"):
+        weights_file.unlink()
+    assert f"--pretrained_model_name_or_path {folder}" in train(pretrained_model_name_or_path=folder).error
+
+
+def test_a_variant_that_is_not_there_is_one_line(train):
+    assert "--variant" in train(variant="fp16").error
+
+
+def test_other_data_or_launch_is_not_resumed(train, photos, tmp_path, make_picture):
+    data = shutil.copytree(photos, tmp_path / "data")
+    flags = {"instance_data_dir": data, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    succeed(train(**flags))
+    flags["max_train_steps"] = 3
+    assert "--mixed_precision was no, now it is bf16" in train(**flags, mixed_precision="bf16").error
+    assert "--gradient_accumulation_steps was 1, now it is 3" in train(**flags, gradient_accumulation_steps=3).error
+    make_picture(9).save(data / "9.png")
+    assert "its pictures and captions was" in train(**flags).error
+    (data / "9.png").unlink()
+    moved = data.rename(tmp_path / "moved")
+    succeed(train(**flags | {"instance_data_dir": moved}))
 
 
 @pytest.mark.parametrize(
@@ -475,7 +870,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(train, klein_path,
     pipeline.transformer.save_pretrained(folder / "transformer")
     result = train(pretrained_model_name_or_path=folder)
     assert "at step 1 the loss is nan" in result.error
-    assert not list((tmp_path / "run").iterdir())
+    assert not list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run" / LORA_FILE).exists()
 
 
 def test_the_last_good_weights_are_kept_when_the_loss_breaks(train, tmp_path):
