@@ -18,6 +18,7 @@ training loop, main. What has an equation or a model's convention is in `pipelin
 
 import argparse
 import csv
+import difflib
 import hashlib
 import io
 import itertools
@@ -30,8 +31,10 @@ import posixpath
 import random
 import reprlib
 import shutil
+import signal
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -40,6 +43,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
+from types import FrameType
 
 import datasets
 import diffusers
@@ -84,8 +88,9 @@ from pipelines.flux2_klein import (
     check_is_klein,
     transformer_skeleton,
 )
+from pipelines.publish import LORA_FILE, publish, write_card
 from pipelines.rollout import rollout, seeded_noise
-from pipelines.sheets import Cell, contact_sheet, plot_curves, save_png
+from pipelines.sheets import Cell, contact_sheet, plot_curves, save_png, stack
 
 
 check_min_version("0.40.0")
@@ -95,8 +100,8 @@ logger = get_logger(__name__)
 MODEL_NAME = "FLUX.2-klein"
 TRACKER_NAME = "dopsd-flux2-klein-lora"
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
-LORA_FILE = "pytorch_lora_weights.safetensors"
 HISTORY_FILE = "metrics.jsonl"
+MAX_SKIPPED_STEPS = 20
 
 DEFAULT_TEACHER_PROMPT_SUFFIX = (
     " Reproduce the reference image: the same subject with the same identity, shape, colours and details, the same"
@@ -121,6 +126,10 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the list of all flags."""
 
     def error(self, message: str):
+        wrong = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
+        if wrong.startswith("--") and near:
+            message += f"; did you mean {near[0]}?"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -183,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="Hub id or folder of a FLUX.2-klein checkpoint."
+        "--pretrained_model_name_or_path", default=None, help="Hub id or folder of a FLUX.2-klein checkpoint."
     )
     model.add_argument("--revision", default=None, help="Branch, tag or commit of the hub checkpoint.")
     model.add_argument("--variant", default=None, help="Variant of the checkpoint's files, such as fp16.")
@@ -348,6 +357,19 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--offload", action="store_true", help="Accepted: encoders always leave the accelerator.")
     training.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
 
+    publishing = parser.add_argument_group("publishing")
+    publishing.add_argument(
+        "--push_to_hub",
+        action="store_true",
+        help="Publish weights, card and sheets on the Hugging Face Hub at the end.",
+    )
+    publishing.add_argument(
+        "--push_only", action="store_true", help="Publish what a finished run left in --output_dir; train nothing."
+    )
+    publishing.add_argument("--hub_model_id", default=None, help="ACCOUNT/NAME. Default: the output folder's name.")
+    publishing.add_argument("--hub_private_repo", action="store_true", help="Make the repository private.")
+    publishing.add_argument("--hub_token", default=None, help="Default: the token that `hf auth login` left.")
+
     optimizer = parser.add_argument_group("optimizer")
     optimizer.add_argument("--optimizer", type=str.lower, choices=["adamw", "prodigy"], default="adamw")
     optimizer.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes: states in 8 bit.")
@@ -384,6 +406,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """What can be said before a file is read."""
+    if args.pretrained_model_name_or_path is None:
+        raise InputError("--pretrained_model_name_or_path: is required, such as black-forest-labs/FLUX.2-klein-4B")
+    if args.hub_token is not None and args.report_to in ("wandb", "all"):
+        raise InputError(
+            f"--hub_token: goes without --report_to {args.report_to}, which would show it; run hf auth login instead"
+        )
     check_geometry(args)
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise InputError("--use_8bit_adam: goes with --optimizer AdamW; drop it for prodigy")
@@ -1319,6 +1347,7 @@ class Run:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     save_dtype: torch.dtype
     settings: dict  # see `fixed_settings`
+    skipped_steps: int = 0  # in a row, by the fp16 gradient scaler
 
 
 # Checkpoints and the LoRA file
@@ -1327,8 +1356,7 @@ class Run:
 # What a resumed run must share with its checkpoint to end in the same weights: flags, and what follows from flags,
 # data and launcher.
 FIXED_FLAGS = """
-    pretrained_model_name_or_path revision variant bnb_quantization_config_path max_sequence_length
-    text_encoder_out_layers
+    variant bnb_quantization_config_path max_sequence_length text_encoder_out_layers
     repeats resolution use_aspect_ratio_buckets aspect_ratio_buckets center_crop random_flip
     teacher_context teacher_prompt_suffix teacher ema_decay num_rollout_steps loss_space
     rank lora_alpha lora_dropout lora_layers init_lora
@@ -1337,6 +1365,7 @@ FIXED_FLAGS = """
     adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
     prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup
 """.split()
+PICTURES = "pictures and captions"
 CHECKPOINT_FILES = ("adapters.safetensors", "trainer_state.pt", "state.json")
 
 
@@ -1346,12 +1375,23 @@ def fixed_settings(args: argparse.Namespace, pictures: list[Picture], digests: l
     Args:
         batches: a step's, over all processes.
     """
-    content = [[picture.name, picture.captions, digest] for picture, digest in zip(pictures, digests, strict=True)]
     settings = {f"--{name}": getattr(args, name) for name in FIXED_FLAGS} | {
-        "pictures and captions": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12],
+        "model": model_identity(args),
+        PICTURES: {
+            picture.name: hashlib.sha256(json.dumps([digest, picture.captions]).encode()).hexdigest()[:16]
+            for picture, digest in zip(pictures, digests, strict=True)
+        },
         "processes x --gradient_accumulation_steps": batches,
     }
     return json.loads(json.dumps(settings))
+
+
+def model_identity(args: argparse.Namespace) -> str:
+    """What a folder holds, wherever it lies; of a hub checkpoint its name and revision."""
+    folder = Path(args.pretrained_model_name_or_path)
+    if folder.is_dir():
+        return checkpoint_fingerprint(folder, ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"))[:16]
+    return f"{args.pretrained_model_name_or_path}@{args.revision or 'main'}"
 
 
 def checkpoint_step(path: Path) -> int:
@@ -1377,13 +1417,16 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     existing = list_checkpoints(output_dir)
     names = ", ".join(path.name for path in existing) or "none"
     if args.resume_from_checkpoint is None:
-        if existing or (output_dir / LORA_FILE).exists():
+        if existing:
             raise InputError(
-                f"--output_dir {args.output_dir}: holds an earlier run (checkpoints: {names}); choose another folder, "
-                "or go on with --resume_from_checkpoint latest"
+                f"--output_dir {args.output_dir}: holds an earlier run ({names}); choose another folder, or go on "
+                "with --resume_from_checkpoint latest"
             )
+        refuse_finished(args)
         return None
     if args.resume_from_checkpoint == "latest":
+        if not existing:
+            refuse_finished(args)
         return existing[-1] if existing else None
     for path in (output_dir / args.resume_from_checkpoint, Path(args.resume_from_checkpoint)):
         if checkpoint_step(path) >= 0:
@@ -1398,6 +1441,14 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     )
 
 
+def refuse_finished(args: argparse.Namespace) -> None:
+    if Path(args.output_dir, LORA_FILE).exists():
+        raise InputError(
+            f"--output_dir {args.output_dir}: holds a finished run's {LORA_FILE} and no checkpoint to go on from; "
+            "choose another folder"
+        )
+
+
 def read_state(checkpoint: Path) -> dict:
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
@@ -1409,11 +1460,42 @@ def read_state(checkpoint: Path) -> dict:
 def check_settings(checkpoint: Path, settings: dict) -> None:
     """Refuses to go on with settings that differ from the checkpoint's."""
     for name, saved in read_state(checkpoint)["settings"].items():
-        if saved != settings.get(name):
+        now = settings.get(name)
+        if name == PICTURES and saved != now:
+            changed = sorted(
+                picture for picture in saved.keys() | now.keys() if saved.get(picture) != now.get(picture)
+            )
             raise InputError(
-                f"--resume_from_checkpoint {checkpoint.name}: its {name} was {saved}, now it is {settings.get(name)}; "
+                f"--resume_from_checkpoint {checkpoint.name}: {changed[0]} or its caption is new, changed or gone "
+                f"({len(changed)} such pictures); undo that, or start in another --output_dir"
+            )
+        if saved != now:
+            raise InputError(
+                f"--resume_from_checkpoint {checkpoint.name}: its {name} was {saved}, now it is {now}; "
                 "pass the same, or start in another --output_dir"
             )
+
+
+@contextmanager
+def naming_the_output(run: Run, what: str) -> Iterator[None]:
+    """A full disk or a folder that cannot be written is one line, which says what is safe."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        kept = [path.name for path in list_checkpoints(Path(run.args.output_dir))[-1:]] or ["no checkpoint"]
+        raise InputError(
+            f"--output_dir {run.args.output_dir}: {what} could not be written ({first_line(error)}); {kept[0]} is "
+            "whole: make room, then run the same command with --resume_from_checkpoint latest"
+        ) from error
+
+
+def sync_to_disk(path: Path) -> None:
+    """What a rename makes visible must be on the disk before: a power cut keeps no promise otherwise."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_lora(run: Run, folder: Path) -> None:
@@ -1426,32 +1508,55 @@ def save_lora(run: Run, folder: Path) -> None:
         transformer_lora_adapter_metadata=metadata,
         weight_name=unfinished,
     )
+    sync_to_disk(folder / unfinished)
     os.replace(folder / unfinished, folder / LORA_FILE)
 
 
 def save_checkpoint(run: Run, step: int) -> None:
-    """Adapters, optimizer, scheduler and step; never the frozen base. Written beside, then renamed."""
+    """Adapters, optimizer, scheduler and step; never the frozen base. There whole or not at all.
+
+    Raises:
+        InputError: it could not be written. Those before it are as they were.
+    """
     output_dir = Path(run.args.output_dir)
     target, unfinished = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_file(
-        {name: weight.cpu() for name, weight in run.roles.state_dict().items()}, unfinished / "adapters.safetensors"
-    )
-    trainer_state = {"optimizer": run.optimizer.state_dict(), "lr_scheduler": run.lr_scheduler.state_dict()}
-    if run.accelerator.scaler is not None:
-        trainer_state["scaler"] = run.accelerator.scaler.state_dict()
-    torch.save(trainer_state, unfinished / "trainer_state.pt")
-    state = json.dumps({"step": step, "settings": run.settings}, indent=2)
-    (unfinished / "state.json").write_text(state, encoding="utf-8")
-    save_lora(run, unfinished)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(unfinished, target)
+    if checkpoint_step(target) == step:
+        return
+    with naming_the_output(run, target.name):
+        try:
+            write_checkpoint(run, step, unfinished)
+            os.rename(unfinished, target)
+            sync_to_disk(output_dir)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
     logger.info(f"Saved {target}")
     if run.args.checkpoints_total_limit is not None:
         older = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) < step]
         for old in older[: max(0, len(older) + 1 - run.args.checkpoints_total_limit)]:
-            shutil.rmtree(old)
+            # Renamed first: a run killed while it deletes leaves no half checkpoint.
+            shutil.rmtree(old.rename(output_dir / f".{old.name}.tmp"))
+
+
+def write_checkpoint(run: Run, step: int, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    save_file({name: weight.cpu() for name, weight in run.roles.state_dict().items()}, folder / "adapters.safetensors")
+    trainer_state = {"optimizer": run.optimizer.state_dict(), "lr_scheduler": run.lr_scheduler.state_dict()}
+    if run.accelerator.scaler is not None:
+        trainer_state["scaler"] = run.accelerator.scaler.state_dict()
+    torch.save(trainer_state, folder / "trainer_state.pt")
+    state = json.dumps({"step": step, "settings": run.settings}, indent=2)
+    (folder / "state.json").write_text(state, encoding="utf-8")
+    save_lora(run, folder)
+    for path in (*folder.iterdir(), folder):
+        sync_to_disk(path)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """What a killed run was writing or deleting."""
+    for path in output_dir.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_checkpoint(run: Run, checkpoint: Path) -> int:
@@ -1495,6 +1600,7 @@ class Gallery:
         self.base_drawings: dict[tuple[str, int], Drawing] = {}  # (prompt, seed): drawn once
         # (step, prompt, seed) -> the student's picture: of validation prompts at seed 0, and of retention prompts
         self.story: dict[tuple[int, str, int], Image.Image] = {}
+        self.card_gallery: list[tuple[str, str]] = []  # (prompt, path in the output folder)
         one_per_picture = {
             example.picture: index for index, example in reversed(list(enumerate(run.contexts.examples)))
         }
@@ -1539,10 +1645,18 @@ class Gallery:
 
     def write(self, name: str, step: int, title: str, columns: list[str], rows: list[tuple], note: str) -> None:
         """One contact sheet, in the output folder and to the trackers; rows of (label, pictures or None)."""
-        cells = [(label, [Cell(image) for image in images]) for label, images in rows]
-        sheet = contact_sheet(title, columns, cells, note=note)
+        self.write_parts(name, step, [(title, columns, rows, note)])
+
+    def write_parts(self, name: str, step: int, parts: list[tuple]) -> None:
+        """Contact sheets below each other, as one picture; each part is (title, columns, rows, note)."""
+        sheets = [
+            contact_sheet(title, columns, [(label, [*map(Cell, images)]) for label, images in rows], note=note)
+            for title, columns, rows, note in parts
+        ]
+        sheet = stack(sheets, 0)
         path = self.folder / f"{name}.png"
-        save_png(sheet, path)
+        with naming_the_output(self.run, path.name):
+            save_png(sheet, path)
         for tracker in self.run.accelerator.trackers:
             if tracker.name in ("tensorboard", "wandb"):
                 form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -1564,7 +1678,7 @@ class Gallery:
         self.write(
             "preview",
             0,
-            f"Before training, {self.args.num_inference_steps} steps",
+            f"Before training, drawn in {self.args.num_inference_steps} sampling steps",
             ["base", "teacher: sees the picture", "the picture"],
             rows,
             note="The student is pulled from the left column towards the middle one. If the middle column does not "
@@ -1595,14 +1709,22 @@ class Gallery:
             students = [self.student_drawing(prompt, seed).image for seed in seeds]
             rows += [(f"base: {prompt}", bases), (f"student: {prompt}", students)]
             self.story[step, prompt, 0] = students[0]
+            if step == self.args.max_train_steps:
+                self.keep_for_card(prompt, students[0])
         self.write(
             f"validation-{step}",
             step,
-            f"Step {step}, {self.args.num_inference_steps} steps",
+            f"After training step {step}, drawn in {self.args.num_inference_steps} sampling steps",
             [f"seed {seed}" for seed in seeds],
             rows,
             note="A column starts from the same noise. Look for your subject, and for edges as sharp as the base's.",
         )
+
+    def keep_for_card(self, prompt: str, image: Image.Image) -> None:
+        name = f"images/validation_{len(self.card_gallery)}.png"
+        (self.folder / "images").mkdir(exist_ok=True)
+        save_png(image, self.folder / name)
+        self.card_gallery.append((prompt, name))
 
     def draw_rollout(self, step: int) -> None:
         """The clean picture that student and teacher imply at each state the student visits."""
@@ -1624,7 +1746,7 @@ class Gallery:
         self.write(
             f"rollout-{step}",
             step,
-            f"Step {step}: the clean picture implied at each visited state",
+            f"After training step {step}: the clean picture implied at each visited state, noisiest first",
             [f"sigma {sigma:.3f}" for sigma, *_ in pairs],
             [("student", students), ("teacher", teachers)],
             note=f"Caption: {contexts.caption(sample)}. The loss is the distance between the two rows.",
@@ -1642,7 +1764,7 @@ class Gallery:
         self.write(
             f"retention-{step}",
             step,
-            f"Step {step}: prompts that have nothing to do with the training, retention {retention:.3f}",
+            f"After training step {step}: prompts that have nothing to do with it, retention {retention:.3f}",
             self.args.retention_prompts,
             [("base", [drawing.image for drawing in bases]), ("student", [drawing.image for drawing in students])],
             note="A column starts from the same noise. Retention 0: drawn as before. 1: as unlike the base's picture "
@@ -1654,32 +1776,37 @@ class Gallery:
         """One sheet of the whole run, and its curves."""
         steps = sorted({told for told, *_ in self.story})
         shown = steps if len(steps) <= 4 else [steps[round(place * (len(steps) - 1) / 3)] for place in range(4)]
-        columns = ["base", *(f"step {told}" for told in shown)]
-        asked = [(prompt, 0) for prompt in self.args.validation_prompt]
-        retained = [(prompt, seed) for seed, prompt in enumerate(self.args.retention_prompts)]
-        told_rows, retained_rows = (
-            [
+        columns = ["base", *(f"after step {told}" for told in shown)]
+        drawn = f"drawn in {self.args.num_inference_steps} sampling steps"
+
+        def rows(asked: list[tuple[str, int]]) -> list[tuple]:
+            return [
                 (prompt, [self.base_drawing(prompt, seed).image, *(self.story.get((t, prompt, seed)) for t in shown)])
-                for prompt, seed in pairs
+                for prompt, seed in asked
             ]
-            for pairs in (asked, retained)
-        )
+
         pictures = [self.run.contexts.cropped(self.run.contexts.examples[s.example], s.flip) for s in self.shown]
-        filled = pictures + [None] * (-len(pictures) % len(columns))
-        picture_rows = [
-            ("training pictures", filled[start : start + len(columns)])
-            for start in range(0, len(filled), len(columns))
-        ]
-        self.write(
+        self.write_parts(
             "story",
             step,
-            f"{self.folder.name}: {step} steps of D-OPSD, drawn at {self.args.num_inference_steps} steps",
-            columns,
-            [*told_rows, *picture_rows, *retained_rows],
-            note="Above: the validation prompts, each row from the same noise. Below the training pictures: prompts "
-            "that have nothing to do with them, which should stay as the base draws them.",
+            [
+                (
+                    f"{self.folder.name}: {step} training steps, {drawn}",
+                    columns,
+                    rows([(prompt, 0) for prompt in self.args.validation_prompt]),
+                    "Validation prompts. Each row starts from the same noise.",
+                ),
+                ("The training pictures", [""] * len(pictures), [("", pictures)], ""),
+                (
+                    "Prompts that have nothing to do with the training",
+                    columns,
+                    rows([(prompt, seed) for seed, prompt in enumerate(self.args.retention_prompts)]),
+                    "These should stay as the base draws them.",
+                ),
+            ],
         )
         plot_curves(read_history(self.folder), self.folder / "curves.png", title=self.folder.name)
+        logger.info(f"Wrote {self.folder / 'curves.png'}")
 
 
 def progress_bar(items: list, description: str) -> Iterator:
@@ -1699,8 +1826,10 @@ def relative_drift(base: torch.Tensor, student: torch.Tensor) -> float:
 
 
 def read_history(folder: Path) -> list[dict]:
+    """The logged steps; a line that a killed run did not finish is none."""
     path = folder / HISTORY_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def rewind_history(folder: Path, step: int) -> None:
@@ -1715,8 +1844,9 @@ def log(run: Run, step: int, values: dict[str, float]) -> None:
     """To the trackers and to the run's own history."""
     run.accelerator.log(values, step=step)
     if run.accelerator.is_main_process:
-        with open(Path(run.args.output_dir, HISTORY_FILE), "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        with naming_the_output(run, HISTORY_FILE):
+            with open(Path(run.args.output_dir, HISTORY_FILE), "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
 
 
 # Training
@@ -1766,8 +1896,38 @@ def distil(run: Run, samples: list[Sample], weight: float) -> torch.Tensor:
     return torch.stack(measured) * weight
 
 
-def train_step(run: Run, step: int, first_step: int) -> dict[str, float]:
-    """One optimizer step over this process's micro-batches; returns what is logged of it."""
+class StopRequest:
+    """SIGTERM, SIGINT, or the launcher's death: the step is finished, a checkpoint saved, the run ended.
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self):
+        self.reason: str | None = None
+        self.exit_code = 1
+        self._launcher = os.getppid()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        for handled in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(handled, signal.SIG_DFL)
+        self.reason, self.exit_code = signal.Signals(number).name, 128 + number
+
+    @property
+    def is_made(self) -> bool:
+        # `accelerate launch` of one process dies of a SIGTERM and leaves its child training.
+        if self.reason is None and os.getppid() != self._launcher:
+            self.reason = "its launcher has ended"
+        return self.reason is not None
+
+
+def train_step(run: Run, step: int, first_step: int, stop: StopRequest) -> tuple[dict[str, float], bool]:
+    """One optimizer step over this process's micro-batches.
+
+    Returns:
+        What is logged of it, and whether any process was asked to stop.
+    """
     args, accelerator = run.args, run.accelerator
     started = time.perf_counter()
     measured = torch.zeros(args.num_rollout_steps, 3, device=accelerator.device)
@@ -1777,19 +1937,39 @@ def train_step(run: Run, step: int, first_step: int) -> dict[str, float]:
                 torch.manual_seed(place_seed(args.seed, "dropout", str(place)))
             measured += distil(run, samples, weight) / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                losses, cosines, norm_ratios = accelerator.reduce(measured, reduction="mean").T.tolist()
+                # One exchange: all processes see the same figures, and stop at the same step.
+                asked = torch.full((1, 3), float(stop.is_made), device=accelerator.device)
+                *per_state, asked = accelerator.reduce(torch.cat([measured, asked]), reduction="mean").tolist()
+                losses, cosines, norm_ratios = zip(*per_state, strict=True)
                 loss = sum(losses) / len(losses)
                 grad_norm = accelerator.clip_grad_norm_(run.roles.student_parameters, args.max_grad_norm).item()
                 stop_if_not_finite(run, step, first_step, loss, grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
     logs = {"loss": loss, "lr": run.lr_scheduler.get_last_lr()[0], "grad_norm": grad_norm}
+    run.skipped_steps = count_skipped(run.skipped_steps, run.optimizer.step_was_skipped)
     if not run.optimizer.step_was_skipped:
         run.lr_scheduler.step()
         run.roles.update_teacher(args.ema_decay)
     for name, values in (("loss", losses), ("cosine", cosines), ("norm_ratio", norm_ratios)):
         logs |= {f"{name}/state_{index}": value for index, value in enumerate(values, start=1)}
-    return logs | {"seconds_per_step": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
+    logs |= {"seconds_per_step": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
+    return logs, asked[0] > 0
+
+
+def count_skipped(skipped: int, was_skipped: bool) -> int:
+    """How many steps in a row the fp16 gradient scaler has skipped: a few are how it finds its scale.
+
+    Raises:
+        InputError: so many that it will not find one.
+    """
+    skipped = skipped + 1 if was_skipped else 0
+    if skipped == MAX_SKIPPED_STEPS:
+        raise InputError(
+            f"--mixed_precision fp16: gradients overflowed in {skipped} steps in a row; use bf16, or a lower "
+            "--learning_rate"
+        )
+    return skipped
 
 
 def peak_memory_gb() -> float:
@@ -1801,32 +1981,63 @@ def peak_memory_gb() -> float:
 
 def train(run: Run, gallery: Gallery, first_step: int) -> None:
     args, accelerator = run.args, run.accelerator
+    stop, must_stop = StopRequest(), False
     bar = partial(tqdm, desc="Steps", disable=not accelerator.is_local_main_process)
     with bar(initial=first_step, total=args.max_train_steps) as progress:
         for step in range(first_step, args.max_train_steps):
-            logs = train_step(run, step, first_step)
+            logs, must_stop = train_step(run, step, first_step, stop)
             progress.set_postfix(loss=f"{logs['loss']:.3g}", lr=f"{logs['lr']:.3g}")
             progress.update()
             done = step + 1
-            if done % args.checkpointing_steps == 0 and accelerator.is_main_process:
-                save_checkpoint(run, done)
-            if is_validation_step(args, done) and accelerator.is_main_process:
-                logs |= validate(run, gallery, done)
             log(run, done, logs)
+            if (done % args.checkpointing_steps == 0 or must_stop) and accelerator.is_main_process:
+                save_checkpoint(run, done)
+            if must_stop:
+                break
+            if is_validation_step(args, done):
+                validate(run, gallery, done)
+    if must_stop:
+        end_early(run, stop, done)
+
+
+def end_early(run: Run, stop: StopRequest, step: int) -> None:
+    run.accelerator.wait_for_everyone()  # the launcher ends all processes when the first one leaves
+    logger.info(
+        f"Stopped after step {step} ({stop.reason or 'another process was asked to'}); checkpoint-{step} is saved. "
+        "Go on with the same command and --resume_from_checkpoint latest"
+    )
+    run.accelerator.end_training()
+    sys.exit(stop.exit_code)
 
 
 def is_validation_step(args: argparse.Namespace, step: int) -> bool:
     return args.validation_steps > 0 and (step % args.validation_steps == 0 or step == args.max_train_steps)
 
 
-def validate(run: Run, gallery: Gallery, step: int) -> dict[str, float]:
-    """Draws; a drawing that fails (memory, a full disk) costs neither the run nor its weights."""
-    try:
-        return {"retention": gallery.validate(step)}
-    except Exception:
-        logger.exception(f"Validation at step {step} failed; training goes on")
-        save_checkpoint(run, step)
-        return {}
+def validate(run: Run, gallery: Gallery, step: int) -> None:
+    """Draws and logs retention. A drawing that fails (memory, a full disk) does not end the run."""
+    if run.accelerator.is_main_process:
+        try:
+            log(run, step, {"retention": gallery.validate(step)})
+        except Exception:
+            logger.exception(f"Validation at step {step} failed; training goes on")
+
+
+def draw_what_is_due(run: Run, gallery: Gallery, first_step: int) -> None:
+    """Before the first step the preview; after a checkpoint whose drawing an interruption cut short, that."""
+    if run.args.validation_steps == 0:
+        return
+    if first_step == 0 and run.accelerator.is_main_process:
+        try:
+            gallery.preview()
+        except Exception:
+            if run.args.preview_only:
+                raise
+            logger.exception("The preview failed; training goes on")
+    history = read_history(Path(run.args.output_dir))
+    drawn = any(line["step"] == first_step and "retention" in line for line in history)
+    if first_step > 0 and is_validation_step(run.args, first_step) and not drawn:
+        validate(run, gallery, first_step)
 
 
 def stop_if_not_finite(run: Run, step: int, first_step: int, loss: float, grad_norm: float) -> None:
@@ -1887,9 +2098,11 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 def make_output_dir(args: argparse.Namespace) -> None:
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir):
+            pass
     except OSError as error:
         raise InputError(
-            f"--output_dir {args.output_dir}: cannot be made ({error.strerror}); choose another"
+            f"--output_dir {args.output_dir}: cannot be written ({error.strerror}); choose another"
         ) from error
 
 
@@ -1942,9 +2155,6 @@ def main(args: argparse.Namespace) -> None:
     pictures = read_pictures(args)
     sizes = check_pictures(pictures, disable_progress=not accelerator.is_local_main_process)
     digests = picture_digests(pictures)
-    settings = fixed_settings(args, pictures, digests, accelerator.num_processes * args.gradient_accumulation_steps)
-    if checkpoint is not None:
-        check_settings(checkpoint, settings)
     examples = plan_examples(pictures, sizes, args)
     order = SampleOrder(
         pictures, examples, batch_size=args.train_batch_size, random_flip=args.random_flip, seed=args.seed
@@ -1955,6 +2165,9 @@ def main(args: argparse.Namespace) -> None:
             f"{args.pretrained_model_name_or_path} is not step-distilled: D-OPSD keeps few steps, it does not make "
             "them. Its samples at --num_rollout_steps will stay as poor as they are."
         )
+    settings = fixed_settings(args, pictures, digests, accelerator.num_processes * args.gradient_accumulation_steps)
+    if checkpoint is not None:
+        check_settings(checkpoint, settings)
     with naming_the_checkpoint(args):
         skeleton = transformer_skeleton(args.pretrained_model_name_or_path, **hub_kwargs(args))
     lora = {
@@ -1996,13 +2209,15 @@ def main(args: argparse.Namespace) -> None:
     )
     first_step = load_checkpoint(run, checkpoint) if checkpoint is not None else 0
     report_plan(run, first_step)
-    accelerator.init_trackers(TRACKER_NAME, config={name: str(value) for name, value in vars(args).items()})
+    shown = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+    accelerator.init_trackers(TRACKER_NAME, config=shown)
 
     gallery = Gallery(run)
     if accelerator.is_main_process:
+        remove_unfinished(Path(args.output_dir))
         rewind_history(Path(args.output_dir), first_step)
-        if first_step == 0 and args.validation_steps > 0:
-            gallery.preview()
+    accelerator.wait_for_everyone()
+    draw_what_is_due(run, gallery, first_step)
     if not args.preview_only:
         train(run, gallery, first_step)
         accelerator.wait_for_everyone()
@@ -2048,14 +2263,55 @@ def load_contexts(
 
 def finish(run: Run, gallery: Gallery) -> None:
     folder = Path(run.args.output_dir)
-    save_lora(run, folder)
+    try:
+        with naming_the_output(run, LORA_FILE):
+            save_lora(run, folder)
+    except InputError as error:
+        elsewhere = Path(tempfile.mkdtemp(prefix="dopsd-lora-"))
+        save_lora(run, elsewhere)
+        raise InputError(f"{error}; the LoRA is in {elsewhere}, move it to a safe place") from error
     logger.info(f"The LoRA is {folder / LORA_FILE}; load it: pipe.load_lora_weights({run.args.output_dir!r})")
     if gallery.story:
-        gallery.tell_story(run.args.max_train_steps)
+        try:
+            gallery.tell_story(run.args.max_train_steps)
+        except Exception:
+            logger.exception("The story could not be drawn; the LoRA is saved")
+    write_run_card(run, gallery)
+    if run.args.push_to_hub:
+        push(run.args)
+
+
+def write_run_card(run: Run, gallery: Gallery) -> None:
+    folder = Path(run.args.output_dir)
+    card = folder / "README.md"
+    if card.exists() and "d-opsd" not in card.read_text(encoding="utf-8", errors="replace"):
+        logger.warning(f"{card} is not a card of such a run and is left as it is; --push_to_hub would publish it")
+        return
+    with naming_the_output(run, card.name):
+        figures = [line["retention"] for line in read_history(folder) if "retention" in line]
+        write_card(
+            folder,
+            repo_id=run.args.hub_model_id or folder.resolve().name,
+            base_model=run.args.pretrained_model_name_or_path,
+            instance_prompt=run.args.instance_prompt,
+            gallery=gallery.card_gallery,
+            settings=vars(run.args),
+            retention=figures[-1] if figures else None,
+        )
+
+
+def push(args: argparse.Namespace) -> None:
+    url = publish(
+        Path(args.output_dir), repo_id=args.hub_model_id, private=args.hub_private_repo, token=args.hub_token
+    )
+    print(f"Published: {url}")
 
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        args = parse_args()
+        push(args) if args.push_only else main(args)
     except InputError as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(__file__).name}: interrupted before training; what was encoded is in the context cache")

@@ -1,7 +1,9 @@
 """FLUX.2-klein's side of D-OPSD: contexts for student and teacher, the deployed schedule, the velocity."""
 
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -233,10 +235,14 @@ def check_is_klein(name_or_path: str, **kwargs) -> bool:
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(name_or_path, subfolder="scheduler", **kwargs)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(
-            f"--pretrained_model_name_or_path {name_or_path}: no diffusers checkpoint is found there; "
-            f"pass a folder with a model_index.json or a hub id ({reason})"
-        ) from error
+        is_local = Path(name_or_path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path))
+        advice = (
+            "it is no folder of a diffusers checkpoint (with a model_index.json); check the path"
+            if is_local
+            else "there is no such folder, and the Hub did not give it; check the name and the connection, and for a "
+            "gated model accept its licence there and run hf auth login"
+        )
+        raise InputError(f"--pretrained_model_name_or_path {name_or_path}: {advice} ({reason})") from error
     if (kind := config.get("_class_name")) != "Flux2KleinPipeline":
         raise InputError(
             f"--pretrained_model_name_or_path {name_or_path}: this is a {kind}, not FLUX.2-klein; "

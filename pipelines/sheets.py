@@ -189,8 +189,11 @@ def line_end(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
 def save_png(image: Image.Image, path: Path) -> None:
     """Writes beside `path` and renames, so that whoever looks at `path` never sees half a picture."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    image.save(unfinished, format="PNG")
-    os.replace(unfinished, path)
+    try:
+        image.save(unfinished, format="PNG")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def plot_curves(history: list[dict], path: Path, *, title: str) -> None:

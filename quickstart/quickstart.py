@@ -161,6 +161,8 @@ def train(model_dir: Path, pictures_dir: Path, lora_dir: Path, max_train_steps: 
         "learning_rate": 5e-3,
         "lr_scheduler": "cosine",
         "max_train_steps": max_train_steps,
+        "validation_steps": max(1, max_train_steps // 4),
+        "num_validation_images": 2,
         "seed": 0,
     }
     launch = ["launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from command_line import Command
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 from tiny_klein import make_tiny_klein
 
@@ -43,3 +44,17 @@ def make_picture():
         return image
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    return Command(tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory, make_picture):
+    """Three pictures of different shapes, without captions."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number, (width, height) in enumerate([(64, 64), (128, 72), (70, 110)]):
+        make_picture(number, width, height).save(folder / f"{number}.png")
+    return folder

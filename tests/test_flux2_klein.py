@@ -177,6 +177,8 @@ def test_another_scheduler_is_refused(other_model):
 
 
 def test_no_checkpoint_is_refused_in_one_line(tmp_path):
-    with pytest.raises(InputError, match="--pretrained_model_name_or_path .* no diffusers checkpoint") as caught:
+    with pytest.raises(InputError, match="--pretrained_model_name_or_path .* no folder of a diffusers") as caught:
         check_is_klein(str(tmp_path / "nothing"))
     assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="org/name: there is no such folder, and the Hub did not give it"):
+        check_is_klein("org/name")

@@ -2,14 +2,11 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,71 +16,19 @@ import pytest
 import torch
 from accelerate import PartialState
 from diffusers import Flux2KleinPipeline
+from huggingface_hub import ModelCard
 from PIL import Image, ImageOps
+from safetensors import safe_open
 from safetensors.torch import load_file
+from test_publish import TOKEN, Hub, serving
 
 import train_dopsd_flux2 as script
+from command_line import LORA_FILE, SCRIPT, Result, same_weights, succeed, weights
 from pipelines.adapters import StudentTeacherLoRA
 from tiny_klein import make_tiny_klein
 
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "train_dopsd_flux2.py"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 BUCKETS = {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "64,64;64,128;112,64"}
-
-
-@dataclass
-class Result:
-    code: int
-    log: str
-
-    @property
-    def error(self) -> str:
-        """The one line that a failed run leaves, without log lines and progress bars."""
-        assert "Traceback" not in self.log, self.log
-        lines = [line for line in self.log.splitlines() if line.startswith(SCRIPT.name + ": error: ")]
-        assert self.code != 0 and len(lines) == 1, self.log
-        assert self.log.rstrip().endswith(lines[0]), self.log
-        return lines[0]
-
-
-def run_as_main(arguments: list[str], log: str) -> None:
-    """In a child process: the script as `python train_dopsd_flux2.py ARGUMENTS` runs it."""
-    with open(log, "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = [str(SCRIPT), *arguments]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
-@pytest.fixture(scope="session")
-def command(tmp_path_factory):
-    """Runs the script's command line, forked from a process that has its imports: 1 second each, not 8."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_dopsd_flux2", "prodigyopt", "bitsandbytes", "torch.utils.tensorboard"])
-    logs = tmp_path_factory.mktemp("logs")
-
-    def run(*arguments) -> Result:
-        log = logs / f"{len(list(logs.iterdir()))}.log"
-        process = context.Process(target=run_as_main, args=([str(argument) for argument in arguments], str(log)))
-        process.start()
-        process.join(timeout=300)
-        assert process.exitcode is not None, "the run hangs"
-        return Result(process.exitcode, log.read_text(errors="replace"))
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory, make_picture):
-    """Three pictures of different shapes, without captions."""
-    folder = tmp_path_factory.mktemp("photos")
-    for number, (width, height) in enumerate([(64, 64), (128, 72), (70, 110)]):
-        make_picture(number, width, height).save(folder / f"{number}.png")
-    return folder
 
 
 @pytest.fixture
@@ -116,20 +61,6 @@ def train(command, klein_path, photos, tmp_path):
         return command(*arguments)
 
     return run
-
-
-def succeed(result: Result) -> Result:
-    assert result.code == 0, result.log
-    return result
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / LORA_FILE)
-
-
-def same_weights(first, second) -> bool:
-    first, second = weights(first), weights(second)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def sample(pipeline, **settings):
@@ -173,6 +104,7 @@ def test_stock_pipeline_gives_the_images_of_trainings_student(
 def test_a_checkpoint_holds_adapters_and_optimizer_and_never_the_base(train, tmp_path):
     succeed(train(checkpointing_steps=1, max_train_steps=3, checkpoints_total_limit=2))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "README.md",
         "checkpoint-2",
         "checkpoint-3",
         "context_cache",
@@ -191,7 +123,12 @@ def test_a_checkpoint_holds_adapters_and_optimizer_and_never_the_base(train, tmp
 def test_the_lora_file_is_the_same_for_the_same_command(train, tmp_path):
     succeed(train("first"))
     succeed(train("second"))
-    assert (tmp_path / "first" / LORA_FILE).read_bytes() == (tmp_path / "second" / LORA_FILE).read_bytes()
+    assert same_weights(tmp_path / "first", tmp_path / "second")
+    texts = []
+    for name in ("first", "second"):
+        with safe_open(tmp_path / name / LORA_FILE, "pt") as opened:
+            texts.append(opened.metadata())
+    assert texts[0] == texts[1]
 
 
 def test_upcast_before_saving(train, tmp_path):
@@ -476,8 +413,8 @@ DRAWN = {
 }
 
 
-def holds(sheet: Path, image: Image.Image, cell_pixels: int = 320) -> bool:
-    """Whether a contact sheet shows exactly this picture, enlarged by a whole factor."""
+def place(sheet: Path, image: Image.Image, cell_pixels: int = 320) -> tuple[int, int] | None:
+    """(top, left) of where a contact sheet shows exactly this picture, enlarged by a whole factor."""
     factor = cell_pixels // max(image.size)
     enlarged = np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
     with Image.open(sheet) as opened:
@@ -485,9 +422,22 @@ def holds(sheet: Path, image: Image.Image, cell_pixels: int = 320) -> bool:
     height, width, _ = enlarged.shape
     corners = (pixels[: -height + 1, : -width + 1] == enlarged[0, 0]).all(axis=2)
     corners &= (pixels[height - 1 :, width - 1 :] == enlarged[-1, -1]).all(axis=2)
-    return any(
-        np.array_equal(pixels[top : top + height, left : left + width], enlarged) for top, left in np.argwhere(corners)
-    )
+    for top, left in np.argwhere(corners):
+        if np.array_equal(pixels[top : top + height, left : left + width], enlarged):
+            return int(top), int(left)
+    return None
+
+
+def are_in_a_row(sheet: Path, *images: Image.Image) -> bool:
+    """Whether all are on the sheet, at one height, from left to right."""
+    places = [place(sheet, image) for image in images]
+    return None not in places and len({top for top, _ in places}) == 1 and places == sorted(places)
+
+
+def are_in_a_column(sheet: Path, *images: Image.Image) -> bool:
+    """Whether all are on the sheet, below each other from top to bottom."""
+    places = [place(sheet, image) for image in images]
+    return None not in places and len({left for _, left in places}) == 1 and places == sorted(places)
 
 
 def draw(pipeline, prompt, seed, **settings):
@@ -504,33 +454,74 @@ def test_the_sheets_show_what_the_stock_pipeline_draws(train, klein_path, photos
     base = {pair: draw(stock, *pair) for pair in [*asked, (retained[0], 0), (retained[1], 1)]}
     with Image.open(photos / "1.png") as opened:
         picture = ImageOps.fit(opened.convert("RGB"), (64, 64), Image.Resampling.LANCZOS)
-    assert holds(run / "preview.png", draw(stock, "a ball", 1))
-    assert holds(run / "preview.png", draw(stock, "a ball like this", 1, image=picture))
-    assert holds(run / "preview.png", picture)
+    teacher = draw(stock, "a ball like this", 1, image=picture)
+    assert are_in_a_row(run / "preview.png", base["a ball", 1], teacher, picture)
 
+    told = {}
     for step in (2, 4):
         stock = Flux2KleinPipeline.from_pretrained(klein_path)
         stock.load_lora_weights(run / f"checkpoint-{step}")
-        for pair in asked:
-            student = draw(stock, *pair)
-            assert student != base[pair]
-            assert holds(run / f"validation-{step}.png", base[pair])
-            assert holds(run / f"validation-{step}.png", student)
-        for seed, prompt in enumerate(retained):
-            assert holds(run / f"retention-{step}.png", base[prompt, seed])
-            assert holds(run / f"retention-{step}.png", draw(stock, prompt, seed))
-        assert holds(run / "story.png", draw(stock, "a box", 0))
-    assert holds(run / "story.png", base["a box", 0])
-    assert holds(run / "story.png", picture)
+        student = {pair: draw(stock, *pair) for pair in base}
+        assert all(student[pair] != base[pair] for pair in base)
+        validation, retention = run / f"validation-{step}.png", run / f"retention-{step}.png"
+        for seed in (0, 1):
+            drawn = [images[prompt, seed] for prompt in ("a ball", "a box") for images in (base, student)]
+            assert are_in_a_column(validation, *drawn)
+            assert are_in_a_column(retention, base[retained[seed], seed], student[retained[seed], seed])
+        for images in (base, student):
+            assert are_in_a_row(validation, images["a ball", 0], images["a ball", 1])
+            assert are_in_a_row(retention, images[retained[0], 0], images[retained[1], 1])
+        told[step] = student
+    for pair in (("a ball", 0), ("a box", 0), (retained[1], 1)):
+        assert are_in_a_row(run / "story.png", base[pair], told[2][pair], told[4][pair])
+    assert place(run / "story.png", picture)
     assert (run / "curves.png").stat().st_size > 10_000
-    assert (run / "rollout-4.png").exists()
+
+
+def test_the_rollout_sheet_shows_the_students_x0_above_the_teachers(train, klein_path, photos, tmp_path):
+    flags = {"validation_steps": 3, "max_train_steps": 3, "checkpointing_steps": 3, "num_validation_images": 1}
+    succeed(train(**flags, center_crop=True, ema_decay=0))  # the teacher's weights are the student's
+    pipeline = script.Flux2KleinDOPSDPipeline.from_pretrained(klein_path)
+    pipeline.load_lora_weights(tmp_path / "run")
+    with Image.open(photos / "0.png") as opened:
+        picture = opened.convert("RGB")
+    student = pipeline.encode_student(["a ball"], max_sequence_length=80)
+    teacher = pipeline.encode_teacher(["a ball"], [picture], prompt_suffix=" like this", max_sequence_length=80)
+    schedule = pipeline.schedule(64, 64, 4)
+    latents = torch.randn(1, *pipeline.latent_shape(64, 64), generator=torch.Generator().manual_seed(0))
+    columns = []
+    with torch.no_grad():
+        for index, timestep in enumerate(schedule.timesteps):
+            sigma = schedule.sigmas[index]
+            velocities = [pipeline.predict_velocity(latents, timestep, context) for context in (student, teacher)]
+            x0 = [pipeline.decode(pipeline.image_latents(latents - sigma * velocity))[0] for velocity in velocities]
+            columns.append(x0)
+            latents = latents + (schedule.sigmas[index + 1] - sigma) * velocities[0]
+    sheet = tmp_path / "run/rollout-3.png"
+    assert all(are_in_a_column(sheet, *column) for column in columns)
+    assert are_in_a_row(sheet, *[student_x0 for student_x0, _ in columns])
+
+
+def test_the_story_of_many_validations_spans_the_run(train, klein_path, tmp_path):
+    flags = {"validation_steps": 1, "max_train_steps": 6, "num_validation_images": 1, "checkpointing_steps": 1}
+    succeed(train(**flags, final_validation_prompt="a box"))
+    images = []
+    for step in (1, 6):
+        stock = Flux2KleinPipeline.from_pretrained(klein_path)
+        stock.load_lora_weights(tmp_path / f"run/checkpoint-{step}")
+        images.append(draw(stock, "a ball", 0))
+    assert are_in_a_row(tmp_path / "run/story.png", *images)
+    last = draw(stock, "a box", 0)
+    assert place(tmp_path / "run/validation-6.png", last)
+    heights = [Image.open(tmp_path / f"run/validation-{step}.png").height for step in (1, 5, 6)]
+    assert heights[0] == heights[1] < heights[2]  # the final prompt comes at the end only
 
 
 def test_the_retention_figure_is_the_distance_of_stock_latents(train, klein_path, tmp_path):
     prompts = ["a red ball", "a blue box", "a green tree"]
     succeed(train(**DRAWN | {"retention_prompts": prompts}))
     history = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in history] == [1, 2, 3, 4]
+    assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in history if "retention" in line] == [2, 4]
 
     stock = Flux2KleinPipeline.from_pretrained(klein_path)
@@ -561,11 +552,15 @@ def test_preview_only_stops_before_the_first_step(train, tmp_path):
     assert not (tmp_path / "run" / LORA_FILE).exists()
 
 
-def test_a_validation_that_fails_loses_no_weights(train, tmp_path):
-    (tmp_path / "run/validation-1.png").mkdir(parents=True)  # cannot be replaced by a picture
+@pytest.mark.parametrize("sheet", ["validation-1.png", "preview.png", "story.png"])
+def test_a_drawing_that_fails_loses_no_weights(train, tmp_path, sheet):
+    (tmp_path / "run" / sheet).mkdir(parents=True)  # cannot be replaced by a picture
     log = succeed(train(**DRAWN | {"validation_steps": 1, "max_train_steps": 2})).log
-    assert "Validation at step 1 failed; training goes on" in log
-    assert weights(tmp_path / "run/checkpoint-1")
+    assert {
+        "validation-1.png": "Validation at step 1 failed; training goes on",
+        "preview.png": "The preview failed; training goes on",
+        "story.png": "The story could not be drawn; the LoRA is saved",
+    }[sheet] in log
     assert (tmp_path / "run/validation-2.png").is_file()
     succeed(train("undisturbed", max_train_steps=2))
     assert same_weights(tmp_path / "run", tmp_path / "undisturbed")
@@ -574,20 +569,70 @@ def test_a_validation_that_fails_loses_no_weights(train, tmp_path):
 def test_a_resumed_run_has_one_history(train, tmp_path):
     flags = DRAWN | {"checkpointing_steps": 2, "max_train_steps": 5}
     succeed(train(**flags))
-    whole = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    run = tmp_path / "run"
+    whole = script.read_history(run)
+    # As a kill between checkpoint-4 and its drawing, in the middle of a line, would leave it.
+    cut = [json.dumps(line) + "\n" for line in whole if line["step"] < 5 and (line["step"] < 4 or "loss" in line)]
+    (run / "metrics.jsonl").write_text("".join(cut) + '{"step": 5, "lo')
+    for name in ("retention-4.png", LORA_FILE):
+        (run / name).unlink()
     succeed(train(**flags, resume_from_checkpoint="latest"))
-    again = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in again] == [1, 2, 3, 4, 5]
-    assert [line["loss"] for line in again] == [line["loss"] for line in whole]
+    again = script.read_history(run)
+    assert [line["step"] for line in again] == [line["step"] for line in whole] == [1, 2, 2, 3, 4, 4, 5, 5]
+    assert [line.get("loss") for line in again] == [line.get("loss") for line in whole]
     assert [line.get("retention") for line in again] == [line.get("retention") for line in whole]
+    assert (run / "retention-4.png").exists()
 
 
 def test_the_first_captions_are_validated_where_no_prompt_is_given(train, tmp_path, klein_path):
-    succeed(train(validation_steps=2, num_validation_images=1, final_validation_prompt="a box"))
+    succeed(train(validation_steps=2, num_validation_images=1))
     stock = Flux2KleinPipeline.from_pretrained(klein_path)
-    assert holds(tmp_path / "run/validation-2.png", draw(stock, "a ball", 0))
-    assert holds(tmp_path / "run/validation-2.png", draw(stock, "a box", 0))
+    assert place(tmp_path / "run/validation-2.png", draw(stock, "a ball", 0))
+
+
+# Publishing
+
+
+def test_a_run_that_cannot_publish_keeps_its_weights_and_publishes_later(train, klein_path, tmp_path):
+    token = "hf_" + "secretsecret" * 3
+    flags = DRAWN | {"report_to": "tensorboard", "checkpointing_steps": 2, "hub_model_id": "someone/ball"}
+    result = train(**flags, push_to_hub=True, hub_token=token)  # the tests' environment is offline
+    assert "--hub_model_id someone/ball: could not be published" in result.error
+    assert "--push_only" in result.error
+    run = tmp_path / "run"
+    assert weights(run)
+    everything = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
+    assert token.encode() not in everything + result.log.encode()
+
+    card = ModelCard.load(run / "README.md")
+    assert card.data.instance_prompt == "a ball"
+    assert [entry["text"] for entry in card.data.widget] == ["a ball", "a box"]
+    stock = Flux2KleinPipeline.from_pretrained(klein_path)
+    stock.load_lora_weights(run)
+    for entry in card.data.widget:
+        with Image.open(run / entry["output"]["url"]) as image:
+            assert np.array_equal(np.asarray(image), np.asarray(draw(stock, entry["text"], 0)))
+
+    hub = Hub()
+    with serving(hub):
+        offline = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, SCRIPT, "--push_only", "--output_dir", run, "--hub_model_id", "someone/ball"]
+        command += ["--hub_private_repo", "--hub_token", TOKEN]
+        done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"Published: {hub.url}/someone/ball" in done.stdout
+    repository = hub.repositories["someone/ball"]
+    assert repository["private"]
+    assert repository["files"][LORA_FILE] == (run / LORA_FILE).read_bytes()
+    assert {"README.md", "story.png", "validation-4.png", "images/validation_1.png"} <= set(repository["files"])
+    assert not [name for name in repository["files"] if "checkpoint" in name or "cache" in name or "logs" in name]
+
+
+def test_a_readme_that_is_no_card_is_left_alone(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/README.md").write_text("# my notes")
+    assert "README.md is not a card of such a run" in succeed(train()).log
+    assert (tmp_path / "run/README.md").read_text() == "# my notes"
 
 
 # Data
@@ -749,7 +794,7 @@ BAD_FLAGS = {
     "rank": ({"rank": 0}, "--rank"),
     "steps": ({"max_train_steps": 0}, "--max_train_steps"),
     "rollout steps": ({"num_rollout_steps": 0}, "--num_rollout_steps"),
-    "unknown flag": ({"learning_rat": 1}, "--learning_rat"),
+    "unknown flag": ({"lerning_rate": 1}, "--lerning_rate 1; did you mean --learning_rate?"),
     "no number": ({"ema_decay": "much"}, "--ema_decay"),
     "no checkpoint": ({"resume_from_checkpoint": "checkpoint-7"}, "--resume_from_checkpoint checkpoint-7"),
     "no model": (
@@ -771,6 +816,8 @@ BAD_FLAGS = {
     "empty folder name": ({"instance_data_dir": ""}, "--instance_data_dir"),
     "no tracker": ({"report_to": "wandb"}, "--report_to wandb: run pip install wandb"),
     "negative validation steps": ({"validation_steps": -1}, "--validation_steps -1"),
+    "no model named": ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path: is required"),
+    "token shown": ({"hub_token": "hf_x", "report_to": "all"}, "--hub_token"),
     "no quantization file": (
         {"bnb_quantization_config_path": "nowhere.json"},
         "--bnb_quantization_config_path nowhere",
@@ -794,12 +841,17 @@ def test_another_model_is_refused(train, klein_path, tmp_path):
     assert "is a FluxPipeline, not FLUX.2-klein" in train(pretrained_model_name_or_path=folder).error
 
 
-@pytest.mark.parametrize("flags", [{"checkpointing_steps": 1}, {}], ids=["checkpoints", "a LoRA alone"])
-def test_an_earlier_run_is_not_overwritten(train, tmp_path, flags):
-    succeed(train(**flags))
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [({"checkpointing_steps": 1}, {}), ({}, {}), ({}, {"resume_from_checkpoint": "latest"})],
+    ids=["checkpoints", "a LoRA alone", "nothing to resume"],
+)
+def test_an_earlier_run_is_not_overwritten(train, tmp_path, first, second):
+    succeed(train(**first))
     before = (tmp_path / "run" / LORA_FILE).read_bytes()
-    assert "--output_dir" in train(**flags, seed=7).error
+    assert "--output_dir" in train(**second, instance_prompt="another").error
     assert (tmp_path / "run" / LORA_FILE).read_bytes() == before
+    assert len(script.read_history(tmp_path / "run")) == 2
 
 
 def test_the_rotation_keeps_the_newest_and_a_second_branch_is_refused(train, tmp_path):
@@ -833,7 +885,7 @@ def test_a_variant_that_is_not_there_is_one_line(train):
     assert "--variant" in train(variant="fp16").error
 
 
-def test_other_data_or_launch_is_not_resumed(train, photos, tmp_path, make_picture):
+def test_other_data_model_or_launch_is_not_resumed(train, klein_path, photos, tmp_path, make_picture):
     data = shutil.copytree(photos, tmp_path / "data")
     flags = {"instance_data_dir": data, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
     succeed(train(**flags))
@@ -841,10 +893,14 @@ def test_other_data_or_launch_is_not_resumed(train, photos, tmp_path, make_pictu
     assert "--mixed_precision was no, now it is bf16" in train(**flags, mixed_precision="bf16").error
     assert "--gradient_accumulation_steps was 1, now it is 3" in train(**flags, gradient_accumulation_steps=3).error
     make_picture(9).save(data / "9.png")
-    assert "its pictures and captions was" in train(**flags).error
+    assert "9.png or its caption is new, changed or gone (1 such pictures)" in train(**flags).error
+    assert "0.png or its caption" in train(**flags, instance_prompt="another").error
     (data / "9.png").unlink()
+    model = make_tiny_klein(tmp_path / "model", seed=1)
+    assert "its model was" in train(**flags, pretrained_model_name_or_path=model).error
+    shutil.copytree(klein_path, model, dirs_exist_ok=True)
     moved = data.rename(tmp_path / "moved")
-    succeed(train(**flags | {"instance_data_dir": moved}))
+    succeed(train(**flags | {"instance_data_dir": moved, "pretrained_model_name_or_path": model}))
 
 
 @pytest.mark.parametrize(
