@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +182,16 @@ def test_a_writer_that_fails_leaves_the_checkpoints_whole_and_one_line(arguments
     assert all(torch.equal(before[name], after[name]) for name in before)
     subprocess.run([sys.executable, str(SCRIPT), *arguments("run", steps=6)], check=True, env=environment)
     assert checkpoints(tmp_path / "run") == [2, 4, 6]
+
+
+def test_a_lora_that_cannot_be_written_at_the_end_is_saved_elsewhere(command, arguments, tmp_path):
+    succeed(command(*arguments("undisturbed", steps=2)))
+    (tmp_path / f"run/.{LORA_FILE}.tmp").mkdir(parents=True)  # in the way of the writer
+    error = command(*arguments("run", "--checkpointing_steps", "9999", steps=2)).error
+    assert f"{LORA_FILE} could not be written" in error
+    elsewhere = re.search("the LoRA is in (.*), move it", error)[1]
+    assert same_weights(tmp_path / "undisturbed", elsewhere)
+    shutil.rmtree(elsewhere)
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_line(command, arguments, tmp_path):
