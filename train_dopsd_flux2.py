@@ -1236,11 +1236,12 @@ def fill_cache(
             cache.save(contexts.prompt_key(prompt), contexts.encode_prompt(prompt).cpu())
         pipeline.text_encoder = None
         free_memory()
-    pipeline.vae.to(accelerator.device)
-    for example, flip in bar(missing_crops[share], desc="Encoding pictures"):
-        cache.save(contexts.reference_key(example, flip), contexts.encode_reference(example, flip).cpu())
-    pipeline.vae.to("cpu")
-    free_memory()
+    if missing_crops:
+        pipeline.vae.to(accelerator.device)
+        for example, flip in bar(missing_crops[share], desc="Encoding pictures"):
+            cache.save(contexts.reference_key(example, flip), contexts.encode_reference(example, flip).cpu())
+        pipeline.vae.to("cpu")
+        free_memory()
     accelerator.wait_for_everyone()
 
 

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
@@ -126,33 +126,30 @@ class StudentTeacherLoRA:
 
     # Roles
 
-    @contextmanager
-    def teacher_role(self) -> Iterator[None]:
+    def teacher_role(self) -> AbstractContextManager[None]:
         """Inside, the transformer is the teacher: no gradient, no dropout. The student is back on leaving."""
+        return self._role({"ema": TEACHER, "base": None, "student": STUDENT}[self.teacher])
+
+    def base_role(self) -> AbstractContextManager[None]:
+        """Inside, the transformer is as it was before training: no adapter, no gradient."""
+        return self._role(None)
+
+    @contextmanager
+    def _role(self, adapter: str | None) -> Iterator[None]:
+        """Inside, this adapter answers, or none; no gradient, no dropout. The student is back on leaving."""
         was_training = self._student_training
         try:
             self._set_student_training(False)
-            if self.teacher == "ema":
-                self._activate(TEACHER, trainable=False)
-            elif self.teacher == "base":
+            if adapter is None:
                 self._enable_adapters(False)
+            else:
+                self._activate(adapter, trainable=False)
             with torch.no_grad():
                 yield
         finally:
             self._enable_adapters(True)
             self._activate(STUDENT, trainable=True)
             self._set_student_training(was_training)
-
-    @contextmanager
-    def base_role(self) -> Iterator[None]:
-        """Inside, the transformer is as it was before training: no adapter, no gradient."""
-        try:
-            self._enable_adapters(False)
-            with torch.no_grad():
-                yield
-        finally:
-            self._enable_adapters(True)
-            self._activate(STUDENT, trainable=True)
 
     @contextmanager
     def shipped_role(self, dtype: torch.dtype) -> Iterator[None]:
