@@ -12,8 +12,9 @@
 # limitations under the License.
 """Trains a LoRA on FLUX.2-klein by on-policy self-distillation (D-OPSD, arXiv 2605.05204).
 
-The file reads from top to bottom: arguments, pictures and captions, their order, contexts, checkpoints, the
-training loop, main. What has an equation or a model's convention is in `pipelines/`.
+The file reads from top to bottom: the model, arguments, pictures and captions, their order, contexts, checkpoints,
+the training loop, main. What has an equation or a model's convention is in `pipelines/`. What differs from
+train_dopsd_zimage.py is this docstring, imports and the section "The model"; a test compares the rest.
 """
 
 import argparse
@@ -36,7 +37,8 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +46,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FrameType
+from typing import Literal
 
 import datasets
 import diffusers
@@ -79,34 +82,30 @@ from transformers import AutoConfig, PretrainedConfig, Qwen3ForCausalLM
 
 from pipelines import InputError
 from pipelines.adapters import StudentTeacherLoRA, lora_target_modules
-from pipelines.context_cache import ContextCache, checkpoint_fingerprint, content_key
+from pipelines.checkpoints import read_configs
+from pipelines.context_cache import ContextCache, checkpoint_fingerprint, content_key, files_fingerprint
 from pipelines.flux2_klein import (
     DEFAULT_LORA_LAYERS,
     TEXT_ENCODER_OUT_LAYERS,
     Flux2KleinDOPSDPipeline,
     KleinContext,
-    check_is_klein,
     transformer_skeleton,
 )
-from pipelines.publish import LORA_FILE, publish, write_card
+from pipelines.publish import LORA_FILE, CardModel, publish, write_card
 from pipelines.rollout import rollout, seeded_noise
 from pipelines.sheets import Cell, contact_sheet, plot_curves, save_png, stack
+from pipelines.vision_encoder import VisionEncoder, default_vlm
 
 
 check_min_version("0.40.0")
 
 logger = get_logger(__name__)
 
-MODEL_NAME = "FLUX.2-klein"
-TRACKER_NAME = "dopsd-flux2-klein-lora"
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
 HISTORY_FILE = "metrics.jsonl"
 MAX_SKIPPED_STEPS = 20
-
-DEFAULT_TEACHER_PROMPT_SUFFIX = (
-    " Reproduce the reference image: the same subject with the same identity, shape, colours and details, the same"
-    " background, the same composition."
-)
+NUM_PREVIEW_PICTURES = 4
+NUM_DEFAULT_VALIDATION_PROMPTS = 2
 
 # Unlike one another and unlike what people train on: what the base draws for them should stay.
 RETENTION_PROMPTS = (
@@ -115,8 +114,122 @@ RETENTION_PROMPTS = (
     "an astronaut riding a horse through a snowy forest",
     "a city street at night in the rain, neon signs",
 )
-NUM_PREVIEW_PICTURES = 4
-NUM_DEFAULT_VALIDATION_PROMPTS = 2
+
+
+# The model
+
+
+Pipeline, StockPipeline, Context = Flux2KleinDOPSDPipeline, Flux2KleinPipeline, KleinContext
+Transformer, TextEncoder = Flux2Transformer2DModel, Qwen3ForCausalLM
+
+MODEL_NAME = "FLUX.2-klein"
+EXAMPLE_MODEL = "black-forest-labs/FLUX.2-klein-4B"
+CARD_MODEL = CardModel(
+    pipeline="Flux2KleinPipeline",
+    tags=("flux2", "flux2-klein"),
+    guidance_scale=1.0,
+    sampling_defaults={"max_sequence_length": 512, "text_encoder_out_layers": list(TEXT_ENCODER_OUT_LAYERS)},
+)
+TRACKER_NAME = "dopsd-flux2-klein-lora"
+DEFAULT_OUTPUT_DIR = "flux2-klein-dopsd-lora"
+DEFAULT_LEARNING_RATE = 2e-5
+DEFAULT_NUM_INFERENCE_STEPS = 4
+
+# The first is the default.
+TEACHER_CONTEXTS = {
+    "edit": "it gets the picture as reference tokens",
+    "vlm": "its text encoder sees the picture through Qwen3-VL's vision tower",
+    "caption": "it reads --teacher_caption_column, and sees no picture",
+}
+DEFAULT_TEACHER_PROMPT_SUFFIX = {
+    "edit": " Reproduce the reference image: the same subject with the same identity, shape, colours and details, the"
+    " same background, the same composition."
+}
+# The transformer sees a prompt's padding, so the teacher's has the student's length.
+TEACHER_LENGTH_FLAG = "max_sequence_length"
+DEFAULT_VLM_MIN_PIXELS = DEFAULT_VLM_MAX_PIXELS = 512 * 512
+
+PIXELS_PER_TOKEN = 16  # per side: the VAE's factor 8, and patches of 2
+MIN_SIDE_PIXELS = 64  # the pipeline takes no smaller reference image
+MAX_IMAGE_TOKENS = 4300  # the schedule's shift falls sharply past it
+
+
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--text_encoder_out_layers",
+        type=int,
+        nargs="+",
+        default=list(TEXT_ENCODER_OUT_LAYERS),
+        help="Text encoder layers that make the prompt embeddings.",
+    )
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Reads the checkpoint's configurations alone."""
+    config, _ = read_configs(
+        args.pretrained_model_name_or_path, StockPipeline, model=MODEL_NAME, example=EXAMPLE_MODEL, **hub_kwargs(args)
+    )
+    if not config.get("is_distilled", False):
+        logger.warning(
+            f"{args.pretrained_model_name_or_path} is not step-distilled: D-OPSD keeps few steps, it does not make "
+            "them. Its samples at --num_rollout_steps will stay as poor as they are."
+        )
+
+
+def check_text_encoder(text: PretrainedConfig, transformer_config: dict, args: argparse.Namespace) -> None:
+    layers = args.text_encoder_out_layers
+    if not all(0 <= layer <= text.num_hidden_layers for layer in layers):
+        raise InputError(
+            f"--text_encoder_out_layers {layers}: the text encoder has layers 0 to {text.num_hidden_layers}"
+        )
+    width = transformer_config["joint_attention_dim"]
+    if len(layers) * text.hidden_size != width:
+        raise InputError(
+            f"--text_encoder_out_layers {layers}: the transformer takes {width // text.hidden_size} layers of "
+            f"{text.hidden_size} channels"
+        )
+
+
+def text_settings(args: argparse.Namespace) -> dict:
+    """What an encoding of a prompt depends on, besides the prompt and the model."""
+    return {
+        "max_sequence_length": args.max_sequence_length,
+        "text_encoder_out_layers": tuple(args.text_encoder_out_layers),
+    }
+
+
+def teacher_encodings(args: argparse.Namespace, prompt: str, crop: "Crop") -> tuple["Encoding", ...]:
+    """What makes the teacher's context of one sample, from its prompt and its crop."""
+    if args.teacher_context == "edit":
+        return Encoding("text", prompt), Encoding("vae", crop=crop)
+    if args.teacher_context == "vlm":
+        return (Encoding("vlm", prompt, crop),)
+    return (Encoding("text", prompt),)
+
+
+def encode(
+    pipeline: Pipeline,
+    encoding: "Encoding",
+    image: Image.Image | None,
+    vision_encoder: VisionEncoder | None,
+    args: argparse.Namespace,
+) -> torch.Tensor:
+    """(1, L, D) of a prompt, with or without a picture; (1, C, h, w) of a picture."""
+    if encoding.encoder == "vae":
+        return pipeline.encode_reference(image)
+    if encoding.encoder == "vlm":
+        context = pipeline.encode_teacher_vlm(
+            [encoding.prompt], [image], vision_encoder=vision_encoder, **text_settings(args)
+        )
+    else:
+        context = pipeline.encode_student([encoding.prompt], **text_settings(args))
+    return context.prompt_embeds
+
+
+def encoding_shape(contexts: "Contexts", encoding: "Encoding", text_width: int) -> tuple[int, ...]:
+    if encoding.encoder == "vae":
+        return contexts.pipeline.latent_shape(*contexts.examples[encoding.crop.example].bucket)
+    return contexts.args.max_sequence_length, text_width * len(contexts.args.text_encoder_out_layers)
 
 
 # Arguments
@@ -192,7 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--pretrained_model_name_or_path", default=None, help="Hub id or folder of a FLUX.2-klein checkpoint."
+        "--pretrained_model_name_or_path", default=None, help=f"Hub id or folder of a {MODEL_NAME} checkpoint."
     )
     model.add_argument("--revision", default=None, help="Branch, tag or commit of the hub checkpoint.")
     model.add_argument("--variant", default=None, help="Variant of the checkpoint's files, such as fp16.")
@@ -202,14 +315,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="JSON file of a bitsandbytes configuration: the frozen transformer is loaded quantized. Needs a GPU.",
     )
-    model.add_argument("--max_sequence_length", type=positive_int, default=512, help="Tokens a prompt is padded to.")
     model.add_argument(
-        "--text_encoder_out_layers",
-        type=int,
-        nargs="+",
-        default=list(TEXT_ENCODER_OUT_LAYERS),
-        help="Text encoder layers that make the prompt embeddings.",
+        "--max_sequence_length",
+        type=positive_int,
+        default=512,
+        help="Tokens of a prompt, as in the stock pipeline.",
     )
+    add_model_flags(model)
 
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -248,14 +360,43 @@ def build_parser() -> argparse.ArgumentParser:
     method = parser.add_argument_group("D-OPSD")
     method.add_argument(
         "--teacher_context",
-        choices=["edit"],
-        default="edit",
-        help="How the teacher sees the target picture. edit: as reference tokens.",
+        choices=list(TEACHER_CONTEXTS),
+        default=next(iter(TEACHER_CONTEXTS)),
+        help="What the teacher knows of the target. "
+        + "; ".join(f"{context}: {meaning}" for context, meaning in TEACHER_CONTEXTS.items()),
     )
+    suffixes = "; ".join(f"with {context} '{suffix}'" for context, suffix in DEFAULT_TEACHER_PROMPT_SUFFIX.items())
     method.add_argument(
         "--teacher_prompt_suffix",
-        default=DEFAULT_TEACHER_PROMPT_SUFFIX,
-        help="Follows the caption in the teacher's prompt. Default: '%(default)s'",
+        default=None,
+        help=f"Follows the caption in the teacher's prompt. Default: {suffixes or 'nothing'}",
+    )
+    method.add_argument(
+        "--teacher_caption_column", default=None, help="Column of the teacher's captions. With caption only."
+    )
+    method.add_argument(
+        "--vlm_model_name_or_path",
+        default=None,
+        help="Hub id or folder of the Qwen3-VL whose vision tower is used; of its weights only the tower is read. "
+        "Default: Qwen/Qwen3-VL-4B-Instruct or -8B-Instruct, by the text encoder's size.",
+    )
+    method.add_argument(
+        "--vlm_min_pixels",
+        type=positive_int,
+        default=DEFAULT_VLM_MIN_PIXELS,
+        help="Smaller pictures are enlarged for the vision tower to this area. 32 x 32 pixels make a token.",
+    )
+    method.add_argument(
+        "--vlm_max_pixels",
+        type=positive_int,
+        default=DEFAULT_VLM_MAX_PIXELS,
+        help="Larger pictures are shrunk for the vision tower to this area.",
+    )
+    method.add_argument(
+        "--vlm_rope",
+        choices=["vlm", "text_encoder"],
+        default="vlm",
+        help="Rotary base of the text encoder where it reads with the tower: Qwen3-VL's (published runs) or its own.",
     )
     method.add_argument(
         "--teacher",
@@ -286,7 +427,12 @@ def build_parser() -> argparse.ArgumentParser:
     seeing.add_argument(
         "--validation_steps", type=int, default=250, help="Steps between validations. 0: draw nothing at all."
     )
-    seeing.add_argument("--num_inference_steps", type=positive_int, default=4, help="Steps of the drawn pictures.")
+    seeing.add_argument(
+        "--num_inference_steps",
+        type=positive_int,
+        default=DEFAULT_NUM_INFERENCE_STEPS,
+        help="Steps of the drawn pictures.",
+    )
     seeing.add_argument("--validation_height", type=positive_int, default=None, help="Pixels. Default: --resolution.")
     seeing.add_argument("--validation_width", type=positive_int, default=None, help="Pixels. Default: --resolution.")
     seeing.add_argument(
@@ -322,7 +468,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     training = parser.add_argument_group("training")
-    training.add_argument("--output_dir", default="flux2-klein-dopsd-lora", help="Where everything is written.")
+    training.add_argument("--output_dir", default=DEFAULT_OUTPUT_DIR, help="Where everything is written.")
     training.add_argument("--seed", type=seed, default=None, help="Default: drawn, printed and kept in checkpoints.")
     training.add_argument("--train_batch_size", type=positive_int, default=1, help="Pictures a device and forward.")
     training.add_argument("--num_train_epochs", type=positive_int, default=1, help="Ignored with --max_train_steps.")
@@ -373,7 +519,9 @@ def build_parser() -> argparse.ArgumentParser:
     optimizer = parser.add_argument_group("optimizer")
     optimizer.add_argument("--optimizer", type=str.lower, choices=["adamw", "prodigy"], default="adamw")
     optimizer.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes: states in 8 bit.")
-    optimizer.add_argument("--learning_rate", type=positive_float, default=2e-5, help="Prodigy wants 1.")
+    optimizer.add_argument(
+        "--learning_rate", type=positive_float, default=DEFAULT_LEARNING_RATE, help="Prodigy wants 1."
+    )
     optimizer.add_argument(
         "--scale_lr", action="store_true", help="Multiply by processes, accumulation steps and batch size."
     )
@@ -401,18 +549,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.lora_alpha is None:
         args.lora_alpha = 2 * args.rank
+    if args.teacher_prompt_suffix is None:
+        args.teacher_prompt_suffix = DEFAULT_TEACHER_PROMPT_SUFFIX.get(args.teacher_context, "")
     return args
 
 
 def check_args(args: argparse.Namespace) -> None:
     """What can be said before a file is read."""
     if args.pretrained_model_name_or_path is None:
-        raise InputError("--pretrained_model_name_or_path: is required, such as black-forest-labs/FLUX.2-klein-4B")
+        raise InputError(f"--pretrained_model_name_or_path: is required, such as {EXAMPLE_MODEL}")
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         raise InputError(
             f"--hub_token: goes without --report_to {args.report_to}, which would show it; run hf auth login instead"
         )
     check_geometry(args)
+    check_teacher_flags(args)
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise InputError("--use_8bit_adam: goes with --optimizer AdamW; drop it for prodigy")
     for name in ("lr_warmup_steps", "validation_steps"):
@@ -436,6 +587,21 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--no_context_cache: goes without --context_cache_dir; drop one of them")
     if args.context_cache_dir is None:
         args.context_cache_dir = str(Path(args.output_dir, "context_cache"))
+
+
+def check_teacher_flags(args: argparse.Namespace) -> None:
+    if (args.teacher_context == "caption") != (args.teacher_caption_column is not None):
+        raise InputError(
+            "--teacher_context caption: name the column of the teacher's captions with --teacher_caption_column"
+            if args.teacher_context == "caption"
+            else "--teacher_caption_column: goes with --teacher_context caption; add that, or drop the flag"
+        )
+    if args.teacher_context != "vlm" and args.vlm_model_name_or_path is not None:
+        raise InputError("--vlm_model_name_or_path: goes with --teacher_context vlm; add that, or drop the flag")
+    if args.vlm_min_pixels > args.vlm_max_pixels:
+        raise InputError(
+            f"--vlm_min_pixels {args.vlm_min_pixels}: is above --vlm_max_pixels {args.vlm_max_pixels}; lower it"
+        )
 
 
 # Data: pictures and captions
@@ -462,7 +628,9 @@ class Picture:
 
     name: str  # path relative to the folder, or "row 12 of DATASET": for messages
     captions: tuple[str, ...]
-    source: Path | tuple[datasets.Dataset, int, str]  # a file, or (dataset, row, image column)
+    # A file, or (dataset, row, image column). None: with --teacher_context caption, captions need no picture.
+    source: Path | tuple[datasets.Dataset, int, str] | None
+    teacher_caption: str | None = None  # of --teacher_caption_column
 
 
 def read_pictures(args: argparse.Namespace) -> list[Picture]:
@@ -488,15 +656,14 @@ def read_folder(args: argparse.Namespace) -> list[Picture]:
     sidecars = [name for name in names if name.lower().endswith(".txt")]
     metadata = find_metadata(names)
     warn_of_ignored(sorted({*names} - {*pictures, *sidecars, metadata}))
-    if not pictures:
+    if not pictures and not (metadata and args.teacher_context == "caption"):
         raise InputError(f"--instance_data_dir {folder} holds no picture: give a folder that does.")
     if metadata and sidecars:
         raise InputError(f"{metadata} and {sidecars[0]} both hold captions: keep the metadata or the .txt files.")
     if metadata:
-        captions = metadata_captions(folder, metadata, pictures, args)
-    else:
-        refuse_column_flags(args)
-        captions = sidecar_captions(folder, sidecars, pictures, args) if sidecars else prompt_captions(pictures, args)
+        return metadata_pictures(folder, metadata, pictures, args)
+    refuse_column_flags(args)
+    captions = sidecar_captions(folder, sidecars, pictures, args) if sidecars else prompt_captions(pictures, args)
     return [Picture(name, captions[name], folder / name) for name in sorted(captions)]
 
 
@@ -542,6 +709,7 @@ def refuse_column_flags(args: argparse.Namespace) -> None:
     for flag, is_given in (
         ("--caption_column", args.caption_column),
         ("--image_column", args.image_column != "image"),
+        ("--teacher_caption_column", args.teacher_caption_column),
     ):
         if is_given:
             raise InputError(
@@ -596,29 +764,44 @@ def read_text(folder: Path, name: str) -> str:
         raise InputError(f"{name} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
 
 
-def metadata_captions(
-    folder: Path, metadata: str, pictures: list[str], args: argparse.Namespace
-) -> dict[str, tuple[str, ...]]:
+def metadata_pictures(folder: Path, metadata: str, pictures: list[str], args: argparse.Namespace) -> list[Picture]:
     rows = (read_csv if metadata.endswith(".csv") else read_jsonl)(folder, metadata)
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    chosen = caption_columns(columns, metadata, args)
     path_column = "file_name" if args.image_column == "image" else f"{args.image_column}_file_name"
+    if args.teacher_context == "caption" and not pictures and path_column not in columns:
+        places = [(f"{metadata} line {line}", row) for line, row in rows]
+        return [captioned(place, None, row, chosen, place, args) for place, row in places]
     if path_column not in columns:
         raise InputError(
             f"{metadata} has no column {path_column!r} for --image_column {args.image_column}, "
             f"only {listed(columns)}: add it, or name another --image_column X (column X_file_name)."
         )
-    chosen = caption_columns(columns, metadata, args)
-    captions: dict[str, tuple[str, ...]] = {}
+    found: dict[str, Picture] = {}
     line_of: dict[str, int] = {}
     for line, row in rows:
         place = f"{metadata} line {line}"
         name = picture_name(folder, row.get(path_column), f"{place}, column {path_column!r}")
-        if name in captions:
+        if name in found:
             raise InputError(f"{place} lists {name} again (line {line_of[name]}): give several captions as columns.")
         line_of[name] = line
-        captions[name] = row_captions(row, chosen, place, args)
+        found[name] = captioned(name, folder / name, row, chosen, place, args)
     check_every_picture_has_a_row(pictures, rows, metadata)
-    return captions
+    return [found[name] for name in sorted(found)]
+
+
+def captioned(
+    name: str,
+    source: Path | tuple[datasets.Dataset, int, str] | None,
+    row: dict,
+    columns: list[str],
+    place: str,
+    args: argparse.Namespace,
+) -> Picture:
+    """The picture with its row's captions: of these columns, or `--instance_prompt` where there are none."""
+    captions = tuple(row_caption(row, column, place) for column in columns) or (args.instance_prompt,)
+    column = args.teacher_caption_column
+    return Picture(name, captions, source, None if column is None else row_caption(row, column, place))
 
 
 def read_jsonl(folder: Path, metadata: str) -> list[tuple[int, dict]]:
@@ -703,6 +886,11 @@ def check_every_picture_has_a_row(pictures: list[str], rows: list[tuple[int, dic
 
 def caption_columns(columns: list[str], table: str, args: argparse.Namespace) -> list[str]:
     """Returns the columns that hold captions; none where `--instance_prompt` captions every picture."""
+    if args.teacher_caption_column not in (None, *columns):
+        raise InputError(
+            f"--teacher_caption_column {args.teacher_caption_column}: {table} has no such column, "
+            f"only {listed(columns)}."
+        )
     if args.caption_column:
         for column in args.caption_column:
             if column not in columns:
@@ -721,25 +909,26 @@ def caption_columns(columns: list[str], table: str, args: argparse.Namespace) ->
     return []
 
 
-def row_captions(row: dict, columns: list[str], place: str, args: argparse.Namespace) -> tuple[str, ...]:
-    if not columns:
-        return (args.instance_prompt,)
-    for column in columns:
-        value = row.get(column)
-        if not isinstance(value, str) or not value.strip():
-            raise InputError(
-                f"{place}, column {column!r} holds {reprlib.repr(value)}: write a caption there, as text."
-            )
-    return tuple(row[column] for column in columns)
+def row_caption(row: dict, column: str, place: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{place}, column {column!r} holds {reprlib.repr(value)}: write a caption there, as text.")
+    return value
 
 
 def read_dataset(args: argparse.Namespace) -> list[Picture]:
     name = args.dataset_name
     dataset = load_train_split(args)
     columns = dataset.column_names
-    if args.image_column not in columns:
+    without_pictures = args.teacher_context == "caption" and args.image_column == "image" and "image" not in columns
+    if args.image_column not in columns and not without_pictures:
         raise InputError(f"--image_column {args.image_column}: {name} has no such column, only {listed(columns)}.")
     chosen = caption_columns(columns, name, args)
+    read = list(dict.fromkeys([*chosen, *filter(None, [args.teacher_caption_column])]))
+    rows = dataset.select_columns(read) if read else [{}] * len(dataset)
+    places = [(f"row {index} of {name}", row) for index, row in enumerate(rows)]
+    if without_pictures:
+        return [captioned(place, None, row, chosen, place, args) for place, row in places]
     try:
         # undecoded, so that one decoder reads every picture; a column of paths or bytes works too
         dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
@@ -750,11 +939,10 @@ def read_dataset(args: argparse.Namespace) -> list[Picture]:
     # an imagefolder leaves out what it has no row for, and names that hold test or val, without a word
     if dataset.builder_name == "imagefolder" and Path(name).is_dir():
         check_none_left_out(dataset, Path(name))
-    rows = dataset.select_columns(chosen) if chosen else [{}] * len(dataset)
     images = dataset.select_columns([args.image_column])
     return [
-        Picture(place, row_captions(row, chosen, place, args), (images, index, args.image_column))
-        for index, (place, row) in enumerate((f"row {index} of {name}", row) for index, row in enumerate(rows))
+        captioned(place, (images, index, args.image_column), row, chosen, place, args)
+        for index, (place, row) in enumerate(places)
     ]
 
 
@@ -862,26 +1050,31 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def picture_digests(pictures: list[Picture]) -> list[str]:
-    """sha256 of each picture's undecoded content."""
-    return [hashlib.sha256(source_bytes(picture)).hexdigest() for picture in pictures]
+    """sha256 of each picture's undecoded content; nothing where captions have no picture."""
+    return [
+        "" if picture.source is None else hashlib.sha256(source_bytes(picture)).hexdigest() for picture in pictures
+    ]
 
 
-def check_pictures(pictures: list[Picture], *, disable_progress: bool) -> list[tuple[int, int]]:
-    """Decodes every picture once, keeps none. Returns each upright (height, width); raises `InputError`."""
+def check_pictures(pictures: list[Picture], *, resolution: int, disable_progress: bool) -> list[tuple[int, int]]:
+    """Decodes every picture once, keeps none. Returns each upright (height, width); raises `InputError`.
+
+    Captions without a picture are trained at `resolution`, in pixels.
+    """
     sizes = []
     for picture in tqdm(pictures, desc="Reading pictures", disable=disable_progress):
-        image = read_image(picture)
-        sizes.append((image.height, image.width))
+        if picture.source is None:
+            sizes.append((resolution, resolution))
+        else:
+            image = read_image(picture)
+            sizes.append((image.height, image.width))
     return sizes
 
 
 # Data: buckets and crops
 
 
-PIXELS_PER_TOKEN = 16  # per side: the VAE's factor 8, and patches of 2
-MIN_SIDE_PIXELS = 64  # the pipeline takes no smaller reference image
 MAX_ASPECT_RATIO = 8  # of a bucket; a longer strip is most likely a typing error
-MAX_IMAGE_TOKENS = 4300  # the schedule's shift falls sharply past it
 
 
 @dataclass(frozen=True)
@@ -926,9 +1119,8 @@ def size_problem(height: int, width: int) -> str | None:
         return f"is too long a strip: use at most {MAX_ASPECT_RATIO}:1"
     tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
     if tokens > MAX_IMAGE_TOKENS:
-        return (
-            f"is too large ({tokens} image tokens of at most {MAX_IMAGE_TOKENS}): use about 1024x1024 pixels or less"
-        )
+        side = math.isqrt(MAX_IMAGE_TOKENS) * PIXELS_PER_TOKEN
+        return f"is too large ({tokens} image tokens of at most {MAX_IMAGE_TOKENS}): use {side}x{side} pixels or less"
     return None
 
 
@@ -968,7 +1160,7 @@ def plan_examples(pictures: list[Picture], sizes: list[tuple[int, int]], args: a
     return examples
 
 
-def crop(image: Image.Image, example: Example, flip: bool) -> Image.Image:
+def crop_image(image: Image.Image, example: Example, flip: bool) -> Image.Image:
     """Returns the example's part of its picture, scaled to the bucket's size, mirrored if `flip`."""
     height, width = example.bucket
     image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=example.centering)
@@ -1032,6 +1224,23 @@ class SampleOrder:
         return Sample(example, epoch, caption, flip)
 
 
+@dataclass(frozen=True)
+class Crop:
+    """What of which picture is seen."""
+
+    example: int  # index into the examples
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What one encoder makes one tensor of: a prompt ("text"), a crop ("vae"), or a prompt after a crop ("vlm")."""
+
+    encoder: Literal["text", "vlm", "vae"]
+    prompt: str = ""
+    crop: Crop | None = None
+
+
 def place_seed(seed: int, purpose: str, place: str) -> int:
     """Returns a generator's seed, below 2**63, for one purpose at one place in the run."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{place}".encode()).digest()
@@ -1051,94 +1260,96 @@ class Contexts:
 
     def __init__(
         self,
-        pipeline: Flux2KleinDOPSDPipeline,
+        pipeline: Pipeline,
         pictures: list[Picture],
         digests: list[str],
         examples: list[Example],
+        vision_encoder: VisionEncoder | None,
         args: argparse.Namespace,
         device: torch.device,
     ):
         self.pipeline, self.pictures, self.digests, self.examples = pipeline, pictures, digests, examples
-        self.args, self.device = args, device
+        self.vision_encoder, self.args, self.device = vision_encoder, args, device
         self.cache: ContextCache | None = None
-        self.model_fingerprint = ""
+        self.model_fingerprint = self.vlm_fingerprint = ""
         self._last_image: tuple[int, Image.Image] | None = None
 
     @property
     def captions(self) -> list[str]:
         return list(dict.fromkeys(caption for picture in self.pictures for caption in picture.captions))
 
-    def teacher_prompt(self, caption: str) -> str:
-        return caption + self.args.teacher_prompt_suffix
-
     def caption(self, sample: Sample) -> str:
         return self.pictures[self.examples[sample.example].picture].captions[sample.caption]
 
-    def cropped(self, example: Example, flip: bool) -> Image.Image:
-        """The picture as the teacher sees it."""
+    def cropped(self, crop: Crop) -> Image.Image | None:
+        """The picture as the teacher sees it; None where captions have no picture."""
+        example = self.examples[crop.example]
+        if self.pictures[example.picture].source is None:
+            return None
         if self._last_image is None or self._last_image[0] != example.picture:
             self._last_image = example.picture, read_image(self.pictures[example.picture])
-        return crop(self._last_image[1], example, flip)
+        return crop_image(self._last_image[1], example, crop.flip)
 
-    # Keys: all that an encoding depends on.
+    def teacher_encodings(self, sample: Sample) -> tuple[Encoding, ...]:
+        picture = self.pictures[self.examples[sample.example].picture]
+        caption = picture.teacher_caption or picture.captions[sample.caption]
+        prompt = caption + self.args.teacher_prompt_suffix
+        return teacher_encodings(self.args, prompt, Crop(sample.example, sample.flip))
 
-    def prompt_key(self, prompt: str) -> str:
-        args = self.args
-        return content_key(
-            "prompt",
-            self.model_fingerprint,
-            str(self.pipeline.vae.dtype),
-            args.max_sequence_length,
-            args.text_encoder_out_layers,
-            prompt,
-        )
+    def all_teacher_encodings(self) -> Iterator[tuple[Picture, Encoding]]:
+        """Every one that any sample may need, with its picture."""
+        flips = (False, True) if self.args.random_flip else (False,)
+        for (index, example), flip in itertools.product(enumerate(self.examples), flips):
+            picture = self.pictures[example.picture]
+            for caption in range(len(picture.captions)):
+                for encoding in self.teacher_encodings(Sample(index, 0, caption, flip)):
+                    yield picture, encoding
 
-    def reference_key(self, example: Example, flip: bool) -> str:
-        digest = self.digests[example.picture]
-        place = [*example.bucket, *example.centering, flip]
-        return content_key("reference", self.model_fingerprint, str(self.pipeline.vae.dtype), digest, place)
+    def token_count(self, encoding: Encoding) -> int:
+        """Tokens of the encoding's text, pictures included."""
+        content = encoding.prompt
+        if encoding.encoder == "vlm":
+            size = self.examples[encoding.crop.example].bucket
+            content = self.vision_encoder.content(content, self.vision_encoder.num_image_tokens(*size))
+        return self.pipeline.chat_token_count(content)
 
-    # Encodings: (1, L, D) of a prompt, (1, C, h, w) of a crop.
+    def key(self, encoding: Encoding) -> str:
+        """All that the encoding depends on."""
+        parts = [encoding.encoder, self.model_fingerprint, str(self.pipeline.vae.dtype)]
+        if encoding.encoder != "vae":
+            parts += [encoding.prompt, text_settings(self.args)]
+        if encoding.encoder == "vlm":
+            parts += [self.vlm_fingerprint, self.args.vlm_min_pixels, self.args.vlm_max_pixels, self.args.vlm_rope]
+        if encoding.crop is not None:
+            example = self.examples[encoding.crop.example]
+            parts += [self.digests[example.picture], *example.bucket, *example.centering, encoding.crop.flip]
+        return content_key(*parts)
 
-    def encode_prompt(self, prompt: str) -> torch.Tensor:
-        context = self.pipeline.encode_student(
-            [prompt],
-            max_sequence_length=self.args.max_sequence_length,
-            text_encoder_out_layers=tuple(self.args.text_encoder_out_layers),
-        )
-        return finite(context.prompt_embeds, f"the prompt {reprlib.repr(prompt)}")
+    def encode(self, encoding: Encoding) -> torch.Tensor:
+        image = None if encoding.crop is None else self.cropped(encoding.crop)
+        encoded = encode(self.pipeline, encoding, image, self.vision_encoder, self.args)
+        if not encoded.isfinite().all():
+            name = reprlib.repr(encoding.prompt)
+            if encoding.crop is not None:
+                name = self.pictures[self.examples[encoding.crop.example].picture].name
+            raise InputError(f"{name}: its encoding is not finite; use --mixed_precision bf16 or no")
+        return encoded
 
-    def encode_reference(self, example: Example, flip: bool) -> torch.Tensor:
-        reference = self.pipeline.encode_reference(self.cropped(example, flip))
-        return finite(reference, self.pictures[example.picture].name)
-
-    def prompt_embeds(self, prompt: str) -> torch.Tensor:
-        return self.encode_prompt(prompt) if self.cache is None else self.cache.load(self.prompt_key(prompt))
-
-    def reference(self, example: Example, flip: bool) -> torch.Tensor:
-        if self.cache is None:
-            return self.encode_reference(example, flip)
-        return self.cache.load(self.reference_key(example, flip))
+    def tensor(self, encoding: Encoding) -> torch.Tensor:
+        return self.encode(encoding) if self.cache is None else self.cache.load(self.key(encoding))
 
     # Contexts of a batch, on the device.
 
-    def student(self, prompts: list[str]) -> KleinContext:
-        return KleinContext(torch.cat([self.prompt_embeds(prompt) for prompt in prompts])).to(self.device)
+    def student(self, prompts: list[str]) -> Context:
+        return Context.stack([(self.tensor(Encoding("text", prompt)),) for prompt in prompts]).to(self.device)
 
-    def teacher(self, samples: list[Sample]) -> KleinContext:
-        context = self.student([self.teacher_prompt(self.caption(sample)) for sample in samples])
-        references = [self.reference(self.examples[sample.example], sample.flip) for sample in samples]
-        return context.with_references(torch.cat(references).to(self.device))
+    def teacher(self, samples: list[Sample]) -> Context:
+        encodings = [self.teacher_encodings(sample) for sample in samples]
+        return Context.stack([tuple(map(self.tensor, of_sample)) for of_sample in encodings]).to(self.device)
 
-    def load(self, samples: list[Sample]) -> tuple[KleinContext, KleinContext]:
+    def load(self, samples: list[Sample]) -> tuple[Context, Context]:
         """(student's, teacher's) contexts of one batch."""
         return self.student([self.caption(sample) for sample in samples]), self.teacher(samples)
-
-
-def finite(encoding: torch.Tensor, name: str) -> torch.Tensor:
-    if not encoding.isfinite().all():
-        raise InputError(f"{name}: its encoding is not finite; use --mixed_precision bf16 or no")
-    return encoding
 
 
 def checkpoint_folder(args: argparse.Namespace) -> Path:
@@ -1146,38 +1357,32 @@ def checkpoint_folder(args: argparse.Namespace) -> Path:
     if Path(args.pretrained_model_name_or_path).is_dir():
         return Path(args.pretrained_model_name_or_path)
     return Path(
-        Flux2KleinDOPSDPipeline.download(
+        Pipeline.download(
             args.pretrained_model_name_or_path, transformer=None, variant=args.variant, **hub_kwargs(args)
         )
     )
 
 
-def check_text_layers(text: PretrainedConfig, transformer_config: dict, args: argparse.Namespace) -> None:
-    layers = args.text_encoder_out_layers
-    if not all(0 <= layer <= text.num_hidden_layers for layer in layers):
-        raise InputError(
-            f"--text_encoder_out_layers {layers}: the text encoder has layers 0 to {text.num_hidden_layers}"
-        )
-    width = transformer_config["joint_attention_dim"]
-    if len(layers) * text.hidden_size != width:
-        raise InputError(
-            f"--text_encoder_out_layers {layers}: the transformer takes {width // text.hidden_size} layers of "
-            f"{text.hidden_size} channels"
-        )
-
-
 def check_prompt_lengths(contexts: Contexts, drawn_prompts: list[str]) -> None:
-    """The text encoder cuts a long prompt without a word, and with it the teacher's suffix."""
-    limit = contexts.args.max_sequence_length
-    named = [("--validation_prompt or --retention_prompts", prompt) for prompt in drawn_prompts]
+    """The text encoder cuts a long text without a word, and with it the teacher's suffix or picture."""
+    student_flag = "max_sequence_length"
+    named = [("--validation_prompt or --retention_prompts", Encoding("text", prompt)) for prompt in drawn_prompts]
     for picture in contexts.pictures:
-        named += [(picture.name, contexts.teacher_prompt(caption)) for caption in picture.captions]
-    for name, prompt in named:
-        count = contexts.pipeline.chat_token_count(prompt)
+        named += [(picture.name, Encoding("text", caption)) for caption in picture.captions]
+    limited = [(name, encoding, student_flag) for name, encoding in named]
+    limited += [
+        (f"{picture.name}, as the teacher reads it", encoding, TEACHER_LENGTH_FLAG)
+        for picture, encoding in contexts.all_teacher_encodings()
+        if encoding.encoder != "vae"
+    ]
+    for name, encoding, flag in limited:
+        count, limit = contexts.token_count(encoding), getattr(contexts.args, flag)
         if count > limit:
+            picture = " with the picture" if encoding.encoder == "vlm" else ""
             raise InputError(
-                f"{name}: {reprlib.repr(prompt)} has {count} tokens, with the chat text and, for a caption, "
-                f"--teacher_prompt_suffix; --max_sequence_length is {limit}: shorten it"
+                f"{name}: {reprlib.repr(encoding.prompt)} has {count} tokens{picture} and the chat text, "
+                f"--{flag} is {limit}: shorten the caption or --teacher_prompt_suffix"
+                + (", or lower --vlm_max_pixels" if picture else "")
             )
 
 
@@ -1195,54 +1400,69 @@ def naming_the_checkpoint(args: argparse.Namespace) -> Iterator[None]:
         ) from error
 
 
-def load_text_encoder(folder: Path, args: argparse.Namespace, dtype: torch.dtype) -> Qwen3ForCausalLM:
+def load_text_encoder(folder: Path, args: argparse.Namespace, dtype: torch.dtype) -> TextEncoder:
     with naming_the_checkpoint(args):
-        return Qwen3ForCausalLM.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, variant=args.variant)
+        return TextEncoder.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, variant=args.variant)
+
+
+def load_text_encoders(contexts: Contexts, folder: Path, *, with_vision: bool) -> None:
+    """The pipeline's text encoder on the accelerator, with the vision tower around it if asked for."""
+    pipeline = contexts.pipeline
+    pipeline.text_encoder = load_text_encoder(folder, contexts.args, pipeline.vae.dtype).to(contexts.device)
+    if with_vision:
+        contexts.vision_encoder.load(pipeline.text_encoder)
+
+
+def free_text_encoders(contexts: Contexts) -> None:
+    if contexts.vision_encoder is not None:
+        contexts.vision_encoder.unload()
+    contexts.pipeline.text_encoder = None
+    free_memory()
 
 
 def fill_cache(
-    contexts: Contexts, prompts: list[str], text_width: int, accelerator: Accelerator, folder: Path
+    contexts: Contexts, drawn_prompts: list[str], text_width: int, accelerator: Accelerator, folder: Path
 ) -> None:
     """Encodes what the cache lacks, shared among processes. One encoder at a time is on the accelerator.
 
     Where nothing is missing, no encoder is loaded.
     """
-    args, pipeline, cache = contexts.args, contexts.pipeline, contexts.cache
+    pipeline, cache = contexts.pipeline, contexts.cache
     bar = partial(tqdm, disable=not accelerator.is_local_main_process)
-    flips = (False, True) if args.random_flip else (False,)
-    prompt_of = {contexts.prompt_key(prompt): prompt for prompt in prompts}
-    crop_of = {
-        contexts.reference_key(example, flip): (example, flip)
-        for example, flip in itertools.product(contexts.examples, flips)
-    }
-    missing = cache.missing(bar([*prompt_of, *crop_of], desc="Checking the context cache"))
+    prompts = [Encoding("text", prompt) for prompt in [*contexts.captions, *drawn_prompts]]
+    needed = [*prompts, *(encoding for _, encoding in contexts.all_teacher_encodings())]
+    encoding_of = {contexts.key(encoding): encoding for encoding in dict.fromkeys(needed)}
+    missing = [encoding_of[key] for key in cache.missing(bar([*encoding_of], desc="Checking the context cache"))]
     accelerator.wait_for_everyone()  # all have seen the same gaps before anyone fills one
-    missing_prompts = [prompt_of[key] for key in missing if key in prompt_of]
-    missing_crops = [crop_of[key] for key in missing if key in crop_of]
-    itemsize = pipeline.vae.dtype.itemsize
-    prompt_bytes = args.max_sequence_length * text_width * itemsize
-    crop_bytes = [math.prod(pipeline.latent_shape(*example.bucket)) * itemsize for example, _ in missing_crops]
-    total = prompt_bytes * len(missing_prompts) + sum(crop_bytes)
-    logger.info(
-        f"Encoding {len(missing_prompts)} of {len(prompt_of)} prompts and {len(missing_crops)} of {len(crop_of)} "
-        f"pictures: {total / 1e6:,.1f} MB in {cache.folder}"
-    )
+    sizes = [math.prod(encoding_shape(contexts, encoding, text_width)) for encoding in missing]
+    total = sum(sizes) * pipeline.vae.dtype.itemsize
+    logger.info(f"Encoding {counted(missing, encoding_of.values())}: {total / 1e6:,.1f} MB in {cache.folder}")
     cache.check_space(total)
 
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    if missing_prompts:
-        pipeline.text_encoder = load_text_encoder(folder, args, pipeline.vae.dtype).to(accelerator.device)
-        for prompt in bar(missing_prompts[share], desc="Encoding prompts"):
-            cache.save(contexts.prompt_key(prompt), contexts.encode_prompt(prompt).cpu())
-        pipeline.text_encoder = None
-        free_memory()
-    if missing_crops:
+    def encode_and_save(encoder: str, description: str) -> None:
+        share = [encoding for encoding in missing if encoding.encoder == encoder]
+        for encoding in bar(share[accelerator.process_index :: accelerator.num_processes], desc=description):
+            cache.save(contexts.key(encoding), contexts.encode(encoding).cpu())
+
+    encoders = {encoding.encoder for encoding in missing}
+    if encoders & {"text", "vlm"}:
+        load_text_encoders(contexts, folder, with_vision="vlm" in encoders)
+        encode_and_save("text", "Encoding prompts")
+        encode_and_save("vlm", "Encoding prompts with pictures")
+        free_text_encoders(contexts)
+    if "vae" in encoders:
         pipeline.vae.to(accelerator.device)
-        for example, flip in bar(missing_crops[share], desc="Encoding pictures"):
-            cache.save(contexts.reference_key(example, flip), contexts.encode_reference(example, flip).cpu())
+        encode_and_save("vae", "Encoding pictures")
         pipeline.vae.to("cpu")
         free_memory()
     accelerator.wait_for_everyone()
+
+
+def counted(missing: list[Encoding], needed: Iterable[Encoding]) -> str:
+    """How many of each kind are missing, in words."""
+    names = {"text": "prompts", "vlm": "prompts with pictures", "vae": "pictures"}
+    missing_of, needed_of = (Counter(encoding.encoder for encoding in some) for some in (missing, needed))
+    return " and ".join(f"{missing_of[kind]} of {needed_of[kind]} {names[kind]}" for kind in names if needed_of[kind])
 
 
 # Models and optimizer
@@ -1272,12 +1492,12 @@ def read_quantization_settings(args: argparse.Namespace) -> dict | None:
     return settings
 
 
-def load_transformer(args: argparse.Namespace, dtype: torch.dtype) -> Flux2Transformer2DModel:
+def load_transformer(args: argparse.Namespace, dtype: torch.dtype) -> Transformer:
     settings = read_quantization_settings(args)
     if settings is not None and settings.get("load_in_4bit"):
         settings["bnb_4bit_compute_dtype"] = dtype
     with naming_the_checkpoint(args):
-        return Flux2Transformer2DModel.from_pretrained(
+        return Transformer.from_pretrained(
             args.pretrained_model_name_or_path,
             subfolder="transformer",
             dtype=dtype,
@@ -1324,12 +1544,12 @@ def build_optimizer(
 class StudentVelocity(torch.nn.Module):
     """The student as a module: what accelerate wraps, so that processes share its gradients."""
 
-    def __init__(self, pipeline: Flux2KleinDOPSDPipeline):
+    def __init__(self, pipeline: Pipeline):
         super().__init__()
         self.pipeline = pipeline
         self.transformer = pipeline.transformer
 
-    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, context: KleinContext) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
         return self.pipeline.predict_velocity(latents, timestep, context)
 
 
@@ -1339,7 +1559,7 @@ class Run:
 
     args: argparse.Namespace
     accelerator: Accelerator
-    pipeline: Flux2KleinDOPSDPipeline
+    pipeline: Pipeline
     roles: StudentTeacherLoRA
     student: torch.nn.Module
     contexts: Contexts
@@ -1357,9 +1577,10 @@ class Run:
 # What a resumed run must share with its checkpoint to end in the same weights: flags, and what follows from flags,
 # data and launcher.
 FIXED_FLAGS = """
-    variant bnb_quantization_config_path max_sequence_length text_encoder_out_layers
+    variant bnb_quantization_config_path
     repeats resolution use_aspect_ratio_buckets aspect_ratio_buckets center_crop random_flip
-    teacher_context teacher_prompt_suffix teacher ema_decay num_rollout_steps loss_space
+    teacher_context teacher_prompt_suffix vlm_min_pixels vlm_max_pixels vlm_rope
+    teacher ema_decay num_rollout_steps loss_space
     rank lora_alpha lora_dropout lora_layers init_lora
     seed train_batch_size mixed_precision
     optimizer use_8bit_adam learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm
@@ -1378,8 +1599,10 @@ def fixed_settings(args: argparse.Namespace, pictures: list[Picture], digests: l
     """
     settings = {f"--{name}": getattr(args, name) for name in FIXED_FLAGS} | {
         "model": model_identity(args),
+        **{f"--{name}": value for name, value in text_settings(args).items()},
+        "--vlm_model_name_or_path": vlm_identity(args),
         PICTURES: {
-            picture.name: hashlib.sha256(json.dumps([digest, picture.captions]).encode()).hexdigest()[:16]
+            picture.name: content_key(digest, picture.captions, picture.teacher_caption)[:16]
             for picture, digest in zip(pictures, digests, strict=True)
         },
         "processes x --gradient_accumulation_steps": batches,
@@ -1393,6 +1616,16 @@ def model_identity(args: argparse.Namespace) -> str:
     if folder.is_dir():
         return checkpoint_fingerprint(folder, ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"))[:16]
     return f"{args.pretrained_model_name_or_path}@{args.revision or 'main'}"
+
+
+def vlm_identity(args: argparse.Namespace) -> str | None:
+    """As `model_identity`; None where no VLM is used."""
+    if args.teacher_context != "vlm":
+        return None
+    folder = Path(args.vlm_model_name_or_path or "")
+    if args.vlm_model_name_or_path and folder.is_dir():
+        return checkpoint_fingerprint(folder, (".",))[:16]
+    return args.vlm_model_name_or_path or "default"
 
 
 def checkpoint_step(path: Path) -> int:
@@ -1503,7 +1736,7 @@ def save_lora(run: Run, folder: Path) -> None:
     """Writes the student as stock diffusers reads it, beside its place first."""
     weights, metadata = run.roles.export(run.save_dtype)
     unfinished = f".{LORA_FILE}.tmp"
-    Flux2KleinPipeline.save_lora_weights(
+    StockPipeline.save_lora_weights(
         folder,
         transformer_lora_layers=weights,
         transformer_lora_adapter_metadata=metadata,
@@ -1591,7 +1824,7 @@ class Drawing:
 class Gallery:
     """Draws with base, student and teacher at the deployed steps; writes contact sheets and curves.
 
-    Every picture is what `Flux2KleinPipeline` draws from the same noise with the saved LoRA. Nothing here touches
+    Every picture is what the stock pipeline draws from the same noise with the saved LoRA. Nothing here touches
     the weights or the generators that training uses.
     """
 
@@ -1616,9 +1849,9 @@ class Gallery:
         """(1, C, h, w): in float32 what a pipeline draws with `torch.Generator().manual_seed(seed)`."""
         pipeline = self.run.pipeline
         noise = seeded_noise(pipeline.latent_shape(height, width), [seed])
-        return noise.to(self.run.accelerator.device, pipeline.vae.dtype)
+        return noise.to(self.run.accelerator.device, pipeline.latents_dtype)
 
-    def draw(self, context: KleinContext, noise: torch.Tensor) -> Drawing:
+    def draw(self, context: Context, noise: torch.Tensor) -> Drawing:
         latents = self.run.pipeline.sample(context, noise, self.args.num_inference_steps)
         return Drawing(latents.cpu(), self.decode(latents)[0])
 
@@ -1675,16 +1908,19 @@ class Gallery:
                 base = self.draw(self.run.contexts.student([caption]), noise)
             with self.run.roles.teacher_role():
                 teacher = self.draw(self.run.contexts.teacher([sample]), noise)
-            rows.append((caption, [base.image, teacher.image, self.run.contexts.cropped(example, sample.flip)]))
+            picture = self.run.contexts.cropped(Crop(sample.example, sample.flip))
+            teacher_caption = self.run.contexts.pictures[example.picture].teacher_caption
+            label = caption if teacher_caption is None else f"{caption} (teacher: {teacher_caption})"
+            rows.append((label, [base.image, teacher.image, picture]))
         self.write(
             "preview",
             0,
             f"Before training, drawn in {self.args.num_inference_steps} sampling steps",
-            ["base", "teacher: sees the picture", "the picture"],
+            ["base", f"teacher: {TEACHER_CONTEXTS[self.args.teacher_context]}", "the picture"],
             rows,
             note="The student is pulled from the left column towards the middle one. If the middle column does not "
-            "show your subject, training cannot teach it: change --teacher_prompt_suffix, --resolution or the "
-            "pictures before you spend hours.",
+            "show your subject, training cannot teach it: change --teacher_context, --teacher_prompt_suffix, "
+            "--resolution, the pictures or the captions before you spend hours.",
         )
 
     def validate(self, step: int) -> float:
@@ -1786,7 +2022,7 @@ class Gallery:
                 for prompt, seed in asked
             ]
 
-        pictures = [self.run.contexts.cropped(self.run.contexts.examples[s.example], s.flip) for s in self.shown]
+        pictures = [self.run.contexts.cropped(Crop(sample.example, sample.flip)) for sample in self.shown]
         self.write_parts(
             "story",
             step,
@@ -1889,7 +2125,7 @@ def distil(run: Run, samples: list[Sample], weight: float) -> torch.Tensor:
         return velocity.to(latents.dtype)  # accelerate returns float32
 
     teacher = run.roles.as_teacher(partial(pipeline.predict_velocity, context=teacher_context))
-    noise = noise.to(accelerator.device, student_context.prompt_embeds.dtype)
+    noise = noise.to(accelerator.device, pipeline.latents_dtype)
     measured = []
     for state in rollout(student, teacher, noise, schedule, loss_space=args.loss_space):
         accelerator.backward(state.loss * weight / len(schedule))
@@ -2123,7 +2359,7 @@ def resolve_steps(args: argparse.Namespace, order: SampleOrder, num_processes: i
 def read_init_lora(args: argparse.Namespace) -> tuple[dict[str, torch.Tensor], dict | None]:
     """Weights and metadata of `--init_lora`, as diffusers reads them."""
     try:
-        return Flux2KleinPipeline.lora_state_dict(args.init_lora, return_lora_metadata=True)
+        return StockPipeline.lora_state_dict(args.init_lora, return_lora_metadata=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"--init_lora {args.init_lora}: no LoRA is found there ({first_line(error)}); give a .safetensors file, "
@@ -2154,18 +2390,16 @@ def main(args: argparse.Namespace) -> None:
 
     # Everything that a user can get wrong, before any weight is loaded.
     pictures = read_pictures(args)
-    sizes = check_pictures(pictures, disable_progress=not accelerator.is_local_main_process)
+    sizes = check_pictures(
+        pictures, resolution=args.resolution, disable_progress=not accelerator.is_local_main_process
+    )
     digests = picture_digests(pictures)
     examples = plan_examples(pictures, sizes, args)
     order = SampleOrder(
         pictures, examples, batch_size=args.train_batch_size, random_flip=args.random_flip, seed=args.seed
     )
     resolve_steps(args, order, accelerator.num_processes)
-    if not check_is_klein(args.pretrained_model_name_or_path, **hub_kwargs(args)):
-        logger.warning(
-            f"{args.pretrained_model_name_or_path} is not step-distilled: D-OPSD keeps few steps, it does not make "
-            "them. Its samples at --num_rollout_steps will stay as poor as they are."
-        )
+    check_model(args)
     settings = fixed_settings(args, pictures, digests, accelerator.num_processes * args.gradient_accumulation_steps)
     if checkpoint is not None:
         check_settings(checkpoint, settings)
@@ -2240,26 +2474,41 @@ def load_contexts(
     with naming_the_checkpoint(args):
         folder = checkpoint_folder(args)
         text_config = AutoConfig.from_pretrained(folder, subfolder="text_encoder")
-        pipeline = Flux2KleinDOPSDPipeline.from_pretrained(
+        pipeline = Pipeline.from_pretrained(
             folder, transformer=None, text_encoder=None, dtype=weight_dtype, variant=args.variant
         )
-    check_text_layers(text_config, transformer_config, args)
-    contexts = Contexts(pipeline, pictures, digests, examples, args, accelerator.device)
+    check_text_encoder(text_config, transformer_config, args)
+    vision_encoder = make_vision_encoder(pipeline, text_config, args) if args.teacher_context == "vlm" else None
+    contexts = Contexts(pipeline, pictures, digests, examples, vision_encoder, args, accelerator.device)
     if args.validation_prompt is None:
         args.validation_prompt = contexts.captions[:NUM_DEFAULT_VALIDATION_PROMPTS]
     final = [args.final_validation_prompt] if args.final_validation_prompt else []
     drawn_prompts = [*args.validation_prompt, *final, *args.retention_prompts] if args.validation_steps > 0 else []
     check_prompt_lengths(contexts, drawn_prompts)
     if args.no_context_cache:
-        pipeline.text_encoder = load_text_encoder(folder, args, weight_dtype).to(accelerator.device)
+        load_text_encoders(contexts, folder, with_vision=vision_encoder is not None)
         pipeline.vae.to(accelerator.device)
     else:
         contexts.model_fingerprint = checkpoint_fingerprint(folder, ("text_encoder", "tokenizer", "vae"))
+        if vision_encoder is not None:
+            contexts.vlm_fingerprint = files_fingerprint(vision_encoder.files())
         contexts.cache = ContextCache(Path(args.context_cache_dir))
-        captions = contexts.captions
-        prompts = list(dict.fromkeys([*captions, *map(contexts.teacher_prompt, captions), *drawn_prompts]))
-        fill_cache(contexts, prompts, transformer_config["joint_attention_dim"], accelerator, folder)
+        fill_cache(contexts, drawn_prompts, text_config.hidden_size, accelerator, folder)
     return contexts
+
+
+def make_vision_encoder(pipeline: Pipeline, text_config: PretrainedConfig, args: argparse.Namespace) -> VisionEncoder:
+    if args.vlm_model_name_or_path is None:
+        args.vlm_model_name_or_path = default_vlm(text_config)
+    return VisionEncoder(
+        args.vlm_model_name_or_path,
+        pipeline.tokenizer,
+        text_config,
+        min_pixels=args.vlm_min_pixels,
+        max_pixels=args.vlm_max_pixels,
+        rope=args.vlm_rope,
+        cache_dir=args.cache_dir,
+    )
 
 
 def finish(run: Run, gallery: Gallery) -> None:
@@ -2292,6 +2541,7 @@ def write_run_card(run: Run, gallery: Gallery) -> None:
         figures = [line["retention"] for line in read_history(folder) if "retention" in line]
         write_card(
             folder,
+            model=CARD_MODEL,
             repo_id=run.args.hub_model_id or folder.resolve().name,
             base_model=run.args.pretrained_model_name_or_path,
             instance_prompt=run.args.instance_prompt,

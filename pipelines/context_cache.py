@@ -74,7 +74,7 @@ def checkpoint_fingerprint(folder: Path, subfolders: Iterable[str]) -> str:
     Raises:
         InputError: a subfolder is missing.
     """
-    content_of = {}
+    files = {}
     for subfolder in subfolders:
         if not (folder / subfolder).is_dir():
             raise InputError(
@@ -82,8 +82,13 @@ def checkpoint_fingerprint(folder: Path, subfolders: Iterable[str]) -> str:
             )
         for path in (folder / subfolder).rglob("*"):
             if path.is_file():
-                content_of[path.relative_to(folder).as_posix()] = _sampled_content(path)
-    return content_key(content_of)
+                files[path.relative_to(folder).as_posix()] = path
+    return files_fingerprint(files)
+
+
+def files_fingerprint(files: dict[str, Path]) -> str:
+    """64 hex digits of files by name, size and sampled content (see `checkpoint_fingerprint`)."""
+    return content_key({name: _sampled_content(path) for name, path in files.items()})
 
 
 def _sampled_content(path: Path) -> tuple[int, str]:

@@ -1,18 +1,16 @@
 """FLUX.2-klein's side of D-OPSD: contexts for student and teacher, the deployed schedule, the velocity."""
 
-import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
 
-from . import InputError
 from .rollout import Schedule, euler_step
+from .vision_encoder import VisionEncoder
 
 
 TEXT_ENCODER_OUT_LAYERS = (9, 18, 27)
@@ -34,11 +32,17 @@ class KleinContext:
     Attributes:
         prompt_embeds: (B, L, D), three text layers side by side, padded to L.
         references: normalised, patchified latents of reference images, each (B, C, H / 16, W / 16). Empty for the
-            student; the teacher's hold the target image.
+            student; the `edit` teacher's hold the target image.
     """
 
     prompt_embeds: torch.Tensor
     references: tuple[torch.Tensor, ...] = ()
+
+    @classmethod
+    def stack(cls, samples: list[tuple[torch.Tensor, ...]]) -> "KleinContext":
+        """A batch of samples' encodings: (prompt_embeds, *references) of each, all with a batch of 1."""
+        prompt_embeds, *references = (torch.cat(parts) for parts in zip(*samples, strict=True))
+        return cls(prompt_embeds, tuple(references))
 
     def to(self, device: torch.device) -> "KleinContext":
         return KleinContext(self.prompt_embeds.to(device), tuple(latents.to(device) for latents in self.references))
@@ -50,12 +54,15 @@ class KleinContext:
 class Flux2KleinDOPSDPipeline(Flux2KleinPipeline):
     """`Flux2KleinPipeline` with what D-OPSD needs; loading, sampling, decoding and LoRA files are inherited."""
 
-    def chat_token_count(self, prompt: str) -> int:
-        """Tokens of the prompt in its chat text, before padding: the text encoder cuts what exceeds its length."""
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    def chat_text(self, content: str) -> str:
+        """The user's content as the text encoder reads it."""
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        return len(self.tokenizer(text).input_ids)
+
+    def chat_token_count(self, content: str) -> int:
+        """Tokens of the content in its chat text, before padding: what exceeds the text encoder's length is cut."""
+        return len(self.tokenizer(self.chat_text(content)).input_ids)
 
     @torch.no_grad()
     def encode_student(
@@ -94,6 +101,31 @@ class Flux2KleinDOPSDPipeline(Flux2KleinPipeline):
         )
         return context.with_references(torch.cat([self.encode_reference(image) for image in images]))
 
+    def encode_teacher_vlm(
+        self,
+        prompts: list[str],
+        images: list[PIL.Image.Image],
+        *,
+        vision_encoder: VisionEncoder,
+        max_sequence_length: int = 512,
+        text_encoder_out_layers: tuple[int, ...] = TEXT_ENCODER_OUT_LAYERS,
+    ) -> KleinContext:
+        """c_t = f_mm(y, image): each prompt after its image, read by the text encoder with Qwen3-VL's vision tower.
+
+        Args:
+            vision_encoder: with this pipeline's text encoder loaded into it.
+            max_sequence_length: what is padded to, as in `encode_student`: the transformer sees the padding.
+
+        Returns:
+            prompt_embeds (B, max_sequence_length, 3 * text width), no references.
+        """
+        embeds = []
+        for prompt, image in zip(prompts, images, strict=True):
+            content = vision_encoder.content(prompt, vision_encoder.num_image_tokens(image.height, image.width))
+            hidden = vision_encoder.hidden_states(self.chat_text(content), image, pad_to=max_sequence_length)
+            embeds.append(torch.cat([hidden[layer] for layer in text_encoder_out_layers], dim=-1))
+        return KleinContext(torch.cat(embeds))
+
     @torch.no_grad()
     def encode_reference(self, image: PIL.Image.Image) -> torch.Tensor:
         """Latents of one reference image as `Flux2KleinPipeline.__call__(image=...)` makes them.
@@ -116,6 +148,11 @@ class Flux2KleinDOPSDPipeline(Flux2KleinPipeline):
     def token_pixels(self) -> int:
         """Side of the square of pixels that one latent token stands for."""
         return self.vae_scale_factor * 2
+
+    @property
+    def latents_dtype(self) -> torch.dtype:
+        """In which the stock pipeline steps: its own precision."""
+        return self.vae.dtype
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H / 16, W / 16): one sample's patchified latents for an image of that many pixels."""
@@ -219,41 +256,6 @@ def _image_ids(
         references = [torch.empty(1, 0, *reference_size) for reference_size in reference_sizes]
         ids.append(Flux2KleinPipeline._prepare_image_ids(references)[0])
     return torch.cat(ids).to(device)
-
-
-def check_is_klein(name_or_path: str, **kwargs) -> bool:
-    """Reads the checkpoint's index and configurations alone: before anything is loaded.
-
-    Returns:
-        Whether the checkpoint says that it is step-distilled.
-
-    Raises:
-        InputError: no such checkpoint, or of another model.
-    """
-    try:
-        config = Flux2KleinPipeline.load_config(name_or_path, **kwargs)
-        scheduler = FlowMatchEulerDiscreteScheduler.load_config(name_or_path, subfolder="scheduler", **kwargs)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        is_local = Path(name_or_path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path))
-        advice = (
-            "it is no folder of a diffusers checkpoint (with a model_index.json); check the path"
-            if is_local
-            else "there is no such folder, and the Hub did not give it; check the name and the connection, and for a "
-            "gated model accept its licence there and run hf auth login"
-        )
-        raise InputError(f"--pretrained_model_name_or_path {name_or_path}: {advice} ({reason})") from error
-    if (kind := config.get("_class_name")) != "Flux2KleinPipeline":
-        raise InputError(
-            f"--pretrained_model_name_or_path {name_or_path}: this is a {kind}, not FLUX.2-klein; "
-            "pass for example black-forest-labs/FLUX.2-klein-4B"
-        )
-    if scheduler.get("stochastic_sampling") or scheduler.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
-        raise InputError(
-            f"--pretrained_model_name_or_path {name_or_path}: its scheduler is not a deterministic "
-            "FlowMatchEulerDiscreteScheduler, whose steps the rollout follows; use the published scheduler"
-        )
-    return bool(config.get("is_distilled", False))
 
 
 def transformer_skeleton(name_or_path: str, **kwargs) -> Flux2Transformer2DModel:

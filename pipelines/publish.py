@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import textwrap
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,19 +24,14 @@ SHEETS = ("preview.png", "story.png", "curves.png")
 NUMBERED_SHEETS = ("validation", "rollout", "retention")  # validation-250.png: only the last is published
 
 PAPER = "https://arxiv.org/abs/2605.05204"
-TAGS = """
-    text-to-image diffusers diffusers-training lora flux2 flux2-klein d-opsd template:sd-lora
-""".split()
+TAGS = ("text-to-image", "diffusers", "diffusers-training", "lora", "d-opsd", "template:sd-lora")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub")
-
-# Flux2KleinPipeline's own defaults: the card names what a run did otherwise, since the LoRA wants the same.
-SAMPLING_DEFAULTS = {"max_sequence_length": 512, "text_encoder_out_layers": [9, 18, 27]}
 
 # Not on the card: secrets, where things lie on this machine, and what says nothing about the weights.
 HIDDEN_PREFIXES = ("hub_", "push_")
 HIDDEN_SUFFIXES = ("_dir", "_path", "_token")
 HIDDEN_SETTINGS = ("resume_from_checkpoint", "report_to", "local_rank", "preview_only")
-PATH_OR_HUB_ID = ("dataset_name", "init_lora")
+PATH_OR_HUB_ID = ("dataset_name", "init_lora", "vlm_model_name_or_path")
 
 # What its licence asks of those who pass on a derivative.
 NON_COMMERCIAL_NOTICE = (
@@ -55,9 +51,28 @@ MAX_REASON_CHARACTERS = 400
 # Card
 
 
+@dataclass(frozen=True)
+class CardModel:
+    """What the card says of the base model's kind.
+
+    Attributes:
+        pipeline: name of the stock pipeline's class.
+        tags: of the model family.
+        guidance_scale: at which the few-step model is sampled.
+        sampling_defaults: the stock pipeline's own, by flag. The card names what a run did otherwise, since the LoRA
+            wants the same.
+    """
+
+    pipeline: str
+    tags: tuple[str, ...]
+    guidance_scale: float
+    sampling_defaults: dict
+
+
 def write_card(
     folder: Path,
     *,
+    model: CardModel,
     repo_id: str,
     base_model: str,
     instance_prompt: str | None,
@@ -85,7 +100,7 @@ def write_card(
         base_model_relation="adapter" if is_hub_id(base_model) else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=TAGS,
+        tags=[*TAGS, *model.tags],
         instance_prompt=instance_prompt,
         widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None,
         **licence_of(base_model),
@@ -94,7 +109,7 @@ def write_card(
         [
             *introduction(repo_id, base_model, instance_prompt, settings),
             *pictures(folder, gallery),
-            *usage(repo_id, base_model, instance_prompt, gallery, settings),
+            *usage(model, repo_id, base_model, instance_prompt, gallery, settings),
             *measured(retention),
             *training(settings),
             *licence(base_model),
@@ -118,13 +133,16 @@ def public_name(model: str) -> str:
 def licence_of(base_model: str) -> dict[str, str]:
     """The card's licence fields: the base model's, which a LoRA made from it follows.
 
-    klein's 4B models are Apache-2.0, its 9B models non-commercial; of others, folders included, nothing is known but
-    that theirs applies.
+    Z-Image and klein's 4B models are Apache-2.0, klein's 9B models non-commercial; of others, folders included,
+    nothing is known but that theirs applies.
     """
-    found = re.match(r"black-forest-labs/FLUX\.2-klein-(?:base-)?([49])B\b", base_model, re.IGNORECASE)
-    if not is_hub_id(base_model) or found is None:
+    is_open = re.match(
+        r"(black-forest-labs/FLUX\.2-klein-(base-)?4B\b|Tongyi-MAI/Z-Image(-Turbo)?$)", base_model, re.IGNORECASE
+    )
+    is_non_commercial = re.match(r"black-forest-labs/FLUX\.2-klein-(base-)?9B\b", base_model, re.IGNORECASE)
+    if not is_hub_id(base_model) or not (is_open or is_non_commercial):
         return {"license": "other"}
-    if found[1] == "4":
+    if is_open:
         return {"license": "apache-2.0"}
     return {
         "license": "other",
@@ -159,25 +177,31 @@ def pictures(folder: Path, gallery: list[tuple[str, str]]) -> list[str]:
 
 
 def usage(
-    repo_id: str, base_model: str, instance_prompt: str | None, gallery: list[tuple[str, str]], settings: dict
+    model: CardModel,
+    repo_id: str,
+    base_model: str,
+    instance_prompt: str | None,
+    gallery: list[tuple[str, str]],
+    settings: dict,
 ) -> list[str]:
     """How to load. JSON's strings are Python's, and keep a prompt on its line, where it cannot end the code."""
     prompt = instance_prompt or next((prompt for prompt, _ in gallery), "your prompt")
     source = base_model if is_hub_id(base_model) else f"path/to/{public_name(base_model)}"
     target = repo_id if "/" in repo_id else f"ACCOUNT/{repo_id}"
-    chosen = {name: settings.get(name, usual) for name, usual in SAMPLING_DEFAULTS.items()}
+    usual = model.sampling_defaults
+    chosen = {name: settings.get(name, default) for name, default in usual.items()}
     lines = [
         "```python",
         "import torch",
-        "from diffusers import Flux2KleinPipeline",
+        f"from diffusers import {model.pipeline}",
         "",
-        f'pipe = Flux2KleinPipeline.from_pretrained({quoted(source)}, dtype=torch.bfloat16).to("cuda")',
+        f'pipe = {model.pipeline}.from_pretrained({quoted(source)}, dtype=torch.bfloat16).to("cuda")',
         f"pipe.load_lora_weights({quoted(target)})",
         "image = pipe(",
         f"    prompt={quoted(prompt)},",
         f"    num_inference_steps={settings['num_inference_steps']},",
-        "    guidance_scale=1.0,",
-        *(f"    {name}={value}," for name, value in chosen.items() if value != SAMPLING_DEFAULTS[name]),
+        f"    guidance_scale={model.guidance_scale},",
+        *(f"    {name}={value}," for name, value in chosen.items() if value != usual[name]),
         ").images[0]",
         'image.save("image.png")',
         "```",
@@ -212,7 +236,7 @@ def training(settings: dict) -> list[str]:
 
 def is_shown(name: str, value: object) -> bool:
     hidden = name.startswith(HIDDEN_PREFIXES) or name.endswith(HIDDEN_SUFFIXES) or name in HIDDEN_SETTINGS
-    return not hidden and value is not None and value is not False
+    return (not hidden or name in PATH_OR_HUB_ID) and value is not None and value is not False
 
 
 def written(value: object) -> str:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from command_line import Command
+from command_line import Command, Forkserver
+from models import make_model
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 from tiny_klein import make_tiny_klein
+from tiny_zimage import make_tiny_zimage
 
 
 diffusers.utils.logging.disable_progress_bar()
@@ -23,6 +25,24 @@ diffusers.utils.logging.disable_progress_bar()
 def klein_path(tmp_path_factory):
     """A tiny FLUX.2-klein checkpoint."""
     return make_tiny_klein(tmp_path_factory.mktemp("klein"))
+
+
+@pytest.fixture(scope="session")
+def zimage_path(tmp_path_factory):
+    """A tiny Z-Image-Turbo checkpoint."""
+    return make_tiny_zimage(tmp_path_factory.mktemp("zimage"))
+
+
+@pytest.fixture(scope="session")
+def vlm_folder(tmp_path_factory):
+    """Where the tiny VLMs lie once they are made."""
+    return tmp_path_factory.mktemp("vlm")
+
+
+@pytest.fixture(params=["flux2", "zimage"])
+def model(request, klein_path, zimage_path, vlm_folder):
+    """Each script with its tiny checkpoint."""
+    return make_model(request.param, klein_path, zimage_path, vlm_folder)
 
 
 @pytest.fixture
@@ -47,8 +67,14 @@ def make_picture():
 
 
 @pytest.fixture(scope="session")
-def command(tmp_path_factory):
-    return Command(tmp_path_factory.mktemp("logs"))
+def forkserver(tmp_path_factory):
+    return Forkserver(tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture
+def command(forkserver, model):
+    """The model's script."""
+    return Command(forkserver, model.script_path)
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,8 @@ def make_args(**changed):
         random_flip=False,
         train_batch_size=1,
         seed=0,
+        teacher_context="edit",
+        teacher_caption_column=None,
     )
     assert changed.keys() <= defaults.keys()
     return argparse.Namespace(**(defaults | changed))
@@ -471,9 +473,9 @@ def test_parquet_dataset(parquet_dataset, tmp_path, caplog):
         f"row 1 of {parquet_dataset}": ("None", "dog"),
         f"row 2 of {parquet_dataset}": ("007", "dog"),
     }
-    assert script.check_pictures(pictures[:2], disable_progress=True) == [(4, 6), (4, 6)]
+    assert script.check_pictures(pictures[:2], resolution=64, disable_progress=True) == [(4, 6), (4, 6)]
     assert [script.read_image(picture).getpixel((0, 0)) for picture in pictures[:2]] == [RED, BLUE]
-    message = error_of(script.check_pictures, pictures, disable_progress=True)
+    message = error_of(script.check_pictures, pictures, resolution=64, disable_progress=True)
     assert_names(message, f"row 2 of {parquet_dataset}", "'image'", "empty")
     assert (tmp_path / "cache").is_dir()
     assert not warnings_in(caplog)
@@ -540,7 +542,7 @@ def test_local_imagefolder(tmp_path):
     write_jsonl(tmp_path / "data", {"file_name": "a.png", "text": "a dog"}, {"file_name": "b/c.png", "text": "a cat"})
     pictures = read_dataset(tmp_path / "data", tmp_path, caption_column=["text"])
     assert [picture.captions for picture in pictures] == [("a dog",), ("a cat",)]
-    assert script.check_pictures(pictures, disable_progress=True) == [(8, 8), (8, 8)]
+    assert script.check_pictures(pictures, resolution=64, disable_progress=True) == [(8, 8), (8, 8)]
 
 
 def test_local_imagefolder_of_classes_takes_the_prompt(tmp_path):
@@ -564,7 +566,7 @@ def test_local_imagefolder_from_an_archive(tmp_path):
         for name in ("a.png", "b.png"):
             archive.write(tmp_path / name, name)
     pictures = read_dataset(tmp_path / "data", tmp_path, instance_prompt="x")
-    assert script.check_pictures(pictures, disable_progress=True) == [(8, 8), (8, 8)]
+    assert script.check_pictures(pictures, resolution=64, disable_progress=True) == [(8, 8), (8, 8)]
 
 
 def test_local_imagefolder_that_drops_names_is_an_error(tmp_path):
@@ -764,7 +766,7 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     picture = as_picture(tmp_path / f"a.{suffix}")
     assert corners(script.read_image(picture)) == UPRIGHT_CORNERS[orientation]
     upright = (24, 16) if orientation >= 5 else (16, 24)  # (height, width)
-    assert script.check_pictures([picture], disable_progress=True) == [upright]
+    assert script.check_pictures([picture], resolution=64, disable_progress=True) == [upright]
 
 
 def test_jpeg_with_orientation_and_a_tag_that_cannot_be_written_again(tmp_path):
@@ -806,7 +808,7 @@ def damaged_files():
 @pytest.mark.parametrize("name", damaged_files())
 def test_damaged_pictures_are_errors_that_name_them(tmp_path, name):
     (tmp_path / name).write_bytes(damaged_files()[name])
-    message = error_of(script.check_pictures, [as_picture(tmp_path / name)], disable_progress=True)
+    message = error_of(script.check_pictures, [as_picture(tmp_path / name)], resolution=64, disable_progress=True)
     assert_names(message, name, "cannot be read", "JPEG or PNG")
     assert "0x" not in message
 
@@ -956,21 +958,23 @@ def striped(width, height, axis):
 @pytest.mark.parametrize(("centering", "first"), [((0.0, 0.5), 0), ((1.0, 0.5), 96), ((0.5, 0.0), 48)])
 def test_crop_of_a_wide_picture(centering, first):
     example = script.Example(0, 0, (64, 64), centering)
-    cropped = script.crop(striped(160, 64, axis=1), example, flip=False)
+    cropped = script.crop_image(striped(160, 64, axis=1), example, flip=False)
     assert cropped.size == (64, 64)
     assert np.asarray(cropped)[10, :, 0].tolist() == list(range(first, first + 64))
-    mirrored = script.crop(striped(160, 64, axis=1), example, flip=True)
+    mirrored = script.crop_image(striped(160, 64, axis=1), example, flip=True)
     assert np.asarray(mirrored)[10, :, 0].tolist() == list(range(first, first + 64))[::-1]
 
 
 @pytest.mark.parametrize(("centering", "first"), [((0.5, 0.0), 0), ((0.5, 1.0), 96)])
 def test_crop_of_a_tall_picture(centering, first):
-    cropped = script.crop(striped(64, 160, axis=0), script.Example(0, 0, (64, 64), centering), flip=False)
+    cropped = script.crop_image(striped(64, 160, axis=0), script.Example(0, 0, (64, 64), centering), flip=False)
     assert np.asarray(cropped)[:, 10, 0].tolist() == list(range(first, first + 64))
 
 
 def test_crop_scales_to_the_bucket():
-    cropped = script.crop(Image.new("RGB", (333, 77), BLUE), script.Example(0, 0, (96, 160), (0.3, 0.9)), flip=False)
+    cropped = script.crop_image(
+        Image.new("RGB", (333, 77), BLUE), script.Example(0, 0, (96, 160), (0.3, 0.9)), flip=False
+    )
     assert cropped.size == (160, 96) and cropped.getpixel((80, 48)) == BLUE
 
 

@@ -1,17 +1,14 @@
 """FLUX.2-klein's conventions: what the rollout visits is what the stock pipeline visits."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
-from pipelines import InputError
-from pipelines.flux2_klein import KleinContext, check_is_klein, transformer_skeleton
+from pipelines.flux2_klein import KleinContext, transformer_skeleton
 from pipelines.rollout import rollout, seeded_noise
-from tiny_klein import make_tiny_klein
+from pipelines.vision_encoder import VisionEncoder
+from tiny_vlm import make_tiny_vlm
 
 
 PROMPT = "a striped ball on grass"
@@ -60,6 +57,47 @@ def test_edit_teacher_equals_the_stock_pipeline_with_image(pipeline, klein_path,
         output_type="latent",
     ).images
     assert torch.equal(pipeline.sample(context, noise, 4), expected)
+
+
+@pytest.fixture
+def vision_encoder(pipeline, vlm_folder):
+    def make(**settings):
+        path = vlm_folder / "vlm-28"
+        if not path.exists():
+            make_tiny_vlm(path)
+        limits = {"min_pixels": 64 * 64, "max_pixels": 64 * 64}
+        encoder = VisionEncoder(path, pipeline.tokenizer, pipeline.text_encoder.config, **limits | settings)
+        encoder.load(pipeline.text_encoder)
+        return encoder
+
+    return make
+
+
+def test_vlm_teacher_reads_the_students_layers_of_the_padded_text(pipeline, vision_encoder, make_picture):
+    encoder, picture = vision_encoder(), make_picture(4, 96, 64)
+    count = encoder.num_image_tokens(64, 96)
+    text = (
+        "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" + PROMPT + "<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    context = pipeline.encode_teacher_vlm(
+        [PROMPT, "a box"], [picture, make_picture(1)], vision_encoder=encoder, max_sequence_length=LENGTH
+    )
+    layers = encoder.hidden_states(text, picture, pad_to=LENGTH)
+    assert context.prompt_embeds.shape == (2, LENGTH, 96) and context.references == ()
+    assert torch.equal(context.prompt_embeds[0], torch.cat([layers[layer][0] for layer in (9, 18, 27)], dim=-1))
+    other = pipeline.encode_teacher_vlm(
+        [PROMPT], [picture], vision_encoder=encoder, max_sequence_length=LENGTH, text_encoder_out_layers=(3, 6, 28)
+    )
+    assert torch.equal(other.prompt_embeds[0], torch.cat([layers[layer][0] for layer in (3, 6, 28)], dim=-1))
+
+
+def test_without_a_picture_the_vlm_teacher_is_the_student_padding_included(pipeline, vision_encoder):
+    student = pipeline.encode_student([PROMPT], max_sequence_length=LENGTH).prompt_embeds[0]
+    text = pipeline.chat_text(PROMPT)
+    for rope, is_same in (("text_encoder", True), ("vlm", False)):
+        layers = vision_encoder(rope=rope).hidden_states(text, None, pad_to=LENGTH)
+        assert torch.equal(torch.cat([layers[layer][0] for layer in (9, 18, 27)], dim=-1), student) == is_same
 
 
 def test_rollout_visits_what_the_sampler_visits(pipeline):
@@ -144,41 +182,3 @@ def test_skeleton_has_the_modules_and_no_weights(klein_path, pipeline):
     skeleton = transformer_skeleton(klein_path)
     assert {name for name, _ in skeleton.named_modules()} == {name for name, _ in pipeline.transformer.named_modules()}
     assert all(parameter.is_meta for parameter in skeleton.parameters())
-
-
-def test_distilled_and_undistilled_are_told_apart(klein_path, tmp_path):
-    assert check_is_klein(klein_path) is True
-    assert check_is_klein(make_tiny_klein(tmp_path / "base", is_distilled=False)) is False
-
-
-@pytest.fixture
-def other_model(klein_path, tmp_path):
-    """The checkpoint with one JSON file changed."""
-
-    def change(file, **values):
-        folder = shutil.copytree(klein_path, tmp_path / "other")
-        config = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps(config | values))
-        return folder
-
-    return change
-
-
-def test_another_model_is_refused(other_model):
-    folder = other_model("model_index.json", _class_name="Flux2Pipeline")
-    with pytest.raises(InputError, match="--pretrained_model_name_or_path .* is a Flux2Pipeline, not FLUX.2-klein"):
-        check_is_klein(folder)
-
-
-def test_another_scheduler_is_refused(other_model):
-    folder = other_model("scheduler/scheduler_config.json", stochastic_sampling=True)
-    with pytest.raises(InputError, match="--pretrained_model_name_or_path .* scheduler"):
-        check_is_klein(folder)
-
-
-def test_no_checkpoint_is_refused_in_one_line(tmp_path):
-    with pytest.raises(InputError, match="--pretrained_model_name_or_path .* no folder of a diffusers") as caught:
-        check_is_klein(str(tmp_path / "nothing"))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="org/name: there is no such folder, and the Hub did not give it"):
-        check_is_klein("org/name")

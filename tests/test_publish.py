@@ -16,11 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from diffusers import Flux2KleinPipeline
 from huggingface_hub import ModelCard
 
+import train_dopsd_flux2
+import train_dopsd_zimage
 from pipelines import InputError
-from pipelines.publish import LORA_FILE, SAMPLING_DEFAULTS, escape, licence_of, publish, published_files, write_card
+from pipelines.publish import LORA_FILE, escape, licence_of, publish, published_files, write_card
 
 
 KLEIN_4B = "black-forest-labs/FLUX.2-klein-4B"
@@ -49,6 +50,7 @@ NASTY_PROMPTS = [
 def write(folder: Path, **changed) -> ModelCard:
     """A card on disk, as the Hub would parse it."""
     arguments = {
+        "model": train_dopsd_flux2.CARD_MODEL,
         "repo_id": "someone/corgi",
         "base_model": KLEIN_4B,
         "instance_prompt": "a photo of sks corgi",
@@ -77,10 +79,10 @@ def test_card_of_4b(tmp_path):
             "diffusers",
             "diffusers-training",
             "lora",
-            "flux2",
-            "flux2-klein",
             "d-opsd",
             "template:sd-lora",
+            "flux2",
+            "flux2-klein",
         ],
         "instance_prompt": "a photo of sks corgi",
         "widget": [{"text": "a corgi on the moon", "output": {"url": "images/validation_0.png"}}],
@@ -113,6 +115,9 @@ def test_card_of_9b_has_its_licence(tmp_path):
         (KLEIN_9B, "flux-non-commercial-license"),
         ("black-forest-labs/FLUX.2-klein-base-9B", "flux-non-commercial-license"),
         ("black-forest-labs/FLUX.2-klein-40B", None),
+        ("Tongyi-MAI/Z-Image-Turbo", "apache-2.0"),
+        ("Tongyi-MAI/Z-Image", "apache-2.0"),
+        ("Tongyi-MAI/Z-Image-Other", None),
         ("black-forest-labs/FLUX.2-dev", None),
         ("someone/FLUX.2-klein-4B", None),
         ("/models/black-forest-labs/FLUX.2-klein-4B", None),
@@ -218,15 +223,32 @@ def test_example_samples_as_the_run_did(tmp_path):
     assert pipe_arguments(write(tmp_path, settings=usual)) == expected
     other = {"num_inference_steps": 8, "max_sequence_length": 128, "text_encoder_out_layers": [1, 2, 3]}
     assert pipe_arguments(write(tmp_path, settings=other)) == expected | other
-    parameters = inspect.signature(Flux2KleinPipeline.__call__).parameters
-    defaults = {name: parameters[name].default for name in SAMPLING_DEFAULTS}
-    assert {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()} == (
-        SAMPLING_DEFAULTS
-    )
     card = write(tmp_path)
     assert f'from_pretrained("{KLEIN_4B}", dtype=torch.bfloat16)' in card.text
     assert 'load_lora_weights("someone/corgi")' in card.text
     assert 'load_lora_weights("ACCOUNT/corgi")' in write(tmp_path, repo_id="corgi").text
+
+
+@pytest.mark.parametrize("script", [train_dopsd_flux2, train_dopsd_zimage])
+def test_the_defaults_that_a_card_leaves_out_are_the_stock_pipelines(script):
+    parameters = inspect.signature(script.StockPipeline.__call__).parameters
+    for name, expected in script.CARD_MODEL.sampling_defaults.items():
+        default = parameters[name].default
+        assert (list(default) if isinstance(default, tuple) else default) == expected
+
+
+def test_card_of_z_image(tmp_path):
+    settings = {"num_inference_steps": 8, "max_sequence_length": 512, "vlm_model_name_or_path": "/home/me/Qwen3-VL-4B"}
+    card = write(
+        tmp_path, model=train_dopsd_zimage.CARD_MODEL, base_model="Tongyi-MAI/Z-Image-Turbo", settings=settings
+    )
+    assert card.data.license == "apache-2.0" and card.data.base_model == "Tongyi-MAI/Z-Image-Turbo"
+    assert "z-image" in card.data.tags and "flux2" not in card.data.tags
+    expected = {"prompt": "a photo of sks corgi", "num_inference_steps": 8, "guidance_scale": 0.0}
+    assert pipe_arguments(card) == expected
+    assert 'ZImagePipeline.from_pretrained("Tongyi-MAI/Z-Image-Turbo", dtype=torch.bfloat16)' in card.text
+    assert "| `--vlm_model_name_or_path` | Qwen3-VL-4B |" in card.text
+    assert "klein" not in str(card).lower() and "/home" not in card.text
 
 
 def test_a_bare_run_has_a_card_without_empty_parts(tmp_path):

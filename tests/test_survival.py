@@ -16,20 +16,24 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
-import train_dopsd_flux2 as script
-from command_line import LORA_FILE, ROOT, SCRIPT, same_weights, succeed, weights
+import train_dopsd_flux2 as script  # for what both scripts share
+from command_line import LORA_FILE, ROOT, same_weights, succeed, weights
 from pipelines import InputError
 
 
+ONE_SCRIPT = pytest.mark.parametrize("model", ["flux2"], indirect=True)  # see test_train.py
+
+
 @pytest.fixture
-def arguments(klein_path, photos, tmp_path):
+def arguments(model, photos, tmp_path):
     """The command line of a short run with many checkpoints; all runs share the encodings."""
 
     def make(folder, *more, steps=20):
         return [
-            *("--pretrained_model_name_or_path", str(klein_path), "--instance_data_dir", str(photos)),
-            *("--instance_prompt", "a ball", "--teacher_prompt_suffix", " like this", "--resolution", "64"),
-            *("--max_sequence_length", "80", "--rank", "4", "--learning_rate", "1e-3", "--seed", "0"),
+            *("--pretrained_model_name_or_path", str(model.path), "--instance_data_dir", str(photos)),
+            *(str(part) for name, value in model.flags.items() for part in (f"--{name}", value)),
+            *("--instance_prompt", "a ball", "--resolution", "64", "--rank", "4"),
+            *("--learning_rate", "1e-3", "--seed", "0"),
             *("--max_train_steps", str(steps), "--checkpointing_steps", "2", "--report_to", "none"),
             *("--lora_dropout", "0.1", "--lr_scheduler", "cosine", "--validation_steps", "0"),
             *("--context_cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / folder)),
@@ -85,17 +89,20 @@ def kill_and_resume(command, arguments, tmp_path, kills, seed):
     return counts
 
 
-def test_ten_kills_at_random_moments_end_in_the_same_weights(command, arguments, tmp_path):
-    counts = kill_and_resume(command, arguments, tmp_path, kills=10, seed=0)
-    assert counts["kills"] == 10
-    assert counts["while training"] >= 3
+@pytest.mark.parametrize(("model", "kills"), [("flux2", 10), ("zimage", 4)], indirect=["model"])
+def test_kills_at_random_moments_end_in_the_same_weights(command, arguments, tmp_path, kills):
+    counts = kill_and_resume(command, arguments, tmp_path, kills=kills, seed=0)
+    assert counts["kills"] == kills
+    assert counts["while training"] >= kills // 3
 
 
+@ONE_SCRIPT
 @pytest.mark.exhaustive
 def test_twenty_kills_at_random_moments_end_in_the_same_weights(command, arguments, tmp_path):
     assert kill_and_resume(command, arguments, tmp_path, kills=20, seed=1)["kills"] == 20
 
 
+@ONE_SCRIPT
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(command, arguments, tmp_path, number):
     succeed(command(*arguments("undisturbed")))
@@ -128,7 +135,8 @@ def test_a_second_signal_ends_the_process_at_once():
     assert result.returncode == -signal.SIGTERM
 
 
-def test_a_run_whose_launcher_died_saves_and_stops(arguments, tmp_path):
+@ONE_SCRIPT
+def test_a_run_whose_launcher_died_saves_and_stops(model, arguments, tmp_path):
     """As under `accelerate launch` of one process, which dies of a SIGTERM and leaves its child training."""
     launcher = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
@@ -139,7 +147,7 @@ def test_a_run_whose_launcher_died_saves_and_stops(arguments, tmp_path):
                 sys.executable,
                 "-c",
                 launcher,
-                str(SCRIPT),
+                str(model.script_path),
                 *arguments("orphan", "--checkpointing_steps", "9999", steps=9999),
             ],
             stdout=log,
@@ -162,17 +170,18 @@ def test_a_run_whose_launcher_died_saves_and_stops(arguments, tmp_path):
     assert len(script.read_history(folder)) == before == checkpoints(folder)[-1]
 
 
+@ONE_SCRIPT
 @pytest.mark.parametrize("kilobytes", [8, 40, 90])
-def test_a_writer_that_fails_leaves_the_checkpoints_whole_and_one_line(arguments, tmp_path, kilobytes):
+def test_a_writer_that_fails_leaves_the_checkpoints_whole_and_one_line(model, arguments, tmp_path, kilobytes):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    whole = [sys.executable, str(SCRIPT), *arguments("run", steps=2)]
+    whole = [sys.executable, str(model.script_path), *arguments("run", steps=2)]
     subprocess.run(whole, check=True, env=environment, capture_output=True)
     before = weights(tmp_path / "run/checkpoint-2")
-    limited = " ".join(map(repr, [sys.executable, str(SCRIPT), *arguments("run", steps=6)]))
+    limited = " ".join(map(repr, [sys.executable, str(model.script_path), *arguments("run", steps=6)]))
     result = subprocess.run(
         ["bash", "-c", f"ulimit -f {kilobytes}; exec {limited}"], env=environment, capture_output=True, text=True
     )
-    errors = [line for line in result.stderr.splitlines() if line.startswith(SCRIPT.name + ": error: ")]
+    errors = [line for line in result.stderr.splitlines() if line.startswith(model.script_path.name + ": error: ")]
     assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
     assert (
         len(errors) == 1 and "checkpoint-4 could not be written" in errors[0] and "checkpoint-2 is whole" in errors[0]
@@ -180,10 +189,11 @@ def test_a_writer_that_fails_leaves_the_checkpoints_whole_and_one_line(arguments
     assert checkpoints(tmp_path / "run") == [2] and not list((tmp_path / "run").glob(".checkpoint-*"))
     after = weights(tmp_path / "run/checkpoint-2")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    subprocess.run([sys.executable, str(SCRIPT), *arguments("run", steps=6)], check=True, env=environment)
+    subprocess.run([sys.executable, str(model.script_path), *arguments("run", steps=6)], check=True, env=environment)
     assert checkpoints(tmp_path / "run") == [2, 4, 6]
 
 
+@ONE_SCRIPT
 def test_a_lora_that_cannot_be_written_at_the_end_is_saved_elsewhere(command, arguments, tmp_path):
     succeed(command(*arguments("undisturbed", steps=2)))
     (tmp_path / f"run/.{LORA_FILE}.tmp").mkdir(parents=True)  # in the way of the writer
@@ -194,6 +204,7 @@ def test_a_lora_that_cannot_be_written_at_the_end_is_saved_elsewhere(command, ar
     shutil.rmtree(elsewhere)
 
 
+@ONE_SCRIPT
 def test_an_output_folder_that_cannot_be_written_is_one_line(command, arguments, tmp_path):
     (tmp_path / "taken").write_text("a file")
     assert "--output_dir" in command(*arguments("taken")).error
@@ -208,6 +219,7 @@ def test_twenty_skipped_steps_in_a_row_are_a_fault_and_fewer_are_not():
         script.count_skipped(skipped, True)
 
 
+@ONE_SCRIPT
 def test_only_the_last_visited_state_of_a_step_synchronises(command, arguments, monkeypatch, tmp_path):
     succeed(command(*arguments("first", steps=2)))  # fills the cache
     unsynchronised = []
@@ -232,18 +244,19 @@ def test_accelerate_reads_the_configurations(name):
 
 
 @pytest.fixture
-def torchrun():
+def torchrun(model):
     """Starts the script as two CPU processes."""
 
     def run(arguments, log, port):
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         launcher = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2"]
         launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-        return subprocess.Popen([*launcher, SCRIPT, *arguments], stdout=log, stderr=log, env=environment)
+        return subprocess.Popen([*launcher, model.script_path, *arguments], stdout=log, stderr=log, env=environment)
 
     return run
 
 
+@ONE_SCRIPT
 @pytest.mark.slow
 def test_sigterm_under_torchrun_saves_and_the_run_goes_on(torchrun, command, arguments, tmp_path):
     two_batches = ("--gradient_accumulation_steps", "2", "--checkpointing_steps", "9999")
@@ -267,6 +280,7 @@ def test_sigterm_under_torchrun_saves_and_the_run_goes_on(torchrun, command, arg
         torch.testing.assert_close(first[name], second[name], atol=1e-3, rtol=1e-2)
 
 
+@ONE_SCRIPT
 @pytest.mark.slow
 def test_a_nan_on_one_process_stops_all(torchrun, command, arguments, tmp_path):
     succeed(command(*arguments("first", steps=2)))

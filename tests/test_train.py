@@ -1,5 +1,6 @@
-"""The script from its command line: what it leaves, how it resumes, what it says to bad input."""
+"""The scripts from their command lines: what it leaves, how it resumes, what it says to bad input."""
 
+import gc
 import itertools
 import json
 import os
@@ -15,35 +16,43 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from diffusers import Flux2KleinPipeline
 from huggingface_hub import ModelCard
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_publish import TOKEN, Hub, serving
+from transformers import AutoConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLVisionModel
 
-import train_dopsd_flux2 as script
-from command_line import LORA_FILE, SCRIPT, Result, same_weights, succeed, weights
+import train_dopsd_flux2 as script  # for what both scripts share
+from command_line import LORA_FILE, Result, same_weights, succeed, weights
+from models import MODELS
 from pipelines.adapters import StudentTeacherLoRA
-from tiny_klein import make_tiny_klein
+from tiny_vlm import make_tiny_vlm
+from tiny_zimage import tiny_text_config
 
+
+# Both scripts share all but their section "The model" (test_scripts.py): what does not touch it is tested with one.
+ONE_SCRIPT = pytest.mark.parametrize("model", ["flux2"], indirect=True)
+WITH_VLM = pytest.mark.parametrize("model", ["flux2-vlm", "zimage"], indirect=True)
+ZIMAGE = pytest.mark.parametrize("model", ["zimage"], indirect=True)
+EVERY_CONTEXT = pytest.mark.parametrize("model", MODELS, indirect=True)
 
 BUCKETS = {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "64,64;64,128;112,64"}
 
 
 @pytest.fixture
-def train(command, klein_path, photos, tmp_path):
+def train(command, model, photos, tmp_path):
     """A short run. Keyword arguments are flags: True for a switch, None to leave one out, a list for several."""
 
     def run(folder="run", **flags) -> Result:
         flags = {
-            "pretrained_model_name_or_path": klein_path,
+            "pretrained_model_name_or_path": model.path,
             "instance_data_dir": photos,
             "instance_prompt": "a ball",
-            "teacher_prompt_suffix": " like this",
+            **model.flags,
             "output_dir": tmp_path / folder,
             "resolution": 64,
-            "max_sequence_length": 80,
             "rank": 4,
             "learning_rate": 1e-2,
             "max_train_steps": 2,
@@ -63,12 +72,6 @@ def train(command, klein_path, photos, tmp_path):
     return run
 
 
-def sample(pipeline, **settings):
-    call = {"prompt": "a ball", "height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 1.0}
-    call |= {"max_sequence_length": 80, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
-    return pipeline(**call | settings).images.float()
-
-
 # What a run leaves
 
 
@@ -78,7 +81,7 @@ def sample(pipeline, **settings):
     [("no", 4, None, 0.0), ("no", 4, 2, 0.0), ("no", 4, 12, 1e-6), ("bf16", 4, None, 1e-2), ("bf16", 4, 12, 1e-2)],
 )
 def test_stock_pipeline_gives_the_images_of_trainings_student(
-    train, klein_path, tmp_path, recwarn, precision, rank, alpha, tolerance
+    train, model, tmp_path, recwarn, precision, rank, alpha, tolerance
 ):
     succeed(train(mixed_precision=precision, rank=rank, lora_alpha=alpha, max_train_steps=10, checkpointing_steps=10))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -86,17 +89,17 @@ def test_stock_pipeline_gives_the_images_of_trainings_student(
 
     state = load_file(tmp_path / "run/checkpoint-10/adapters.safetensors")
     assert {weight.dtype for weight in state.values()} == {torch.float32}
-    in_training = Flux2KleinPipeline.from_pretrained(klein_path, dtype=dtype)
+    in_training = model.pipeline(dtype=dtype)
     modules = sorted({name.split(".", 1)[1].rsplit(".lora_", 1)[0] for name in state})
     roles = StudentTeacherLoRA(in_training.transformer, modules, rank=rank, alpha=alpha or 2 * rank)
     roles.load_state_dict(state)
 
-    stock = Flux2KleinPipeline.from_pretrained(klein_path, dtype=dtype)
-    base = sample(stock)
+    stock = model.pipeline(dtype=dtype)
+    base = model.sample(stock)
     recwarn.clear()
     stock.load_lora_weights(tmp_path / "run")
     assert not [str(warning.message) for warning in recwarn.list]
-    student, loaded = sample(in_training), sample(stock)
+    student, loaded = model.sample(in_training), model.sample(stock)
     assert (student - base).norm() / base.norm() > 0.01
     assert (loaded - student).norm() / student.norm() <= tolerance
 
@@ -120,6 +123,7 @@ def test_a_checkpoint_holds_adapters_and_optimizer_and_never_the_base(train, tmp
     assert set(torch.load(checkpoint / "trainer_state.pt", weights_only=True)) == {"optimizer", "lr_scheduler"}
 
 
+@ONE_SCRIPT
 def test_the_lora_file_is_the_same_for_the_same_command(train, tmp_path):
     succeed(train("first"))
     succeed(train("second"))
@@ -131,6 +135,7 @@ def test_the_lora_file_is_the_same_for_the_same_command(train, tmp_path):
     assert texts[0] == texts[1]
 
 
+@ONE_SCRIPT
 def test_upcast_before_saving(train, tmp_path):
     succeed(train(mixed_precision="bf16", upcast_before_saving=True))
     assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {torch.float32}
@@ -145,29 +150,33 @@ def test_gradient_checkpointing_changes_no_weight(train, tmp_path):
         torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-3)
 
 
-def test_student_comes_closer_to_what_the_teacher_draws(train, klein_path, photos, tmp_path):
+@EVERY_CONTEXT
+def test_student_comes_closer_to_what_the_teacher_draws(train, model, photos, tmp_path):
     one = tmp_path / "one"
     one.mkdir()
     shutil.copy(photos / "0.png", one)
     succeed(train(instance_data_dir=one, max_train_steps=60, teacher="base", rank=8))
-    stock = Flux2KleinPipeline.from_pretrained(klein_path)
+    stock = model.pipeline()
     with Image.open(one / "0.png") as picture:
-        teacher = sample(stock, prompt="a ball like this", image=picture.convert("RGB"))
-    before = (sample(stock) - teacher).norm()
+        teacher = model.sample(stock, **model.as_teacher(picture.convert("RGB")))
+    before = (model.sample(stock) - teacher).norm()
     stock.load_lora_weights(tmp_path / "run")
-    after = (sample(stock) - teacher).norm()
+    after = (model.sample(stock) - teacher).norm()
     assert after < 0.6 * before
 
 
-def test_what_the_run_says(train):
-    log = succeed(train(lora_layers="attn.to_q,attn.to_k,attn.to_v,attn.to_out.0", seed=None)).log
-    assert "Training 8 modules, 2,048 parameters, rank 4" in log
+def test_what_the_run_says(train, model):
+    layers, modules = model.attention
+    log = succeed(train(lora_layers=layers, seed=None)).log
+    assert modules in log
     assert "--seed " in log and "was drawn" in log
-    for bar in ("Reading pictures", "Encoding prompts", "Encoding pictures", "Steps"):
+    encoding = "Encoding prompts with pictures" if "with pictures" in model.encodings[0] else "Encoding pictures"
+    for bar in ("Reading pictures", "Encoding prompts", encoding, "Steps"):
         assert bar in log
     assert "load_lora_weights" in log
 
 
+@ONE_SCRIPT
 def test_tensorboard_files_hold_the_scalars_and_the_pictures(train, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -183,10 +192,11 @@ def test_tensorboard_files_hold_the_scalars_and_the_pictures(train, tmp_path):
     assert [event.step for event in events.Scalars("retention")] == [2]
 
 
-def test_an_undistilled_klein_gets_a_warning(train, tmp_path):
-    base = make_tiny_klein(tmp_path / "base", is_distilled=False)
-    assert "is not step-distilled" in succeed(train(pretrained_model_name_or_path=base)).log
-    assert "is not step-distilled" not in succeed(train("distilled")).log
+def test_an_undistilled_model_gets_a_warning(train, model, tmp_path):
+    undistilled = {"is_distilled": False} if model.script is script else {"shift": 6.0}
+    base = model.make(tmp_path / "base", **undistilled)
+    assert "step-distilled: D-OPSD keeps" in succeed(train(pretrained_model_name_or_path=base)).log
+    assert "step-distilled: D-OPSD keeps" not in succeed(train("distilled")).log
 
 
 EFFECTIVE_FLAGS = [
@@ -212,6 +222,7 @@ EFFECTIVE_FLAGS = [
 ]
 
 
+@ONE_SCRIPT
 def test_every_flag_that_should_changes_the_weights(train, tmp_path):
     """Steps enough for base, average and student to part, which agree at the first."""
     common = {"max_train_steps": 4, "ema_decay": 0.5, "context_cache_dir": tmp_path / "cache"}
@@ -224,6 +235,7 @@ def test_every_flag_that_should_changes_the_weights(train, tmp_path):
         assert not same_weights(one, other), f"{name} and {other_name}"
 
 
+@ONE_SCRIPT
 def test_8_bit_adam_keeps_8_bit_states(train, tmp_path):
     # bitsandbytes leaves tensors of fewer than 4096 elements in 32 bits.
     succeed(train(use_8bit_adam=True, rank=128, checkpointing_steps=2))
@@ -239,6 +251,7 @@ def test_8_bit_adam_keeps_8_bit_states(train, tmp_path):
     assert torch.uint8 in {tensor.dtype for tensor in tensors(optimizer["state"])}
 
 
+@ONE_SCRIPT
 def test_the_learning_rate_follows_its_schedule(train, tmp_path):
     flags = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "max_train_steps": 6, "learning_rate": 0.1}
     succeed(train(**flags))
@@ -281,9 +294,10 @@ def test_every_sample_of_a_step_counts_the_same_whoever_computes_it():
         assert weight / 6 / len(samples) == pytest.approx(1 / 13)
 
 
-def test_encoders_leave_the_accelerator_and_come_only_where_needed(klein_path, photos, tmp_path, monkeypatch):
+@ONE_SCRIPT
+def test_encoders_leave_the_accelerator_and_come_only_where_needed(model, photos, tmp_path, monkeypatch):
     args = script.parse_args(
-        ["--pretrained_model_name_or_path", str(klein_path), "--instance_data_dir", str(photos), "--seed", "0"]
+        ["--pretrained_model_name_or_path", str(model.path), "--instance_data_dir", str(photos), "--seed", "0"]
         + ["--instance_prompt", "a ball", "--resolution", "64", "--max_sequence_length", "80", "--center_crop"]
         + ["--teacher_prompt_suffix", " like this", "--output_dir", str(tmp_path), "--validation_steps", "0"]
         + ["--random_flip"]
@@ -300,7 +314,7 @@ def test_encoders_leave_the_accelerator_and_come_only_where_needed(klein_path, p
     pictures = script.read_pictures(args)
     examples = script.plan_examples(pictures, [(64, 64)] * 3, args)
     digests = script.picture_digests(pictures)
-    config = Flux2KleinPipeline.from_pretrained(klein_path).transformer.config
+    config = model.pipeline().transformer.config
     moves = []
     move = torch.nn.Module.to
 
@@ -316,8 +330,8 @@ def test_encoders_leave_the_accelerator_and_come_only_where_needed(klein_path, p
     assert [where for name, where in moves if name == "AutoencoderKLFlux2"] == ["cpu:0", "cpu"]
 
     student, teacher = contexts.load([script.Sample(example=1, epoch=0, caption=0, flip=True)])
-    stock = script.Flux2KleinDOPSDPipeline.from_pretrained(klein_path)
-    picture = ImageOps.mirror(script.crop(script.read_image(pictures[1]), examples[1], flip=False))
+    stock = script.Pipeline.from_pretrained(model.path)
+    picture = ImageOps.mirror(script.crop_image(script.read_image(pictures[1]), examples[1], flip=False))
     expected = stock.encode_teacher(["a ball"], [picture], prompt_suffix=" like this", max_sequence_length=80)
     assert torch.equal(student.prompt_embeds, stock.encode_student(["a ball"], max_sequence_length=80).prompt_embeds)
     assert torch.equal(teacher.prompt_embeds, expected.prompt_embeds)
@@ -327,16 +341,19 @@ def test_encoders_leave_the_accelerator_and_come_only_where_needed(klein_path, p
 # The context cache
 
 
-def test_a_second_run_encodes_nothing_and_loads_no_encoder(train, tmp_path):
+@EVERY_CONTEXT
+def test_a_second_run_encodes_nothing_and_loads_no_encoder(train, model, tmp_path):
     first = succeed(train("first", context_cache_dir=tmp_path / "cache"))
     second = succeed(train("second", context_cache_dir=tmp_path / "cache"))
-    assert "Encoding 2 of 2 prompts and 3 of 3 pictures" in first.log
-    assert "Encoding 0 of 2 prompts and 0 of 3 pictures: 0.0 MB" in second.log
+    everything, nothing = model.encodings
+    assert f"Encoding {everything}: " in first.log
+    assert f"Encoding {nothing}: 0.0 MB" in second.log
     assert "Loading weights" in first.log and "Encoding prompts" in first.log  # transformers' bar: the text encoder
     assert "Loading weights" not in second.log and "Encoding prompts" not in second.log
     assert same_weights(tmp_path / "first", tmp_path / "second")
 
 
+@EVERY_CONTEXT
 def test_cached_and_uncached_training_give_the_same_weights(train, tmp_path):
     flags = {"random_flip": True, "repeats": 2, "max_train_steps": 5}
     succeed(train("cached", **flags))
@@ -354,11 +371,12 @@ def test_damaged_entries_are_encoded_again(train, tmp_path):
     flipped.write_bytes(flipped.read_bytes()[:-1] + bytes([flipped.read_bytes()[-1] ^ 1]))
     gone.unlink()
     log = succeed(train("second", context_cache_dir=cache)).log
-    numbers = re.search(r"Encoding (\d) of 2 prompts and (\d) of 3 pictures", log)
+    numbers = re.search(r"Encoding (\d) of \d prompts and (\d) of 3 ", log)
     assert int(numbers[1]) + int(numbers[2]) == 3
     assert same_weights(tmp_path / "first", tmp_path / "second")
 
 
+@ONE_SCRIPT
 @pytest.mark.parametrize(
     "change",
     [{"max_sequence_length": 90}, {"text_encoder_out_layers": ["8", "18", "27"]}, {"mixed_precision": "bf16"}],
@@ -373,34 +391,216 @@ def test_other_settings_use_no_wrong_entry(train, tmp_path, change):
     assert not same_weights(tmp_path / "warm", tmp_path / "plain")
 
 
-def test_another_text_encoder_or_picture_uses_no_wrong_entry(train, klein_path, photos, tmp_path):
-    cache, model, pictures = tmp_path / "cache", tmp_path / "model", tmp_path / "pictures"
+def test_another_text_encoder_or_picture_uses_no_wrong_entry(train, model, photos, tmp_path):
+    cache, changed, pictures = tmp_path / "cache", tmp_path / "model", tmp_path / "pictures"
     succeed(train("plain", context_cache_dir=cache))
-    shutil.copytree(klein_path, model)
-    other = make_tiny_klein(tmp_path / "other", seed=1)
-    shutil.copytree(other / "text_encoder", model / "text_encoder", dirs_exist_ok=True)
-    log = succeed(train("text", context_cache_dir=cache, pretrained_model_name_or_path=model)).log
-    assert "Encoding 2 of 2 prompts and 3 of 3 pictures" in log
+    shutil.copytree(model.path, changed)
+    other = model.make(tmp_path / "other", seed=1)
+    shutil.copytree(other / "text_encoder", changed / "text_encoder", dirs_exist_ok=True)
+    log = succeed(train("text", context_cache_dir=cache, pretrained_model_name_or_path=changed)).log
+    assert f"Encoding {model.encodings[0]}: " in log
     shutil.copytree(photos, pictures)
     Image.new("RGB", (64, 64), "red").save(pictures / "0.png")
     log = succeed(train("picture", context_cache_dir=cache, instance_data_dir=pictures)).log
-    assert "Encoding 0 of 2 prompts and 1 of 3 pictures" in log
+    assert re.search(r"Encoding 0 of \d prompts and 1 of 3 ", log)
 
 
+@ONE_SCRIPT
 def test_a_disk_without_room_is_one_line(train, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file where the cache should be")
     assert "--context_cache_dir" in train(context_cache_dir=tmp_path / "cache").error
 
 
-def test_a_hub_id_is_read_from_the_hub_cache(train, klein_path, tmp_path):
+def test_a_hub_id_is_read_from_the_hub_cache(train, model, tmp_path):
     commit = "0" * 40
-    repository = tmp_path / "hub/models--org--tiny-klein"
-    shutil.copytree(klein_path, repository / "snapshots" / commit)
+    repository = tmp_path / "hub/models--org--tiny"
+    shutil.copytree(model.path, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text(commit)
-    succeed(train("hub", pretrained_model_name_or_path="org/tiny-klein", cache_dir=tmp_path / "hub"))
+    succeed(train("hub", pretrained_model_name_or_path="org/tiny", cache_dir=tmp_path / "hub"))
     succeed(train("local"))
     assert same_weights(tmp_path / "hub", tmp_path / "local")
+
+
+# The teacher's contexts
+
+
+@WITH_VLM
+def test_the_vision_tower_leaves_with_the_text_encoder(model, photos, tmp_path):
+    flags = {"pretrained_model_name_or_path": model.path, "instance_data_dir": photos, "instance_prompt": "a ball"}
+    flags |= {"resolution": 64, "output_dir": tmp_path, "seed": 0, "validation_steps": 0} | model.flags
+    arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    args = model.script.parse_args([*arguments, "--random_flip", "--center_crop"])
+    model.script.check_args(args)
+    PartialState()
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        process_index=0,
+        num_processes=1,
+        is_local_main_process=True,
+        wait_for_everyone=lambda: None,
+    )
+    pictures = model.script.read_pictures(args)
+    examples = model.script.plan_examples(pictures, [(64, 64)] * 3, args)
+    config = model.pipeline().transformer.config
+    digests = model.script.picture_digests(pictures)
+    contexts = model.script.load_contexts(args, accelerator, pictures, digests, examples, config, torch.float32)
+    assert contexts.pipeline.text_encoder is None
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) in (Qwen3VLVisionModel, Qwen3VLTextModel)]
+
+    sample = script.Sample(example=1, epoch=0, caption=0, flip=True)
+    _, teacher = contexts.load([model.script.Sample(**vars(sample))])
+    picture = ImageOps.mirror(script.crop_image(script.read_image(pictures[1]), examples[1], flip=False))
+    expected = model.teacher_context(picture)
+    assert all(torch.equal(*pair) for pair in zip(teacher.prompt_embeds, expected.prompt_embeds, strict=True))
+
+
+@WITH_VLM
+@pytest.mark.parametrize(
+    "change", [{"vlm_rope": "text_encoder"}, {"vlm_max_pixels": 96 * 96, "vlm_min_pixels": 96 * 96}, {}]
+)
+def test_another_tower_or_its_settings_use_no_wrong_entry(train, model, tmp_path, change):
+    cache = tmp_path / "cache"
+    if not change:
+        text_config = AutoConfig.from_pretrained(model.path, subfolder="text_encoder")
+        change = {"vlm_model_name_or_path": make_tiny_vlm(tmp_path / "vlm", text_config=text_config, seed=2)}
+    succeed(train("plain", context_cache_dir=cache))
+    log = succeed(train("warm", context_cache_dir=cache, **change)).log
+    assert "Encoding 0 of 1 prompts and 3 of 3 prompts with pictures" in log
+    succeed(train("cold", **change))
+    assert same_weights(tmp_path / "warm", tmp_path / "cold")
+    assert not same_weights(tmp_path / "warm", tmp_path / "plain")
+
+
+@WITH_VLM
+def test_a_run_is_not_resumed_with_another_tower(train, model, tmp_path):
+    succeed(train(checkpointing_steps=1))
+    text_config = AutoConfig.from_pretrained(model.path, subfolder="text_encoder")
+    other = make_tiny_vlm(tmp_path / "vlm", text_config=text_config, seed=2)
+    flags = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
+    assert "its --vlm_model_name_or_path was" in train(**flags, vlm_model_name_or_path=other).error
+    assert "its --vlm_rope was vlm" in train(**flags, vlm_rope="text_encoder").error
+    moved = shutil.copytree(model.vlm_path, tmp_path / "moved")
+    succeed(train(**flags, vlm_model_name_or_path=moved))
+
+
+@ZIMAGE
+def test_of_a_hub_vlm_only_the_tower_is_needed(train, model, tmp_path):
+    commit = "0" * 40
+    snapshot = tmp_path / "hub/models--org--vlm/snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text(commit)
+    shard_of = json.loads((model.vlm_path / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = {shard for key, shard in shard_of.items() if ".visual." in key}
+    assert shards < set(shard_of.values())
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors.index.json", *shards):
+        shutil.copy(model.vlm_path / name, snapshot)
+    succeed(train("hub", vlm_model_name_or_path="org/vlm", cache_dir=tmp_path / "hub"))
+    succeed(train("local"))
+    assert same_weights(tmp_path / "hub", tmp_path / "local")
+    assert "--vlm_model_name_or_path org/vlm" in train("other", vlm_model_name_or_path="org/vlm").error
+
+
+@WITH_VLM
+def test_a_vlm_that_does_not_fit_is_refused(train, model, tmp_path):
+    text_config = tiny_text_config(num_hidden_layers=5)
+    other = make_tiny_vlm(tmp_path / "vlm", text_config=text_config)
+    error = train(vlm_model_name_or_path=other).error
+    layers = AutoConfig.from_pretrained(model.path, subfolder="text_encoder").num_hidden_layers
+    assert f"--vlm_model_name_or_path {other}" in error and str(model.path) in error
+    assert f"num_hidden_layers 5, not {layers}" in error
+    assert "none is known for a text encoder of 32 channels" in train(vlm_model_name_or_path=None).error
+
+
+@WITH_VLM
+def test_a_picture_that_would_be_cut_is_refused(train, model):
+    flag = model.script.TEACHER_LENGTH_FLAG
+    error = train(**{flag: 64, "vlm_max_pixels": 256 * 256, "vlm_min_pixels": 256 * 256}).error
+    assert "0.png, as the teacher reads it: " in error
+    assert " tokens with the picture" in error and f"--{flag} is 64" in error
+    assert "<|image_pad|>" in train(instance_prompt="<|image_pad|>").error
+
+
+def with_teacher_captions(folder, photos, *, pictures=True):
+    """Three rows with a short and a long caption, with or without a picture."""
+    shutil.copytree(photos, folder) if pictures else folder.mkdir()
+    rows = [{"short": "a ball", "long": f"a ball, number {n}, round and bright"} for n in range(3)]
+    rows = [row | {"file_name": f"{n}.png"} for n, row in enumerate(rows)] if pictures else rows
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"instance_data_dir": folder, "instance_prompt": None, "caption_column": "short"}
+    vlm = {"vlm_model_name_or_path": None, "vlm_min_pixels": None, "vlm_max_pixels": None}
+    return flags | vlm | {"teacher_context": "caption", "teacher_caption_column": "long"}
+
+
+def test_a_teacher_that_reads_more_pulls_the_student_there(train, model, photos, tmp_path):
+    flags = with_teacher_captions(tmp_path / "data", photos)
+    one = {"max_train_steps": 40, "rank": 8, "teacher": "base", "teacher_prompt_suffix": ""}
+    log = succeed(train(**flags | one, validation_steps=40, num_validation_images=1)).log
+    assert "pictures:" not in log.split("Encoding ")[1].splitlines()[0]  # of pictures nothing is encoded
+    stock = model.pipeline()
+    teacher = sum(model.sample(stock, f"a ball, number {n}, round and bright") for n in range(3)) / 3
+    before = (model.sample(stock) - teacher).norm()
+    stock.load_lora_weights(tmp_path / "run")
+    assert (model.sample(stock) - teacher).norm() < 0.6 * before
+    assert (tmp_path / "run/preview.png").exists()
+
+
+def test_captions_without_pictures_train_as_with_pictures_that_nobody_sees(train, photos, tmp_path):
+    without = with_teacher_captions(tmp_path / "without", photos, pictures=False)
+    succeed(train("one", **with_teacher_captions(tmp_path / "with", photos)))
+    succeed(train("other", **without))
+    assert same_weights(tmp_path / "one", tmp_path / "other")
+    log = succeed(train("drawn", **without, validation_steps=2, num_validation_images=1)).log
+    assert "failed" not in log and "could not" not in log
+    for sheet in ("preview.png", "story.png", "validation-2.png", "rollout-2.png"):
+        assert (tmp_path / "drawn" / sheet).exists()
+    assert "Encoding 0 of" in succeed(train("again", **without, context_cache_dir=tmp_path / "one/context_cache")).log
+
+
+@ONE_SCRIPT
+def test_a_data_set_without_pictures(train, photos, tmp_path):
+    rows = [json.loads(line) for line in open_metadata(with_teacher_captions(tmp_path / "with", photos))]
+    table = datasets.Dataset.from_list([{"short": row["short"], "long": row["long"]} for row in rows])
+    (tmp_path / "set").mkdir()
+    table.to_parquet(tmp_path / "set/train.parquet")
+    flags = with_teacher_captions(tmp_path / "without", photos, pictures=False)
+    succeed(train("folder", **flags))
+    flags |= {"instance_data_dir": None, "dataset_name": tmp_path / "set", "cache_dir": tmp_path / "datasets"}
+    succeed(train("set", **flags | {"output_dir": tmp_path / "run"}))
+    assert same_weights(tmp_path / "folder", tmp_path / "run")
+
+
+def open_metadata(flags):
+    return (flags["instance_data_dir"] / "metadata.jsonl").read_text().splitlines()
+
+
+@ZIMAGE
+def test_a_teachers_caption_may_be_longer_than_a_students(train, photos, tmp_path):
+    flags = with_teacher_captions(tmp_path / "data", photos) | {"max_sequence_length": 50}
+    succeed(train(**flags))
+    error = train("cut", **flags, teacher_max_sequence_length=60).error
+    assert "as the teacher reads it" in error and "--teacher_max_sequence_length is 60" in error
+
+
+def test_teacher_captions_that_are_missing_are_named(train, photos, tmp_path):
+    flags = with_teacher_captions(tmp_path / "data", photos)
+    assert "--teacher_caption_column detailed" in train(**flags | {"teacher_caption_column": "detailed"}).error
+    metadata = tmp_path / "data/metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("number 1, round and bright", " ").replace("a ball,  ", ""))
+    assert "metadata.jsonl line 2, column 'long'" in train(**flags).error
+    metadata.unlink()
+    assert "needs a metadata.jsonl" in train(**flags | {"caption_column": None, "instance_prompt": "x"}).error
+
+
+@ZIMAGE
+def test_a_text_encoder_that_does_not_fit_is_refused(train, model, tmp_path):
+    folder = shutil.copytree(model.path, tmp_path / "model")
+    config = folder / "transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cap_feat_dim": 64}))
+    assert "has 32 channels, its transformer takes 64" in train(pretrained_model_name_or_path=folder).error
+    assert "--max_sequence_length 1505" in train(max_sequence_length=1505).error
 
 
 # What the user sees
@@ -440,28 +640,24 @@ def are_in_a_column(sheet: Path, *images: Image.Image) -> bool:
     return None not in places and len({left for _, left in places}) == 1 and places == sorted(places)
 
 
-def draw(pipeline, prompt, seed, **settings):
-    call = {"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 80}
-    return pipeline(prompt=prompt, generator=torch.Generator().manual_seed(seed), **call | settings).images[0]
-
-
-def test_the_sheets_show_what_the_stock_pipeline_draws(train, klein_path, photos, tmp_path):
+@EVERY_CONTEXT
+def test_the_sheets_show_what_the_stock_pipeline_draws(train, model, photos, tmp_path):
     succeed(train(**DRAWN, center_crop=True, checkpointing_steps=2))
     run = tmp_path / "run"
-    stock = Flux2KleinPipeline.from_pretrained(klein_path)
+    stock = model.pipeline()
     retained = ["a lighthouse on a cliff at sunset, oil painting", "a bowl of ramen on a wooden table, top view"]
     asked = [("a ball", 0), ("a ball", 1), ("a box", 0), ("a box", 1)]
-    base = {pair: draw(stock, *pair) for pair in [*asked, (retained[0], 0), (retained[1], 1)]}
+    base = {pair: model.draw(stock, *pair) for pair in [*asked, (retained[0], 0), (retained[1], 1)]}
     with Image.open(photos / "1.png") as opened:
         picture = ImageOps.fit(opened.convert("RGB"), (64, 64), Image.Resampling.LANCZOS)
-    teacher = draw(stock, "a ball like this", 1, image=picture)
+    teacher = model.draw(stock, seed=1, **model.as_teacher(picture))
     assert are_in_a_row(run / "preview.png", base["a ball", 1], teacher, picture)
 
     told = {}
     for step in (2, 4):
-        stock = Flux2KleinPipeline.from_pretrained(klein_path)
+        stock = model.pipeline()
         stock.load_lora_weights(run / f"checkpoint-{step}")
-        student = {pair: draw(stock, *pair) for pair in base}
+        student = {pair: model.draw(stock, *pair) for pair in base}
         assert all(student[pair] != base[pair] for pair in base)
         validation, retention = run / f"validation-{step}.png", run / f"retention-{step}.png"
         for seed in (0, 1):
@@ -478,15 +674,16 @@ def test_the_sheets_show_what_the_stock_pipeline_draws(train, klein_path, photos
     assert (run / "curves.png").stat().st_size > 10_000
 
 
-def test_the_rollout_sheet_shows_the_students_x0_above_the_teachers(train, klein_path, photos, tmp_path):
+@EVERY_CONTEXT
+def test_the_rollout_sheet_shows_the_students_x0_above_the_teachers(train, model, photos, tmp_path):
     flags = {"validation_steps": 3, "max_train_steps": 3, "checkpointing_steps": 3, "num_validation_images": 1}
     succeed(train(**flags, center_crop=True, ema_decay=0))  # the teacher's weights are the student's
-    pipeline = script.Flux2KleinDOPSDPipeline.from_pretrained(klein_path)
+    pipeline = model.script.Pipeline.from_pretrained(model.path)
     pipeline.load_lora_weights(tmp_path / "run")
     with Image.open(photos / "0.png") as opened:
         picture = opened.convert("RGB")
     student = pipeline.encode_student(["a ball"], max_sequence_length=80)
-    teacher = pipeline.encode_teacher(["a ball"], [picture], prompt_suffix=" like this", max_sequence_length=80)
+    teacher = model.teacher_context(picture)
     schedule = pipeline.schedule(64, 64, 4)
     latents = torch.randn(1, *pipeline.latent_shape(64, 64), generator=torch.Generator().manual_seed(0))
     columns = []
@@ -502,33 +699,34 @@ def test_the_rollout_sheet_shows_the_students_x0_above_the_teachers(train, klein
     assert are_in_a_row(sheet, *[student_x0 for student_x0, _ in columns])
 
 
-def test_the_story_of_many_validations_spans_the_run(train, klein_path, tmp_path):
+@ONE_SCRIPT
+def test_the_story_of_many_validations_spans_the_run(train, model, tmp_path):
     flags = {"validation_steps": 1, "max_train_steps": 6, "num_validation_images": 1, "checkpointing_steps": 1}
     succeed(train(**flags, final_validation_prompt="a box"))
     images = []
     for step in (1, 6):
-        stock = Flux2KleinPipeline.from_pretrained(klein_path)
+        stock = model.pipeline()
         stock.load_lora_weights(tmp_path / f"run/checkpoint-{step}")
-        images.append(draw(stock, "a ball", 0))
+        images.append(model.draw(stock, "a ball", 0))
     assert are_in_a_row(tmp_path / "run/story.png", *images)
-    last = draw(stock, "a box", 0)
+    last = model.draw(stock, "a box", 0)
     assert place(tmp_path / "run/validation-6.png", last)
     heights = [Image.open(tmp_path / f"run/validation-{step}.png").height for step in (1, 5, 6)]
     assert heights[0] == heights[1] < heights[2]  # the final prompt comes at the end only
 
 
-def test_the_retention_figure_is_the_distance_of_stock_latents(train, klein_path, tmp_path):
+def test_the_retention_figure_is_the_distance_of_stock_latents(train, model, tmp_path):
     prompts = ["a red ball", "a blue box", "a green tree"]
     succeed(train(**DRAWN | {"retention_prompts": prompts}))
     history = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in history if "retention" in line] == [2, 4]
 
-    stock = Flux2KleinPipeline.from_pretrained(klein_path)
+    stock = model.pipeline()
     pairs = list(enumerate(prompts))
-    base = [sample(stock, prompt=p, generator=torch.Generator().manual_seed(seed)) for seed, p in pairs]
+    base = [model.sample(stock, prompt, seed) for seed, prompt in pairs]
     stock.load_lora_weights(tmp_path / "run")
-    student = [sample(stock, prompt=p, generator=torch.Generator().manual_seed(seed)) for seed, p in pairs]
+    student = [model.sample(stock, prompt, seed) for seed, prompt in pairs]
     moved = sum((s - b).norm() for s, b in zip(student, base, strict=True)) / 3
     apart = ((base[0] - base[1]).norm() + (base[0] - base[2]).norm() + (base[1] - base[2]).norm()) / 3
     assert history[-1]["retention"] == pytest.approx((moved / apart).item(), rel=1e-4)
@@ -545,6 +743,7 @@ def test_drawing_changes_no_weight(train, tmp_path):
     assert all(torch.equal(blind[name], seeing[name]) for name in blind)
 
 
+@ONE_SCRIPT
 def test_preview_only_stops_before_the_first_step(train, tmp_path):
     log = succeed(train(validation_steps=1, preview_only=True)).log
     assert "Steps:" not in log
@@ -552,6 +751,7 @@ def test_preview_only_stops_before_the_first_step(train, tmp_path):
     assert not (tmp_path / "run" / LORA_FILE).exists()
 
 
+@ONE_SCRIPT
 @pytest.mark.parametrize("sheet", ["validation-1.png", "preview.png", "story.png"])
 def test_a_drawing_that_fails_loses_no_weights(train, tmp_path, sheet):
     (tmp_path / "run" / sheet).mkdir(parents=True)  # cannot be replaced by a picture
@@ -584,16 +784,17 @@ def test_a_resumed_run_has_one_history(train, tmp_path):
     assert (run / "retention-4.png").exists()
 
 
-def test_the_first_captions_are_validated_where_no_prompt_is_given(train, tmp_path, klein_path):
+@ONE_SCRIPT
+def test_the_first_captions_are_validated_where_no_prompt_is_given(train, tmp_path, model):
     succeed(train(validation_steps=2, num_validation_images=1))
-    stock = Flux2KleinPipeline.from_pretrained(klein_path)
-    assert place(tmp_path / "run/validation-2.png", draw(stock, "a ball", 0))
+    stock = model.pipeline()
+    assert place(tmp_path / "run/validation-2.png", model.draw(stock, "a ball", 0))
 
 
 # Publishing
 
 
-def test_a_run_that_cannot_publish_keeps_its_weights_and_publishes_later(train, klein_path, tmp_path):
+def test_a_run_that_cannot_publish_keeps_its_weights_and_publishes_later(train, model, tmp_path):
     token = "hf_" + "secretsecret" * 3
     flags = DRAWN | {"report_to": "tensorboard", "checkpointing_steps": 2, "hub_model_id": "someone/ball"}
     result = train(**flags, push_to_hub=True, hub_token=token)  # the tests' environment is offline
@@ -607,16 +808,24 @@ def test_a_run_that_cannot_publish_keeps_its_weights_and_publishes_later(train, 
     card = ModelCard.load(run / "README.md")
     assert card.data.instance_prompt == "a ball"
     assert [entry["text"] for entry in card.data.widget] == ["a ball", "a box"]
-    stock = Flux2KleinPipeline.from_pretrained(klein_path)
+    stock = model.pipeline()
     stock.load_lora_weights(run)
     for entry in card.data.widget:
         with Image.open(run / entry["output"]["url"]) as image:
-            assert np.array_equal(np.asarray(image), np.asarray(draw(stock, entry["text"], 0)))
+            assert np.array_equal(np.asarray(image), np.asarray(model.draw(stock, entry["text"], 0)))
 
     hub = Hub()
     with serving(hub):
         offline = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, SCRIPT, "--push_only", "--output_dir", run, "--hub_model_id", "someone/ball"]
+        command = [
+            sys.executable,
+            model.script_path,
+            "--push_only",
+            "--output_dir",
+            run,
+            "--hub_model_id",
+            "someone/ball",
+        ]
         command += ["--hub_private_repo", "--hub_token", TOKEN]
         done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -628,6 +837,7 @@ def test_a_run_that_cannot_publish_keeps_its_weights_and_publishes_later(train, 
     assert not [name for name in repository["files"] if "checkpoint" in name or "cache" in name or "logs" in name]
 
 
+@ONE_SCRIPT
 def test_a_readme_that_is_no_card_is_left_alone(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/README.md").write_text("# my notes")
@@ -704,6 +914,7 @@ def test_a_resumed_run_ends_in_the_same_weights(train, photos, tmp_path, flags):
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+@ONE_SCRIPT
 def test_resuming_takes_the_drawn_seed(train, tmp_path):
     succeed(train(seed=None, checkpointing_steps=1, max_train_steps=2))
     shutil.copytree(tmp_path / "run/checkpoint-1", tmp_path / "again/checkpoint-1")
@@ -711,11 +922,13 @@ def test_resuming_takes_the_drawn_seed(train, tmp_path):
     assert same_weights(tmp_path / "run", tmp_path / "again")
 
 
+@ONE_SCRIPT
 def test_latest_without_a_checkpoint_starts_from_the_beginning(train, tmp_path):
     (tmp_path / "run/.checkpoint-1.tmp").mkdir(parents=True)  # a killed run's unfinished one
     assert "steps: 0 to 2" in succeed(train(resume_from_checkpoint="latest")).log
 
 
+@ONE_SCRIPT
 def test_resuming_with_other_settings_is_refused(train):
     succeed(train(checkpointing_steps=1))
     result = train(rank=8, checkpointing_steps=1, resume_from_checkpoint="latest")
@@ -785,10 +998,10 @@ def test_bad_data_is_one_line_that_names_it(train, tmp_path, case):
 
 BAD_FLAGS = {
     "resolution": ({"resolution": 100}, "--resolution 100"),
-    "resolution limit": ({"resolution": 1056}, "--resolution 1056"),
+    "resolution limit": ({"resolution": 4096}, "--resolution 4096"),
     "bucket": (
-        {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "2048,2048"},
-        "--aspect_ratio_buckets: 2048,2048",
+        {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "4096,4096"},
+        "--aspect_ratio_buckets: 4096,4096",
     ),
     "bucket text": ({"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "64x64"}, "--aspect_ratio_buckets"),
     "rank": ({"rank": 0}, "--rank"),
@@ -818,6 +1031,9 @@ BAD_FLAGS = {
     "negative validation steps": ({"validation_steps": -1}, "--validation_steps -1"),
     "no model named": ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path: is required"),
     "token shown": ({"hub_token": "hf_x", "report_to": "all"}, "--hub_token"),
+    "no teacher captions": ({"teacher_context": "caption"}, "with --teacher_caption_column"),
+    "unused teacher captions": ({"teacher_caption_column": "long"}, "--teacher_caption_column: goes with"),
+    "pixel limits": ({"vlm_min_pixels": 9000, "vlm_max_pixels": 8000}, "--vlm_min_pixels 9000"),
     "no quantization file": (
         {"bnb_quantization_config_path": "nowhere.json"},
         "--bnb_quantization_config_path nowhere",
@@ -834,13 +1050,14 @@ def test_bad_flags_are_one_line_that_names_them(train, tmp_path, case):
     assert not (tmp_path / "run" / LORA_FILE).exists()
 
 
-def test_another_model_is_refused(train, klein_path, tmp_path):
-    folder = shutil.copytree(klein_path, tmp_path / "other")
+def test_another_model_is_refused(train, model, tmp_path):
+    folder = shutil.copytree(model.path, tmp_path / "other")
     index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "FluxPipeline"}
     (folder / "model_index.json").write_text(json.dumps(index))
-    assert "is a FluxPipeline, not FLUX.2-klein" in train(pretrained_model_name_or_path=folder).error
+    assert f"is a FluxPipeline, not {model.script.MODEL_NAME}" in train(pretrained_model_name_or_path=folder).error
 
 
+@ONE_SCRIPT
 @pytest.mark.parametrize(
     ("first", "second"),
     [({"checkpointing_steps": 1}, {}), ({}, {}), ({}, {"resume_from_checkpoint": "latest"})],
@@ -854,6 +1071,7 @@ def test_an_earlier_run_is_not_overwritten(train, tmp_path, first, second):
     assert len(script.read_history(tmp_path / "run")) == 2
 
 
+@ONE_SCRIPT
 def test_the_rotation_keeps_the_newest_and_a_second_branch_is_refused(train, tmp_path):
     succeed(train(checkpointing_steps=1, max_train_steps=3))
     result = train(checkpointing_steps=1, max_train_steps=4, resume_from_checkpoint="checkpoint-1")
@@ -863,6 +1081,7 @@ def test_the_rotation_keeps_the_newest_and_a_second_branch_is_refused(train, tmp
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+@ONE_SCRIPT
 def test_a_damaged_checkpoint_is_one_line(train, tmp_path):
     succeed(train(checkpointing_steps=1))
     (tmp_path / "run/checkpoint-9").mkdir()  # without its files it is none
@@ -874,18 +1093,19 @@ def test_a_damaged_checkpoint_is_one_line(train, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
-def test_an_incomplete_model_is_one_line(train, klein_path, tmp_path, part):
-    folder = shutil.copytree(klein_path, tmp_path / "model")
+def test_an_incomplete_model_is_one_line(train, model, tmp_path, part):
+    folder = shutil.copytree(model.path, tmp_path / "model")
     for weights_file in (folder / part).glob("*.safetensors"):
         weights_file.unlink()
     assert f"--pretrained_model_name_or_path {folder}" in train(pretrained_model_name_or_path=folder).error
 
 
+@ONE_SCRIPT
 def test_a_variant_that_is_not_there_is_one_line(train):
     assert "--variant" in train(variant="fp16").error
 
 
-def test_other_data_model_or_launch_is_not_resumed(train, klein_path, photos, tmp_path, make_picture):
+def test_other_data_model_or_launch_is_not_resumed(train, model, photos, tmp_path, make_picture):
     data = shutil.copytree(photos, tmp_path / "data")
     flags = {"instance_data_dir": data, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
     succeed(train(**flags))
@@ -896,13 +1116,14 @@ def test_other_data_model_or_launch_is_not_resumed(train, klein_path, photos, tm
     assert "9.png or its caption is new, changed or gone (1 such pictures)" in train(**flags).error
     assert "0.png or its caption" in train(**flags, instance_prompt="another").error
     (data / "9.png").unlink()
-    model = make_tiny_klein(tmp_path / "model", seed=1)
-    assert "its model was" in train(**flags, pretrained_model_name_or_path=model).error
-    shutil.copytree(klein_path, model, dirs_exist_ok=True)
+    other = model.make(tmp_path / "model", seed=1)
+    assert "its model was" in train(**flags, pretrained_model_name_or_path=other).error
+    shutil.copytree(model.path, other, dirs_exist_ok=True)
     moved = data.rename(tmp_path / "moved")
-    succeed(train(**flags | {"instance_data_dir": moved, "pretrained_model_name_or_path": model}))
+    succeed(train(**flags | {"instance_data_dir": moved, "pretrained_model_name_or_path": other}))
 
 
+@ONE_SCRIPT
 @pytest.mark.parametrize(
     "flags", [{"text_encoder_out_layers": ["9", "18"]}, {"text_encoder_out_layers": ["9", "18", "40"]}]
 )
@@ -910,19 +1131,21 @@ def test_wrong_text_layers_are_refused(train, flags):
     assert "--text_encoder_out_layers" in train(**flags).error
 
 
+@EVERY_CONTEXT
 def test_a_prompt_that_would_be_cut_is_refused(train):
-    assert "0.png" in train(max_sequence_length=30).error
+    assert "0.png: " in train(max_sequence_length=24).error
 
 
+@ONE_SCRIPT
 def test_init_lora_that_is_not_there_is_refused(train, tmp_path):
     assert "--init_lora" in train(init_lora=tmp_path / "nothing").error
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_optimizer(train, klein_path, tmp_path):
-    folder = shutil.copytree(klein_path, tmp_path / "broken")
-    pipeline = Flux2KleinPipeline.from_pretrained(folder)
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(train, model, tmp_path):
+    folder = shutil.copytree(model.path, tmp_path / "broken")
+    pipeline = model.stock.from_pretrained(folder)
     with torch.no_grad():
-        pipeline.transformer.proj_out.weight.fill_(float("nan"))
+        next(pipeline.transformer.parameters()).fill_(float("nan"))
     pipeline.transformer.save_pretrained(folder / "transformer")
     result = train(pretrained_model_name_or_path=folder)
     assert "at step 1 the loss is nan" in result.error
@@ -941,12 +1164,23 @@ def test_the_last_good_weights_are_kept_when_the_loss_breaks(train, tmp_path):
 
 
 @pytest.fixture
-def launch_arguments(klein_path, photos, tmp_path):
+def launch_arguments(model, photos, tmp_path):
     def arguments(folder, *more):
         return [
-            *(str(SCRIPT), "--pretrained_model_name_or_path", str(klein_path), "--instance_data_dir", str(photos)),
-            *("--instance_prompt", "a ball", "--teacher_prompt_suffix", " like this", "--resolution", "64"),
-            *("--max_sequence_length", "80", "--rank", "4", "--learning_rate", "1e-3", "--max_train_steps", "3"),
+            *(model.script_path, "--pretrained_model_name_or_path", model.path, "--instance_data_dir", photos),
+            *itertools.chain(*[(f"--{name}", str(value)) for name, value in model.flags.items()]),
+            *(
+                "--instance_prompt",
+                "a ball",
+                "--resolution",
+                "64",
+                "--rank",
+                "4",
+                "--learning_rate",
+                "1e-3",
+                "--max_train_steps",
+                "3",
+            ),
             *("--seed", "0", "--report_to", "none", "--lora_dropout", "0.1", "--output_dir", str(tmp_path / folder)),
             *more,
         ]
