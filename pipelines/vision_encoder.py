@@ -293,7 +293,9 @@ class VisionEncoder:
         Args:
             chat_text: the template's, with `content` for a user's turn.
             image: of the size for which `num_image_tokens` counted.
-            pad_to: tokens, at least the text's. The model does not attend to the padding.
+            pad_to: tokens, at least the text's. The model does not attend to the padding, whose positions go on after
+                the text's, as in the text encoder. (The whole model puts all padding on one position, which one
+                depends on transformers' version; a transformer that sees padding would see that.)
 
         Returns:
             One (1, L, D) a layer, after that of the embeddings, as the text encoder gives them. Those after the first
@@ -307,9 +309,27 @@ class VisionEncoder:
         options = {"output_hidden_states": True, "use_cache": False}
         if image is None:
             return self._model.language_model(**inputs, **options).hidden_states
-        inputs["mm_token_type_ids"] = (tokens.input_ids == self._config.image_token_id).int()
         picture = self._image_processor(image, return_tensors="pt").to(self._model.device)
+        inputs["position_ids"] = self._positions(tokens.input_ids[0], picture["image_grid_thw"][0])[:, None]
         return self._model(**inputs, **picture, **options).hidden_states
+
+    def _positions(self, input_ids: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """(3, L), Qwen3-VL's M-RoPE for one picture in a text: time, row and column of every token of (L,).
+
+        The picture's tokens share the time at which it comes and count rows and columns from there; what follows goes
+        on after the larger of the two. `Qwen3VLModel.get_rope_index` but for padding.
+
+        Args:
+            grid: (3,), the picture's patches in time, height and width.
+        """
+        merge = self._config.vision_config.spatial_merge_size
+        rows, columns = (int(count) // merge for count in grid[1:])
+        start = int((input_ids == self._config.image_token_id).nonzero()[0])
+        before, count = torch.arange(start), rows * columns
+        place = torch.arange(count)
+        picture = start + torch.stack([torch.zeros_like(place), place // columns, place % columns])
+        after = start + max(rows, columns) + torch.arange(len(input_ids) - start - count)
+        return torch.cat([before.expand(3, -1), picture, after.expand(3, -1)], dim=1).to(input_ids.device)
 
 
 def default_vlm(text_config: Qwen3Config) -> str:

@@ -1,6 +1,7 @@
 """Qwen3-VL around the pipeline's text encoder: the features of the whole model, without its language weights."""
 
 import gc
+import inspect
 import json
 import shutil
 import weakref
@@ -133,17 +134,28 @@ def patches(image):
 
 
 def whole_features(model, image, pad_to=None):
+    """The whole model's; of padding, where its positions go on after the text's (by itself it gives all the same)."""
     tokenizer = byte_tokenizer()
     ids = tokenizer(chat_text(image.width * image.height // 32**2)).input_ids
     padding = [0] * (pad_to - len(ids) if pad_to else 0)
     input_ids = torch.tensor([ids + [tokenizer.pad_token_id for _ in padding]])
+    grid = torch.tensor([[1, image.height // 16, image.width // 16]])
+    positions = None
+    if padding:
+        own = {"input_ids": input_ids[:, : len(ids)], "image_grid_thw": grid}
+        if "mm_token_type_ids" in inspect.signature(model.model.get_rope_index).parameters:
+            own["mm_token_type_ids"] = (own["input_ids"] == tokenizer.get_vocab()["<|image_pad|>"]).int()
+        positions, _ = model.model.get_rope_index(**own)
+        more = positions.max() + 1 + torch.arange(len(padding))
+        positions = torch.cat([positions, more.expand(3, 1, -1)], dim=-1)
     with torch.no_grad():
         return model(
             input_ids=input_ids,
             attention_mask=torch.tensor([[1] * len(ids) + padding]),
+            position_ids=positions,
             mm_token_type_ids=(input_ids == tokenizer.get_vocab()["<|image_pad|>"]).int(),
             pixel_values=patches(image),
-            image_grid_thw=torch.tensor([[1, image.height // 16, image.width // 16]]),
+            image_grid_thw=grid,
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states
