@@ -226,10 +226,10 @@ def encode(
     return context.prompt_embeds
 
 
-def encoding_shape(contexts: "Contexts", encoding: "Encoding", text_width: int) -> tuple[int, ...]:
+def encoding_shape(contexts: "Contexts", encoding: "Encoding") -> tuple[int, ...]:
     if encoding.encoder == "vae":
         return contexts.pipeline.latent_shape(*contexts.examples[encoding.crop.example].bucket)
-    return contexts.args.max_sequence_length, text_width * len(contexts.args.text_encoder_out_layers)
+    return contexts.args.max_sequence_length, contexts.text_width * len(contexts.args.text_encoder_out_layers)
 
 
 # Arguments
@@ -383,20 +383,22 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument(
         "--vlm_min_pixels",
         type=positive_int,
-        default=DEFAULT_VLM_MIN_PIXELS,
-        help="Smaller pictures are enlarged for the vision tower to this area. 32 x 32 pixels make a token.",
+        default=None,
+        help="Smaller pictures are enlarged for the vision tower to this area. 32 x 32 pixels make a token. "
+        f"Default: {DEFAULT_VLM_MIN_PIXELS}",
     )
     method.add_argument(
         "--vlm_max_pixels",
         type=positive_int,
-        default=DEFAULT_VLM_MAX_PIXELS,
-        help="Larger pictures are shrunk for the vision tower to this area.",
+        default=None,
+        help=f"Larger pictures are shrunk for the vision tower to this area. Default: {DEFAULT_VLM_MAX_PIXELS}",
     )
     method.add_argument(
         "--vlm_rope",
         choices=["vlm", "text_encoder"],
-        default="vlm",
-        help="Rotary base of the text encoder where it reads with the tower: Qwen3-VL's (published runs) or its own.",
+        default=None,
+        help="Rotary base of the text encoder where it reads with the tower: Qwen3-VL's (default, published runs) or "
+        "its own.",
     )
     method.add_argument(
         "--teacher",
@@ -554,6 +556,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+VLM_DEFAULTS = {
+    "vlm_model_name_or_path": None,  # by the text encoder's size
+    "vlm_min_pixels": DEFAULT_VLM_MIN_PIXELS,
+    "vlm_max_pixels": DEFAULT_VLM_MAX_PIXELS,
+    "vlm_rope": "vlm",
+}
+
+
 def check_args(args: argparse.Namespace) -> None:
     """What can be said before a file is read."""
     if args.pretrained_model_name_or_path is None:
@@ -596,11 +606,15 @@ def check_teacher_flags(args: argparse.Namespace) -> None:
             if args.teacher_context == "caption"
             else "--teacher_caption_column: goes with --teacher_context caption; add that, or drop the flag"
         )
-    if args.teacher_context != "vlm" and args.vlm_model_name_or_path is not None:
-        raise InputError("--vlm_model_name_or_path: goes with --teacher_context vlm; add that, or drop the flag")
-    if args.vlm_min_pixels > args.vlm_max_pixels:
+    for name, default in VLM_DEFAULTS.items():
+        if args.teacher_context != "vlm" and getattr(args, name) is not None:
+            raise InputError(f"--{name}: goes with --teacher_context vlm; add that, or drop the flag")
+        if args.teacher_context == "vlm" and getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.teacher_context == "vlm" and args.vlm_min_pixels > args.vlm_max_pixels:
         raise InputError(
-            f"--vlm_min_pixels {args.vlm_min_pixels}: is above --vlm_max_pixels {args.vlm_max_pixels}; lower it"
+            f"--vlm_min_pixels {args.vlm_min_pixels}: is above --vlm_max_pixels {args.vlm_max_pixels}; pass both, the "
+            "smaller one first"
         )
 
 
@@ -1255,23 +1269,30 @@ def noise_seed(seed: int, sample: Sample) -> int:
 # Contexts
 
 
+# Counted up when an encoding of the same inputs changes: a cache from before is not used then.
+ENCODING_FORMAT = 1
+
+
 class Contexts:
     """Contexts for training and drawing, read from the cache or, without one, encoded when they are asked for."""
 
     def __init__(
         self,
         pipeline: Pipeline,
+        folder: Path,
         pictures: list[Picture],
         digests: list[str],
         examples: list[Example],
-        vision_encoder: VisionEncoder | None,
         args: argparse.Namespace,
         device: torch.device,
     ):
-        self.pipeline, self.pictures, self.digests, self.examples = pipeline, pictures, digests, examples
-        self.vision_encoder, self.args, self.device = vision_encoder, args, device
+        self.pipeline, self.folder = pipeline, folder  # the pipeline's checkpoint
+        self.pictures, self.digests, self.examples = pictures, digests, examples
+        self.args, self.device = args, device
+        self.vision_encoder: VisionEncoder | None = None
         self.cache: ContextCache | None = None
         self.model_fingerprint = self.vlm_fingerprint = ""
+        self.text_width = AutoConfig.from_pretrained(folder, subfolder="text_encoder").hidden_size
         self._last_image: tuple[int, Image.Image] | None = None
 
     @property
@@ -1307,15 +1328,16 @@ class Contexts:
 
     def token_count(self, encoding: Encoding) -> int:
         """Tokens of the encoding's text, pictures included."""
-        content = encoding.prompt
-        if encoding.encoder == "vlm":
-            size = self.examples[encoding.crop.example].bucket
-            content = self.vision_encoder.content(content, self.vision_encoder.num_image_tokens(*size))
-        return self.pipeline.chat_token_count(content)
+        if encoding.encoder != "vlm":
+            return self.pipeline.chat_token_count(encoding.prompt)
+        size = self.examples[encoding.crop.example].bucket
+        # Apart: a picture of absurd size must not be written out to be counted.
+        without_picture = self.vision_encoder.content(encoding.prompt, 0)
+        return self.pipeline.chat_token_count(without_picture) + self.vision_encoder.num_image_tokens(*size)
 
     def key(self, encoding: Encoding) -> str:
         """All that the encoding depends on."""
-        parts = [encoding.encoder, self.model_fingerprint, str(self.pipeline.vae.dtype)]
+        parts = [ENCODING_FORMAT, encoding.encoder, self.model_fingerprint, str(self.pipeline.vae.dtype)]
         if encoding.encoder != "vae":
             parts += [encoding.prompt, text_settings(self.args)]
         if encoding.encoder == "vlm":
@@ -1332,7 +1354,8 @@ class Contexts:
             name = reprlib.repr(encoding.prompt)
             if encoding.crop is not None:
                 name = self.pictures[self.examples[encoding.crop.example].picture].name
-            raise InputError(f"{name}: its encoding is not finite; use --mixed_precision bf16 or no")
+            advice = "use --mixed_precision bf16 or no" if self.args.mixed_precision == "fp16" else "check the weights"
+            raise InputError(f"{name}: its encoding is not finite; {advice}")
         return encoded
 
     def tensor(self, encoding: Encoding) -> torch.Tensor:
@@ -1365,24 +1388,43 @@ def checkpoint_folder(args: argparse.Namespace) -> Path:
 
 def check_prompt_lengths(contexts: Contexts, drawn_prompts: list[str]) -> None:
     """The text encoder cuts a long text without a word, and with it the teacher's suffix or picture."""
-    student_flag = "max_sequence_length"
-    named = [("--validation_prompt or --retention_prompts", Encoding("text", prompt)) for prompt in drawn_prompts]
+    args = contexts.args
+    for prompt in drawn_prompts:
+        check_length(contexts, "--validation_prompt or --retention_prompts", Encoding("text", prompt), "shorten it")
     for picture in contexts.pictures:
-        named += [(picture.name, Encoding("text", caption)) for caption in picture.captions]
-    limited = [(name, encoding, student_flag) for name, encoding in named]
-    limited += [
-        (f"{picture.name}, as the teacher reads it", encoding, TEACHER_LENGTH_FLAG)
-        for picture, encoding in contexts.all_teacher_encodings()
-        if encoding.encoder != "vae"
-    ]
-    for name, encoding, flag in limited:
-        count, limit = contexts.token_count(encoding), getattr(contexts.args, flag)
-        if count > limit:
-            picture = " with the picture" if encoding.encoder == "vlm" else ""
+        for caption in picture.captions:
+            check_length(contexts, picture.name, Encoding("text", caption), "shorten the caption")
+    advice = "shorten the caption or --teacher_prompt_suffix"
+    if args.teacher_context == "vlm":
+        advice += ", or lower --vlm_min_pixels and --vlm_max_pixels"
+    seen = set()
+    for picture, encoding in contexts.all_teacher_encodings():
+        size = contexts.examples[encoding.crop.example].bucket if encoding.encoder == "vlm" else None
+        if encoding.encoder != "vae" and (encoding.prompt, size) not in seen:
+            seen.add((encoding.prompt, size))
+            name = f"{picture.name}, as the teacher reads it"
+            check_length(contexts, name, encoding, advice, flag=TEACHER_LENGTH_FLAG)
+
+
+def check_length(
+    contexts: Contexts, name: str, encoding: Encoding, advice: str, *, flag: str = "max_sequence_length"
+) -> None:
+    count, limit = contexts.token_count(encoding), getattr(contexts.args, flag)
+    if count > limit:
+        picture = " with the picture" if encoding.encoder == "vlm" else ""
+        raise InputError(
+            f"{name}: {reprlib.repr(encoding.prompt)} has {count} tokens{picture} and the chat text, --{flag} is "
+            f"{limit}: {advice}"
+        )
+
+
+def check_teacher_knows_more(contexts: Contexts) -> None:
+    """With equal texts and no picture the loss is zero from the first step to the last."""
+    if contexts.args.teacher_context == "caption" and not contexts.args.teacher_prompt_suffix:
+        if all({*picture.captions} == {picture.teacher_caption} for picture in contexts.pictures):
             raise InputError(
-                f"{name}: {reprlib.repr(encoding.prompt)} has {count} tokens{picture} and the chat text, "
-                f"--{flag} is {limit}: shorten the caption or --teacher_prompt_suffix"
-                + (", or lower --vlm_max_pixels" if picture else "")
+                f"--teacher_caption_column {contexts.args.teacher_caption_column}: the teacher reads what the student "
+                "reads, so there is nothing to learn; name a column of longer captions"
             )
 
 
@@ -1405,10 +1447,10 @@ def load_text_encoder(folder: Path, args: argparse.Namespace, dtype: torch.dtype
         return TextEncoder.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, variant=args.variant)
 
 
-def load_text_encoders(contexts: Contexts, folder: Path, *, with_vision: bool) -> None:
+def load_text_encoders(contexts: Contexts, *, with_vision: bool) -> None:
     """The pipeline's text encoder on the accelerator, with the vision tower around it if asked for."""
-    pipeline = contexts.pipeline
-    pipeline.text_encoder = load_text_encoder(folder, contexts.args, pipeline.vae.dtype).to(contexts.device)
+    pipeline, args = contexts.pipeline, contexts.args
+    pipeline.text_encoder = load_text_encoder(contexts.folder, args, pipeline.vae.dtype).to(contexts.device)
     if with_vision:
         contexts.vision_encoder.load(pipeline.text_encoder)
 
@@ -1420,9 +1462,7 @@ def free_text_encoders(contexts: Contexts) -> None:
     free_memory()
 
 
-def fill_cache(
-    contexts: Contexts, drawn_prompts: list[str], text_width: int, accelerator: Accelerator, folder: Path
-) -> None:
+def fill_cache(contexts: Contexts, drawn_prompts: list[str], accelerator: Accelerator) -> None:
     """Encodes what the cache lacks, shared among processes. One encoder at a time is on the accelerator.
 
     Where nothing is missing, no encoder is loaded.
@@ -1434,7 +1474,7 @@ def fill_cache(
     encoding_of = {contexts.key(encoding): encoding for encoding in dict.fromkeys(needed)}
     missing = [encoding_of[key] for key in cache.missing(bar([*encoding_of], desc="Checking the context cache"))]
     accelerator.wait_for_everyone()  # all have seen the same gaps before anyone fills one
-    sizes = [math.prod(encoding_shape(contexts, encoding, text_width)) for encoding in missing]
+    sizes = [math.prod(encoding_shape(contexts, encoding)) for encoding in missing]
     total = sum(sizes) * pipeline.vae.dtype.itemsize
     logger.info(f"Encoding {counted(missing, encoding_of.values())}: {total / 1e6:,.1f} MB in {cache.folder}")
     cache.check_space(total)
@@ -1446,7 +1486,7 @@ def fill_cache(
 
     encoders = {encoding.encoder for encoding in missing}
     if encoders & {"text", "vlm"}:
-        load_text_encoders(contexts, folder, with_vision="vlm" in encoders)
+        load_text_encoders(contexts, with_vision="vlm" in encoders)
         encode_and_save("text", "Encoding prompts")
         encode_and_save("vlm", "Encoding prompts with pictures")
         free_text_encoders(contexts)
@@ -1591,19 +1631,20 @@ PICTURES = "pictures and captions"
 CHECKPOINT_FILES = ("adapters.safetensors", "trainer_state.pt", "state.json")
 
 
-def fixed_settings(args: argparse.Namespace, pictures: list[Picture], digests: list[str], batches: int) -> dict:
+def fixed_settings(contexts: Contexts, batches: int) -> dict:
     """What is kept in a checkpoint and compared on resuming; as JSON gives it back.
 
     Args:
         batches: a step's, over all processes.
     """
+    args = contexts.args
     settings = {f"--{name}": getattr(args, name) for name in FIXED_FLAGS} | {
         "model": model_identity(args),
         **{f"--{name}": value for name, value in text_settings(args).items()},
-        "--vlm_model_name_or_path": vlm_identity(args),
+        "--vlm_model_name_or_path": contexts.vlm_fingerprint[:16],
         PICTURES: {
             picture.name: content_key(digest, picture.captions, picture.teacher_caption)[:16]
-            for picture, digest in zip(pictures, digests, strict=True)
+            for picture, digest in zip(contexts.pictures, contexts.digests, strict=True)
         },
         "processes x --gradient_accumulation_steps": batches,
     }
@@ -1616,16 +1657,6 @@ def model_identity(args: argparse.Namespace) -> str:
     if folder.is_dir():
         return checkpoint_fingerprint(folder, ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"))[:16]
     return f"{args.pretrained_model_name_or_path}@{args.revision or 'main'}"
-
-
-def vlm_identity(args: argparse.Namespace) -> str | None:
-    """As `model_identity`; None where no VLM is used."""
-    if args.teacher_context != "vlm":
-        return None
-    folder = Path(args.vlm_model_name_or_path or "")
-    if args.vlm_model_name_or_path and folder.is_dir():
-        return checkpoint_fingerprint(folder, (".",))[:16]
-    return args.vlm_model_name_or_path or "default"
 
 
 def checkpoint_step(path: Path) -> int:
@@ -1908,19 +1939,28 @@ class Gallery:
                 base = self.draw(self.run.contexts.student([caption]), noise)
             with self.run.roles.teacher_role():
                 teacher = self.draw(self.run.contexts.teacher([sample]), noise)
-            picture = self.run.contexts.cropped(Crop(sample.example, sample.flip))
+            pictures = [picture] if (picture := self.run.contexts.cropped(Crop(sample.example, sample.flip))) else []
             teacher_caption = self.run.contexts.pictures[example.picture].teacher_caption
             label = caption if teacher_caption is None else f"{caption} (teacher: {teacher_caption})"
-            rows.append((label, [base.image, teacher.image, picture]))
+            rows.append((label, [base.image, teacher.image, *pictures]))
         self.write(
             "preview",
             0,
             f"Before training, drawn in {self.args.num_inference_steps} sampling steps",
-            ["base", f"teacher: {TEACHER_CONTEXTS[self.args.teacher_context]}", "the picture"],
+            [
+                "base",
+                f"teacher: {TEACHER_CONTEXTS[self.args.teacher_context]}",
+                *(["the picture"] if pictures else []),
+            ],
             rows,
-            note="The student is pulled from the left column towards the middle one. If the middle column does not "
-            "show your subject, training cannot teach it: change --teacher_context, --teacher_prompt_suffix, "
-            "--resolution, the pictures or the captions before you spend hours.",
+            note="The student is pulled from the base's column towards the teacher's. If the teacher's does not show "
+            "what you want, training cannot teach it: change "
+            + (
+                "the teacher's captions"
+                if self.args.teacher_context == "caption"
+                else "--teacher_context, --teacher_prompt_suffix, --resolution or the pictures"
+            )
+            + " before you spend hours.",
         )
 
     def validate(self, step: int) -> float:
@@ -2023,6 +2063,7 @@ class Gallery:
             ]
 
         pictures = [self.run.contexts.cropped(Crop(sample.example, sample.flip)) for sample in self.shown]
+        pictures = [picture for picture in pictures if picture is not None]
         self.write_parts(
             "story",
             step,
@@ -2033,7 +2074,7 @@ class Gallery:
                     rows([(prompt, 0) for prompt in self.args.validation_prompt]),
                     "Validation prompts. Each row starts from the same noise.",
                 ),
-                ("The training pictures", [""] * len(pictures), [("", pictures)], ""),
+                *([("The training pictures", [""] * len(pictures), [("", pictures)], "")] if pictures else []),
                 (
                     "Prompts that have nothing to do with the training",
                     columns,
@@ -2400,9 +2441,6 @@ def main(args: argparse.Namespace) -> None:
     )
     resolve_steps(args, order, accelerator.num_processes)
     check_model(args)
-    settings = fixed_settings(args, pictures, digests, accelerator.num_processes * args.gradient_accumulation_steps)
-    if checkpoint is not None:
-        check_settings(checkpoint, settings)
     with naming_the_checkpoint(args):
         skeleton = transformer_skeleton(args.pretrained_model_name_or_path, **hub_kwargs(args))
     lora = {
@@ -2416,9 +2454,14 @@ def main(args: argparse.Namespace) -> None:
     if init_lora is not None:
         StudentTeacherLoRA(skeleton, **lora | {"teacher": "base"}).check_lora(init_lora[0], origin=args.init_lora)
 
-    # Encoders first; the transformer is loaded when they are gone, so that they are never in memory together.
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
-    contexts = load_contexts(args, accelerator, pictures, digests, examples, skeleton.config, weight_dtype)
+    contexts = open_contexts(args, accelerator, pictures, digests, examples, skeleton.config, weight_dtype)
+    settings = fixed_settings(contexts, accelerator.num_processes * args.gradient_accumulation_steps)
+    if checkpoint is not None:
+        check_settings(checkpoint, settings)
+
+    # Encoders first; the transformer is loaded when they are gone, so that they are never in memory together.
+    load_contexts(contexts, accelerator)
     pipeline = contexts.pipeline
     pipeline.transformer = load_transformer(args, weight_dtype)
     set_seed(args.seed)
@@ -2461,7 +2504,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
-def load_contexts(
+def open_contexts(
     args: argparse.Namespace,
     accelerator: Accelerator,
     pictures: list[Picture],
@@ -2470,7 +2513,7 @@ def load_contexts(
     transformer_config: dict,
     weight_dtype: torch.dtype,
 ) -> Contexts:
-    """Every context that the run will ask for, and the pipeline, still without its transformer."""
+    """What will be encoded, with the pipeline, still without its encoders and its transformer."""
     with naming_the_checkpoint(args):
         folder = checkpoint_folder(args)
         text_config = AutoConfig.from_pretrained(folder, subfolder="text_encoder")
@@ -2478,23 +2521,32 @@ def load_contexts(
             folder, transformer=None, text_encoder=None, dtype=weight_dtype, variant=args.variant
         )
     check_text_encoder(text_config, transformer_config, args)
-    vision_encoder = make_vision_encoder(pipeline, text_config, args) if args.teacher_context == "vlm" else None
-    contexts = Contexts(pipeline, pictures, digests, examples, vision_encoder, args, accelerator.device)
+    contexts = Contexts(pipeline, folder, pictures, digests, examples, args, accelerator.device)
+    if args.teacher_context == "vlm":
+        contexts.vision_encoder = make_vision_encoder(pipeline, text_config, args)
+        contexts.vlm_fingerprint = files_fingerprint(contexts.vision_encoder.files())
     if args.validation_prompt is None:
         args.validation_prompt = contexts.captions[:NUM_DEFAULT_VALIDATION_PROMPTS]
+    check_teacher_knows_more(contexts)
+    check_prompt_lengths(contexts, drawn_prompts(args))
+    return contexts
+
+
+def drawn_prompts(args: argparse.Namespace) -> list[str]:
     final = [args.final_validation_prompt] if args.final_validation_prompt else []
-    drawn_prompts = [*args.validation_prompt, *final, *args.retention_prompts] if args.validation_steps > 0 else []
-    check_prompt_lengths(contexts, drawn_prompts)
+    return [*args.validation_prompt, *final, *args.retention_prompts] if args.validation_steps > 0 else []
+
+
+def load_contexts(contexts: Contexts, accelerator: Accelerator) -> None:
+    """Encodes all that the run will ask for or, without a cache, loads the encoders that do it later."""
+    args, folder = contexts.args, contexts.folder
     if args.no_context_cache:
-        load_text_encoders(contexts, folder, with_vision=vision_encoder is not None)
-        pipeline.vae.to(accelerator.device)
+        load_text_encoders(contexts, with_vision=contexts.vision_encoder is not None)
+        contexts.pipeline.vae.to(accelerator.device)
     else:
         contexts.model_fingerprint = checkpoint_fingerprint(folder, ("text_encoder", "tokenizer", "vae"))
-        if vision_encoder is not None:
-            contexts.vlm_fingerprint = files_fingerprint(vision_encoder.files())
         contexts.cache = ContextCache(Path(args.context_cache_dir))
-        fill_cache(contexts, drawn_prompts, text_config.hidden_size, accelerator, folder)
-    return contexts
+        fill_cache(contexts, drawn_prompts(args), accelerator)
 
 
 def make_vision_encoder(pipeline: Pipeline, text_config: PretrainedConfig, args: argparse.Namespace) -> VisionEncoder:

@@ -13,7 +13,7 @@ import PIL.Image
 import safetensors
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLVisionModel
 
@@ -41,6 +41,11 @@ LANGUAGE_FIELDS = (
     "hidden_act",
     "attention_bias",
 )
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+INDEX_FILE = "model.safetensors.index.json"
+# What transformers raises on a configuration that is JSON but wrong, found by damaging some.
+CONFIG_ERRORS = (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError)
 
 # Saved without its head, the model has no prefix.
 VISUAL_KEY = re.compile(r"(?:model\.)?visual\.(?P<name>.+)")
@@ -94,25 +99,21 @@ class VisionEncoder:
         config = self._read_json("config.json")
         if (kind := config.get("model_type")) != "qwen3_vl":
             raise self._error(f"its model_type is {kind}, not qwen3_vl; {WHICH_VLM}")
-        self._config = Qwen3VLConfig.from_dict(config)
+        try:
+            self._config = Qwen3VLConfig.from_dict(config)
+        except CONFIG_ERRORS as error:
+            raise self._error(f"its config.json is damaged ({_one_line(error)}); download it again") from error
         self._check_fit(text_config)
         self._take_token_ids()
         if rope == "text_encoder":
             self._config.text_config.rope_parameters["rope_theta"] = text_config.rope_parameters["rope_theta"]
 
-        settings = self._read_json("preprocessor_config.json") | {
-            "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
-            # The limits' former names, which some files hold, would win over the size.
-            "min_pixels": None,
-            "max_pixels": None,
-        }
-        # PIL's even where torchvision is installed, which resizes to other pixels.
-        self._image_processor = Qwen2VLImageProcessorPil.from_dict(settings)
-
-        if self._path("model.safetensors.index.json", required=False) is None:
-            self._weight_names = ["model.safetensors"]
-        else:
-            shard_of = self._read_json("model.safetensors.index.json")["weight_map"]
+        self._image_processor = self._make_image_processor(min_pixels, max_pixels)
+        self._weight_names = ["model.safetensors"]
+        if self._path(INDEX_FILE, required=False) is not None:
+            shard_of = self._read_json(INDEX_FILE).get("weight_map")
+            if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+                raise self._error(f"its {INDEX_FILE} has no weight_map of file names; download it again")
             self._weight_names = sorted({shard for key, shard in shard_of.items() if VISUAL_KEY.fullmatch(key)})
         self._check_has_tower(self._weight_names)
         if self._is_local:
@@ -143,9 +144,38 @@ class VisionEncoder:
     def _read_json(self, name: str) -> dict:
         path = self._path(name)
         try:
-            return json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except ValueError as error:
             raise self._error(f"its {name} is damaged ({_one_line(error)}); download it again") from error
+        if not isinstance(content, dict):
+            raise self._error(f"its {name} holds no object; download it again")
+        return content
+
+    def _make_image_processor(self, min_pixels: int, max_pixels: int) -> Qwen2VLImageProcessorPil:
+        """PIL's even where torchvision is installed, which resizes to other pixels."""
+        settings = self._read_json(PREPROCESSOR_FILE) | {
+            "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
+            "do_resize": True,
+            # The limits' former names, which some files hold, would win over the size.
+            "min_pixels": None,
+            "max_pixels": None,
+        }
+        vision = self._config.vision_config
+        wanted = {
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.spatial_merge_size,
+        }
+        different = [name for name, value in wanted.items() if settings.get(name) != value]
+        if different:
+            found = ", ".join(f"{name} {settings.get(name)}, not {wanted[name]}" for name in different)
+            raise self._error(f"its {PREPROCESSOR_FILE} does not fit its config.json: {found}; download it again")
+        try:
+            processor = Qwen2VLImageProcessorPil.from_dict(settings)
+            processor(PIL.Image.new("RGB", (64, 64)), size={"shortest_edge": 64 * 64, "longest_edge": 64 * 64})
+        except CONFIG_ERRORS as error:
+            raise self._error(f"its {PREPROCESSOR_FILE} is damaged ({_one_line(error)}); download it again") from error
+        return processor
 
     def _check_fit(self, text_config: Qwen3Config) -> None:
         language, width = self._config.text_config, self._config.vision_config.out_hidden_size
@@ -207,7 +237,7 @@ class VisionEncoder:
         Raises:
             InputError: as `weight_files`.
         """
-        names = ("config.json", "preprocessor_config.json")
+        names = ("config.json", PREPROCESSOR_FILE)
         return {name: self._path(name) for name in names} | dict(
             zip(self._weight_names, self.weight_files, strict=True)
         )
@@ -231,8 +261,8 @@ class VisionEncoder:
         """
         if found := [token for token in VISION_TOKENS if token in prompt]:
             raise InputError(
-                f"{shortened(prompt)}: {', '.join(found)} stands for a picture in the teacher's text; "
-                "take it out of the caption"
+                f"{shortened(prompt)}: {', '.join(found)} stands for a picture in the teacher's text; take it out of "
+                "the caption or --teacher_prompt_suffix"
             )
         return VISION_START + IMAGE_PAD * num_image_tokens + VISION_END + prompt
 

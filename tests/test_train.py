@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -81,7 +82,7 @@ def train(command, model, photos, tmp_path):
     [("no", 4, None, 0.0), ("no", 4, 2, 0.0), ("no", 4, 12, 1e-6), ("bf16", 4, None, 1e-2), ("bf16", 4, 12, 1e-2)],
 )
 def test_stock_pipeline_gives_the_images_of_trainings_student(
-    train, model, tmp_path, recwarn, precision, rank, alpha, tolerance
+    train, model, tmp_path, recwarn, caplog, precision, rank, alpha, tolerance
 ):
     succeed(train(mixed_precision=precision, rank=rank, lora_alpha=alpha, max_train_steps=10, checkpointing_steps=10))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -97,8 +98,11 @@ def test_stock_pipeline_gives_the_images_of_trainings_student(
     stock = model.pipeline(dtype=dtype)
     base = model.sample(stock)
     recwarn.clear()
+    for name in ("diffusers", "peft"):  # diffusers' logger does not pass on to the root, where caplog listens
+        logging.getLogger(name).addHandler(caplog.handler)
     stock.load_lora_weights(tmp_path / "run")
     assert not [str(warning.message) for warning in recwarn.list]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     student, loaded = model.sample(in_training), model.sample(stock)
     assert (student - base).norm() / base.norm() > 0.01
     assert (loaded - student).norm() / student.norm() <= tolerance
@@ -323,7 +327,8 @@ def test_encoders_leave_the_accelerator_and_come_only_where_needed(model, photos
         return move(module, *where, **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "to", record)
-    contexts = script.load_contexts(args, accelerator, pictures, digests, examples, config, torch.float32)
+    contexts = script.open_contexts(args, accelerator, pictures, digests, examples, config, torch.float32)
+    script.load_contexts(contexts, accelerator)
     assert contexts.pipeline.text_encoder is None
     moves = [entry for entry in moves if "cpu" in entry[1:] or "cpu:0" in entry[1:]]
     assert [where for name, where in moves if name == "Qwen3ForCausalLM"] == ["cpu:0"]
@@ -444,7 +449,8 @@ def test_the_vision_tower_leaves_with_the_text_encoder(model, photos, tmp_path):
     examples = model.script.plan_examples(pictures, [(64, 64)] * 3, args)
     config = model.pipeline().transformer.config
     digests = model.script.picture_digests(pictures)
-    contexts = model.script.load_contexts(args, accelerator, pictures, digests, examples, config, torch.float32)
+    contexts = model.script.open_contexts(args, accelerator, pictures, digests, examples, config, torch.float32)
+    model.script.load_contexts(contexts, accelerator)
     assert contexts.pipeline.text_encoder is None
     gc.collect()
     assert not [thing for thing in gc.get_objects() if type(thing) in (Qwen3VLVisionModel, Qwen3VLTextModel)]
@@ -458,7 +464,13 @@ def test_the_vision_tower_leaves_with_the_text_encoder(model, photos, tmp_path):
 
 @WITH_VLM
 @pytest.mark.parametrize(
-    "change", [{"vlm_rope": "text_encoder"}, {"vlm_max_pixels": 96 * 96, "vlm_min_pixels": 96 * 96}, {}]
+    "change",
+    [
+        {"vlm_rope": "text_encoder"},
+        {"vlm_max_pixels": 96 * 96, "vlm_min_pixels": 96 * 96},
+        {"vlm_min_pixels": 32 * 32},
+        {},
+    ],
 )
 def test_another_tower_or_its_settings_use_no_wrong_entry(train, model, tmp_path, change):
     cache = tmp_path / "cache"
@@ -470,7 +482,17 @@ def test_another_tower_or_its_settings_use_no_wrong_entry(train, model, tmp_path
     assert "Encoding 0 of 1 prompts and 3 of 3 prompts with pictures" in log
     succeed(train("cold", **change))
     assert same_weights(tmp_path / "warm", tmp_path / "cold")
-    assert not same_weights(tmp_path / "warm", tmp_path / "plain")
+    if "vlm_min_pixels" not in change or "vlm_max_pixels" in change:  # the lower limit alone touches no picture here
+        assert not same_weights(tmp_path / "warm", tmp_path / "plain")
+
+
+@EVERY_CONTEXT
+def test_two_resolutions_may_share_a_cache(train, tmp_path):
+    cache = tmp_path / "cache"
+    succeed(train("plain", context_cache_dir=cache))
+    succeed(train("warm", context_cache_dir=cache, resolution=96))
+    succeed(train("cold", resolution=96))
+    assert same_weights(tmp_path / "warm", tmp_path / "cold")
 
 
 @WITH_VLM
@@ -481,7 +503,10 @@ def test_a_run_is_not_resumed_with_another_tower(train, model, tmp_path):
     flags = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
     assert "its --vlm_model_name_or_path was" in train(**flags, vlm_model_name_or_path=other).error
     assert "its --vlm_rope was vlm" in train(**flags, vlm_rope="text_encoder").error
+    assert "its --vlm_min_pixels was 4096" in train(**flags, vlm_min_pixels=1024).error
+    assert "its --vlm_max_pixels was 4096" in train(**flags, vlm_max_pixels=8192).error
     moved = shutil.copytree(model.vlm_path, tmp_path / "moved")
+    (moved / "notes.md").write_text("what the tower does not read does not count")
     succeed(train(**flags, vlm_model_name_or_path=moved))
 
 
@@ -521,6 +546,15 @@ def test_a_picture_that_would_be_cut_is_refused(train, model):
     assert "0.png, as the teacher reads it: " in error
     assert " tokens with the picture" in error and f"--{flag} is 64" in error
     assert "<|image_pad|>" in train(instance_prompt="<|image_pad|>").error
+    huge = train(vlm_max_pixels=10**14, vlm_min_pixels=10**14).error
+    assert "0.png, as the teacher reads it: " in huge and "lower --vlm_min_pixels and --vlm_max_pixels" in huge
+
+
+@ONE_SCRIPT
+@pytest.mark.parametrize("flag", ["vlm_model_name_or_path", "vlm_min_pixels", "vlm_max_pixels", "vlm_rope"])
+def test_a_vlms_flags_without_it_are_refused(train, flag):
+    value = "text_encoder" if flag == "vlm_rope" else 4096
+    assert f"--{flag}: goes with --teacher_context vlm" in train(**{flag: value}).error
 
 
 def with_teacher_captions(folder, photos, *, pictures=True):
@@ -554,8 +588,13 @@ def test_captions_without_pictures_train_as_with_pictures_that_nobody_sees(train
     assert same_weights(tmp_path / "one", tmp_path / "other")
     log = succeed(train("drawn", **without, validation_steps=2, num_validation_images=1)).log
     assert "failed" not in log and "could not" not in log
-    for sheet in ("preview.png", "story.png", "validation-2.png", "rollout-2.png"):
+    for sheet in ("validation-2.png", "rollout-2.png"):
         assert (tmp_path / "drawn" / sheet).exists()
+    with_pictures = with_teacher_captions(tmp_path / "data", photos)
+    succeed(train("shown", **with_pictures, validation_steps=2, num_validation_images=1))
+    for sheet, side in (("preview.png", 0), ("story.png", 1)):  # no empty cells: a column less, a part less
+        sizes = [Image.open(tmp_path / folder / sheet).size for folder in ("drawn", "shown")]
+        assert sizes[0][side] < sizes[1][side] - 100
     assert "Encoding 0 of" in succeed(train("again", **without, context_cache_dir=tmp_path / "one/context_cache")).log
 
 
@@ -578,20 +617,40 @@ def open_metadata(flags):
 
 @ZIMAGE
 def test_a_teachers_caption_may_be_longer_than_a_students(train, photos, tmp_path):
-    flags = with_teacher_captions(tmp_path / "data", photos) | {"max_sequence_length": 50}
-    succeed(train(**flags))
+    flags = with_teacher_captions(tmp_path / "data", photos)
+    succeed(train("long", **flags))
+    succeed(train(**flags | {"max_sequence_length": 50}))
+    long, short = weights(tmp_path / "long"), weights(tmp_path / "run")
+    for name in long:  # nothing is cut: only the padding differs, which no token sees
+        torch.testing.assert_close(long[name], short[name], atol=1e-4, rtol=1e-3)
+    flags |= {"max_sequence_length": 50}
     error = train("cut", **flags, teacher_max_sequence_length=60).error
     assert "as the teacher reads it" in error and "--teacher_max_sequence_length is 60" in error
+
+
+SAME = {"teacher_prompt_suffix": ""}
 
 
 def test_teacher_captions_that_are_missing_are_named(train, photos, tmp_path):
     flags = with_teacher_captions(tmp_path / "data", photos)
     assert "--teacher_caption_column detailed" in train(**flags | {"teacher_caption_column": "detailed"}).error
+    assert (
+        "the teacher reads what the student reads" in train(**flags | {"teacher_caption_column": "short"} | SAME).error
+    )
     metadata = tmp_path / "data/metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("number 1, round and bright", " ").replace("a ball,  ", ""))
     assert "metadata.jsonl line 2, column 'long'" in train(**flags).error
     metadata.unlink()
     assert "needs a metadata.jsonl" in train(**flags | {"caption_column": None, "instance_prompt": "x"}).error
+
+
+def test_a_run_is_not_resumed_with_other_teacher_captions(train, photos, tmp_path):
+    flags = with_teacher_captions(tmp_path / "data", photos)
+    succeed(train(**flags, checkpointing_steps=1))
+    metadata = tmp_path / "data/metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("number 1", "number 7"))
+    error = train(**flags, max_train_steps=3, resume_from_checkpoint="latest").error
+    assert "1.png or its caption is new, changed or gone (1 such pictures)" in error
 
 
 @ZIMAGE
@@ -601,6 +660,11 @@ def test_a_text_encoder_that_does_not_fit_is_refused(train, model, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"cap_feat_dim": 64}))
     assert "has 32 channels, its transformer takes 64" in train(pretrained_model_name_or_path=folder).error
     assert "--max_sequence_length 1505" in train(max_sequence_length=1505).error
+    assert "--teacher_max_sequence_length 1505" in train(teacher_max_sequence_length=1505).error
+    axes = {"axes_lens": [200, 512, 512]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cap_feat_dim": 32} | axes))
+    pixels = {"vlm_min_pixels": 480 * 480, "vlm_max_pixels": 480 * 480}  # 225 tokens, of which 1024 would be allowed
+    assert "_length is 192" in train(pretrained_model_name_or_path=folder, **pixels).error
 
 
 # What the user sees
@@ -1033,7 +1097,7 @@ BAD_FLAGS = {
     "token shown": ({"hub_token": "hf_x", "report_to": "all"}, "--hub_token"),
     "no teacher captions": ({"teacher_context": "caption"}, "with --teacher_caption_column"),
     "unused teacher captions": ({"teacher_caption_column": "long"}, "--teacher_caption_column: goes with"),
-    "pixel limits": ({"vlm_min_pixels": 9000, "vlm_max_pixels": 8000}, "--vlm_min_pixels 9000"),
+    "pixel limits": ({"vlm_min_pixels": 9000, "vlm_max_pixels": 8000}, "--vlm_min_pixels"),
     "no quantization file": (
         {"bnb_quantization_config_path": "nowhere.json"},
         "--bnb_quantization_config_path nowhere",

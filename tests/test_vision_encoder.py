@@ -626,6 +626,36 @@ def test_damaged_settings_are_refused(vlm_copy, name):
         make_encoder(vlm_copy)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", [], "config.json holds no object"),
+        ("config.json", {"vision_config": "x"}, ""),  # transformers 5.0 finds other words
+        ("config.json", {"vision_config": {"depth": "x"}}, ""),
+        ("model.safetensors.index.json", {"weight_map": None}, "has no weight_map"),
+        ("model.safetensors.index.json", {"weight_map": {"model.visual.x": 1}}, "has no weight_map"),
+        ("preprocessor_config.json", [], "preprocessor_config.json holds no object"),
+        ("preprocessor_config.json", {"patch_size": 14}, "does not fit its config.json: patch_size 14, not 16;"),
+        ("preprocessor_config.json", {"temporal_patch_size": 1}, "temporal_patch_size 1, not 2;"),
+        ("preprocessor_config.json", {"merge_size": None}, "merge_size None, not 2;"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "preprocessor_config.json is damaged"),
+        ("preprocessor_config.json", {"image_std": "x"}, "preprocessor_config.json is damaged"),
+    ],
+)
+def test_json_that_is_wrong_is_one_line(vlm_copy, file, content, words):
+    old = json.loads((vlm_copy / file).read_text())
+    (vlm_copy / file).write_text(json.dumps(old | content if isinstance(content, dict) else content))
+    with refused(vlm_copy, words):
+        make_encoder(vlm_copy)
+
+
+def test_pictures_are_resized_whatever_the_checkpoint_says(vlm_copy):
+    change_json(vlm_copy / "preprocessor_config.json", do_resize=False)
+    encoder = make_encoder(vlm_copy)
+    picture = encoder._image_processor(Image.new("RGB", (100, 70)), return_tensors="pt")
+    assert len(picture["pixel_values"]) == 4 * encoder.num_image_tokens(70, 100)
+
+
 @pytest.mark.parametrize(("width", "size"), [(2560, "4B"), (4096, "8B")])
 def test_the_default_goes_by_the_text_encoders_size(width, size):
     assert default_vlm(Qwen3Config(hidden_size=width)) == f"Qwen/Qwen3-VL-{size}-Instruct"
