@@ -1,0 +1,141 @@
+"""What pictures of the world show, and how good they are. Knows no model; pictures are (N, 3, 64, 64), -1 to 1."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import world
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What N pictures show, by the nearest of all pictures without grain that the world can draw.
+
+    Attributes:
+        objects: (N,), indices into `PictureReader.appearances`.
+        poses: (N,), indices into `world.POSES`.
+        backgrounds: (N,), indices into `world.BACKGROUNDS`.
+        nearest: (N, 3, 64, 64), those pictures.
+    """
+
+    objects: torch.Tensor
+    poses: torch.Tensor
+    backgrounds: torch.Tensor
+    nearest: torch.Tensor
+
+
+class PictureReader:
+    """Reads pictures by template matching.
+
+    Args:
+        appearances: the objects to tell apart.
+    """
+
+    def __init__(self, appearances: list[world.Appearance]):
+        self.appearances = appearances
+        self.colours = torch.from_numpy(np.stack([world.unit(color) for color in world.BACKGROUNDS.values()]))
+        sprites = torch.from_numpy(np.stack([world.sprite(appearance) for appearance in appearances]))
+        sprites = sprites.permute(0, 3, 1, 2)
+        # (5, A, 3 * 40 * 40): what each object adds to each background.
+        self.added = torch.stack(
+            [(sprites[:, 3:] * (sprites[:, :3] - color.view(3, 1, 1))).flatten(1) for color in self.colours]
+        )
+
+    def read(self, pictures: torch.Tensor) -> Reading:
+        """The background is the nearest to the median colour; then pose and object with the least squared error."""
+        median = pictures.flatten(2).median(-1).values
+        backgrounds = torch.cdist(median, self.colours).argmin(1)
+        difference = pictures - self.colours[backgrounds][..., None, None]
+        windows = difference.unfold(2, world.OBJECT, world.TOKEN).unfold(3, world.OBJECT, world.TOKEN)
+        windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (N, poses, 3 * 40 * 40)
+        objects, poses, nearest = [], [], []
+        for window, background in zip(windows, backgrounds.tolist(), strict=True):
+            added = self.added[background]
+            gains = 2 * window @ added.T - added.square().sum(1)  # (poses, A): squared error saved by the object
+            pose, index = divmod(int(gains.argmax()), len(self.appearances))
+            picture = world.draw(
+                world.sprite(self.appearances[index]), world.POSES[pose], list(world.BACKGROUNDS)[background]
+            )
+            objects.append(index)
+            poses.append(pose)
+            nearest.append(torch.from_numpy(picture).permute(2, 0, 1))
+        return Reading(torch.tensor(objects), torch.tensor(poses), backgrounds, torch.stack(nearest))
+
+    def accuracy(self, reading: Reading, wanted: list[world.Appearance], backgrounds: list[str]) -> dict[str, float]:
+        """Shares of pictures with the wanted shape, texture, colours, background; "exact" is the first three."""
+        seen = [self.appearances[index] for index in reading.objects]
+        names = list(world.BACKGROUNDS)
+        return {
+            "exact": _mean(a == b for a, b in zip(seen, wanted, strict=True)),
+            "shape": _mean(a.shape == b.shape for a, b in zip(seen, wanted, strict=True)),
+            "texture": _mean(a.texture == b.texture for a, b in zip(seen, wanted, strict=True)),
+            "colours": _mean(a.colours == b.colours for a, b in zip(seen, wanted, strict=True)),
+            "background": _mean(names[i] == name for i, name in zip(reading.backgrounds, backgrounds, strict=True)),
+        }
+
+
+def detail(pictures: torch.Tensor, reading: Reading) -> float:
+    """Amplitude of the grain, real pictures = 1: deviation of 2x2 means off the object's square.
+
+    The last sampling step must create it, and a model that regresses to means loses it.
+    """
+    cells = torch.nn.functional.avg_pool2d(pictures - reading.nearest, 2).mean(1)
+    amplitudes = [cell[~_object_square(pose)].std().item() for cell, pose in zip(cells, reading.poses, strict=True)]
+    return float(np.mean(amplitudes)) / world.GRAIN_STD
+
+
+def object_residual(pictures: torch.Tensor, reading: Reading) -> float:
+    """Root mean square of what 2x2 means in the object's square differ from the nearest picture, over the grain's.
+
+    Real pictures have 1. Ragged outlines and two objects laid over each other have more.
+    """
+    cells = torch.nn.functional.avg_pool2d(pictures - reading.nearest, 2)
+    squares = [cell[:, _object_square(pose)].square().mean() for cell, pose in zip(cells, reading.poses, strict=True)]
+    return float(torch.stack(squares).mean().sqrt()) / world.GRAIN_STD
+
+
+def _object_square(pose: torch.Tensor) -> torch.Tensor:
+    """(32, 32): which cells of 2x2 pixels lie in the object's square."""
+    top, left = (corner * world.TOKEN // 2 for corner in world.POSES[pose])
+    is_inside = torch.zeros(world.SIDE // 2, world.SIDE // 2, dtype=torch.bool)
+    is_inside[top : top + world.OBJECT // 2, left : left + world.OBJECT // 2] = True
+    return is_inside
+
+
+def effective_poses(reading: Reading) -> float:
+    """Exponential of the poses' entropy: how many places the objects are found at."""
+    share = torch.bincount(reading.poses, minlength=len(world.POSES)) / len(reading.poses)
+    return float(torch.exp(-(share[share > 0] * share[share > 0].log()).sum()))
+
+
+class RandomFeatures(torch.nn.Module):
+    """Three random convolutions: features for a Frechet distance that no training has touched."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(width, 3, 5, 5), (width, width, 5, 5), (width, width, 3, 3)]
+        self.weights = [torch.randn(shape, generator=generator) * (2 / np.prod(shape[1:])) ** 0.5 for shape in shapes]
+
+    @torch.no_grad()
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 64, 64) -> (N, 2 * width): mean and deviation over space of the last maps."""
+        for weight in self.weights:
+            pictures = torch.nn.functional.conv2d(pictures, weight, stride=2, padding=2).relu()
+        return torch.cat([pictures.mean((2, 3)), pictures.std((2, 3))], 1)
+
+
+def frechet_distance(pictures: torch.Tensor, real: torch.Tensor) -> float:
+    """Frechet distance of two sets' random features (the formula of FID, arXiv 1706.08500)."""
+    features = RandomFeatures()
+    first, second = features(pictures).double(), features(real).double()
+    covariances = torch.cov(first.T), torch.cov(second.T)
+    # trace((A B)^(1/2)) by the eigenvalues of A B, which are real and not negative.
+    product = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt().sum()
+    distance = (first.mean(0) - second.mean(0)).square().sum() + sum(torch.trace(c) for c in covariances) - 2 * product
+    return float(distance)
+
+
+def _mean(values) -> float:
+    return float(np.mean(list(values)))
