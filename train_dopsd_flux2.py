@@ -1280,6 +1280,7 @@ class Contexts:
         self,
         pipeline: Pipeline,
         folder: Path,
+        text_width: int,
         pictures: list[Picture],
         digests: list[str],
         examples: list[Example],
@@ -1292,7 +1293,7 @@ class Contexts:
         self.vision_encoder: VisionEncoder | None = None
         self.cache: ContextCache | None = None
         self.model_fingerprint = self.vlm_fingerprint = ""
-        self.text_width = AutoConfig.from_pretrained(folder, subfolder="text_encoder").hidden_size
+        self.text_width = text_width
         self._last_image: tuple[int, Image.Image] | None = None
 
     @property
@@ -2521,7 +2522,9 @@ def open_contexts(
             folder, transformer=None, text_encoder=None, dtype=weight_dtype, variant=args.variant
         )
     check_text_encoder(text_config, transformer_config, args)
-    contexts = Contexts(pipeline, folder, pictures, digests, examples, args, accelerator.device)
+    contexts = Contexts(
+        pipeline, folder, text_config.hidden_size, pictures, digests, examples, args, accelerator.device
+    )
     if args.teacher_context == "vlm":
         contexts.vision_encoder = make_vision_encoder(pipeline, text_config, args)
         contexts.vlm_fingerprint = files_fingerprint(contexts.vision_encoder.files())

@@ -1,7 +1,7 @@
 """FLUX.2-klein's side of D-OPSD: contexts for student and teacher, the deployed schedule, the velocity."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import PIL.Image
@@ -9,7 +9,7 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
 
-from .rollout import Schedule, euler_step
+from .rollout import Schedule, few_step_sample
 from .vision_encoder import VisionEncoder
 
 
@@ -223,10 +223,7 @@ class Flux2KleinDOPSDPipeline(Flux2KleinPipeline):
         """
         height, width = (side * self.token_pixels for side in noise.shape[-2:])
         schedule = self.schedule(height, width, num_steps, noise.device)
-        latents = noise
-        for index, timestep in enumerate(schedule.timesteps):
-            velocity = self.predict_velocity(latents, timestep, context)
-            latents = euler_step(latents, velocity, schedule.sigmas[index], schedule.sigmas[index + 1])
+        latents = few_step_sample(partial(self.predict_velocity, context=context), noise, schedule)
         return self.image_latents(latents)
 
     @torch.no_grad()

@@ -136,6 +136,16 @@ def rollout(
         latents = next_latents
 
 
+@torch.no_grad()
+def few_step_sample(velocity: VelocityFunction, noise: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    """Where the deployed sampler's K steps lead from the noise: (B, ...), as the transformer has its latents."""
+    latents = noise
+    for index, timestep in enumerate(schedule.timesteps):
+        sigma, next_sigma = schedule.sigmas[index], schedule.sigmas[index + 1]
+        latents = euler_step(latents, velocity(latents, timestep), sigma, next_sigma)
+    return latents
+
+
 def seeded_noise(shape: tuple[int, ...], seeds: list[int]) -> torch.Tensor:
     """Standard normal noise, one sample a seed: (len(seeds), *shape), float32, on the CPU.
 

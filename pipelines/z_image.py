@@ -1,6 +1,7 @@
 """Z-Image-Turbo's side of D-OPSD: contexts for student and teacher, the deployed schedule, the velocity."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import PIL.Image
 import torch
@@ -11,7 +12,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import (
     retrieve_timesteps,
 )
 
-from .rollout import Schedule, euler_step
+from .rollout import Schedule, few_step_sample
 from .vision_encoder import VisionEncoder
 
 
@@ -156,11 +157,7 @@ class ZImageDOPSDPipeline(ZImagePipeline):
         """
         height, width = (side * self.vae_scale_factor for side in noise.shape[-2:])
         schedule = self.schedule(height, width, num_steps, noise.device)
-        latents = noise
-        for index, timestep in enumerate(schedule.timesteps):
-            velocity = self.predict_velocity(latents, timestep, context)
-            latents = euler_step(latents, velocity, schedule.sigmas[index], schedule.sigmas[index + 1])
-        return latents
+        return few_step_sample(partial(self.predict_velocity, context=context), noise, schedule)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[PIL.Image.Image]:

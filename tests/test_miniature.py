@@ -5,14 +5,14 @@ import pytest
 import torch
 
 import world
-from baselines import encode_lesson, few_step_sample, flow_matching_loss, off_policy_losses, train_baseline
+from baselines import encode_lesson, flow_matching_loss, off_policy_losses, train_baseline
 from exam import standard_tasks
 from experiment import CONCEPTS, NUM_PICTURES, Method, dopsd_command, figure, pictures_of, table
 from metrics import PictureReader, detail, effective_poses, frechet_distance
 from parts import MAX_SEQUENCE_LENGTH, make_scheduler, make_tokenizer
 from pipelines.adapters import StudentTeacherLoRA, lora_target_modules
 from pipelines.flux2_klein import DEFAULT_LORA_LAYERS
-from pipelines.rollout import distillation_loss, rollout, seeded_noise
+from pipelines.rollout import distillation_loss, few_step_sample, rollout, seeded_noise
 from train_dopsd_flux2 import parse_args
 from vae import to_tensor
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from pipelines.vision_encoder import LANGUAGE_FIELDS
 from tiny_klein import byte_tokenizer
 
 
@@ -40,18 +41,6 @@ def make_tiny_vlm(
     # Of each head's frequencies Qwen3-VL gives time 24 of 64, height and width 20 each.
     frequencies = text_config.head_dim // 2
     spatial = frequencies * 20 // 64
-    fields = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "hidden_act",
-        "attention_bias",
-    )
     rope = {
         "rope_type": "default",
         "mrope_interleaved": True,
@@ -59,7 +48,7 @@ def make_tiny_vlm(
     }
     config = Qwen3VLConfig(
         text_config={
-            **{field: getattr(text_config, field) for field in fields},
+            **{field: getattr(text_config, field) for field in LANGUAGE_FIELDS},
             "initializer_range": 0.2,
             "rope_parameters": {**rope, "rope_theta": 5e6},
         },

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipelines.adapters import StudentTeacherLoRA
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline, KleinContext
-from pipelines.rollout import Schedule, VelocityFunction, distillation_loss, euler_step, seeded_noise
+from pipelines.rollout import Schedule, VelocityFunction, distillation_loss, euler_step, few_step_sample, seeded_noise
 
 
 MAX_TIMESTEP = 1000  # the scheduler's scale: timestep = 1000 sigma
@@ -59,16 +59,6 @@ def flow_matching_loss(student: VelocityFunction, x0: torch.Tensor, generator: t
     weight = sigma.view(-1, 1, 1, 1)
     velocity = student((1 - weight) * x0 + weight * noise, sigma * MAX_TIMESTEP)
     return torch.nn.functional.mse_loss(velocity, noise - x0)
-
-
-@torch.no_grad()
-def few_step_sample(velocity: VelocityFunction, noise: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-    """The deployed sampler's last latents, as the transformer has them: (B, C, h, w)."""
-    latents = noise
-    for index, timestep in enumerate(schedule.timesteps):
-        sigma, next_sigma = schedule.sigmas[index], schedule.sigmas[index + 1]
-        latents = euler_step(latents, velocity(latents, timestep), sigma, next_sigma)
-    return latents
 
 
 def off_policy_losses(

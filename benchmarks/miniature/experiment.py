@@ -402,14 +402,13 @@ def draw(
     seed: int,
     *,
     reference: Image.Image | None = None,
-    num_steps: int = NUM_STEPS,
 ) -> Image.Image:
     """One picture as the pipeline draws it."""
     context = pipeline.encode_student([prompt], max_sequence_length=MAX_SEQUENCE_LENGTH)
     if reference is not None:
         context = context.with_references(pipeline.encode_reference(reference))
     noise = seeded_noise(pipeline.latent_shape(world.SIDE, world.SIDE), [seed])
-    return pipeline.decode(pipeline.sample(context, noise, num_steps))[0]
+    return pipeline.decode(pipeline.sample(context, noise, NUM_STEPS))[0]
 
 
 def write_sheet(experiment: Experiment, concepts: list[Concept], seed: int, path: Path) -> None:
