@@ -1,18 +1,27 @@
 """The miniature's parts: the world, its metrics, the closed-form teacher, and the baselines' losses."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
+import distill as distill_module
 import world
 from baselines import encode_lesson, flow_matching_loss, off_policy_losses, train_baseline
+from concepts import CONCEPTS, NUM_PICTURES, pictures_of
+from distill import RowSource, Settings, distill
 from exam import standard_tasks
-from experiment import CONCEPTS, NUM_PICTURES, Method, dopsd_command, figure, pictures_of, table
+from experiment import ABLATIONS, DOPSD, FIRST_TABLE, SEEDS, SFT, Method, Run, dopsd_flags, runs_of
 from metrics import PictureReader, detail, effective_poses, frechet_distance
-from parts import MAX_SEQUENCE_LENGTH, make_scheduler, make_tokenizer
+from parts import MAX_SEQUENCE_LENGTH, make_pipeline, make_tokenizer, make_transformer, make_vae
 from pipelines.adapters import StudentTeacherLoRA, lora_target_modules
 from pipelines.flux2_klein import DEFAULT_LORA_LAYERS
 from pipelines.rollout import distillation_loss, few_step_sample, rollout, seeded_noise
+from report import figure, retention_text, table
+from teacher import PosteriorTeacher, encode_world
 from train_dopsd_flux2 import parse_args
 from vae import to_tensor
 
@@ -37,7 +46,7 @@ def test_what_is_drawn_is_read(reader):
     figures = reader.accuracy(reading, task.wanted, task.backgrounds)
     assert set(figures.values()) == {1.0}
     assert detail(task.real, reading) == pytest.approx(1, abs=0.05)
-    assert effective_poses(reading) > 10
+    assert effective_poses(reading) > 0.8 * len(world.POSES)
     other = [task.wanted[-1], *task.wanted[:-1]]
     assert reader.accuracy(reading, other, task.backgrounds)["exact"] < 0.2
 
@@ -45,10 +54,13 @@ def test_what_is_drawn_is_read(reader):
 def test_blur_and_one_place_show_in_the_figures(reader):
     random = np.random.default_rng(0)
     sprite = world.sprite(world.all_appearances()[0])
-    same = to_tensor(np.stack([world.draw(sprite, (1, 2), "sky", random) for _ in range(24)]))
+    same = to_tensor(np.stack([world.draw(sprite, (1, 3), "sky", random) for _ in range(24)]))
     blurred = torch.nn.functional.avg_pool2d(same, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert effective_poses(reader.read(same)) == pytest.approx(1)
     assert detail(blurred, reader.read(same)) < 0.7
+    ghost = torch.from_numpy(world.draw(sprite, (3, 1), "sky")).permute(2, 0, 1)
+    ghosted = same + 0.3 * (ghost - torch.from_numpy(world.draw(0 * sprite, (3, 1), "sky")).permute(2, 0, 1))
+    assert detail(ghosted, reader.read(same)) == pytest.approx(1, abs=0.15)  # a shadow is no grain
     assert frechet_distance(blurred, same) > 10 * frechet_distance(same[:12], same[12:])
 
 
@@ -76,9 +88,9 @@ def test_the_longest_prompt_fits():
     assert longest <= MAX_SEQUENCE_LENGTH
 
 
-def test_the_schedule_is_kleins():
-    scheduler = make_scheduler()
-    assert scheduler.config.use_dynamic_shifting and scheduler.config.shift == 3.0
+def test_the_schedule_is_kleins(small_world):
+    sigmas = small_world[0].schedule(64, 64, 4).sigmas
+    assert sigmas.tolist() == pytest.approx([1, 0.955, 0.875, 0.701, 0], abs=1e-3)
 
 
 def test_a_lessons_pictures_show_the_concept_at_different_places(reader):
@@ -92,6 +104,119 @@ def test_a_lessons_pictures_show_the_concept_at_different_places(reader):
             assert [reader.appearances[index] for index in reading.objects] == [concept.appearance] * NUM_PICTURES
             assert len({*reading.poses.tolist()}) == NUM_PICTURES
             assert {caption.split(" on ")[1] for caption in captions} == {*concept.backgrounds}
+
+
+# The closed-form teacher and its distillation
+
+
+@pytest.fixture(scope="module")
+def small_world():
+    """(pipeline, sprites, latent world, appearances): six plain objects and two without a name, an untrained VAE."""
+    torch.manual_seed(0)
+    pipeline = make_pipeline(make_vae().eval(), make_transformer())
+    appearances = [a for a in world.all_appearances() if a.texture == "plain" and a.colours == ("red",)][:6]
+    random = np.random.default_rng(0)
+    sprites = np.stack([*(world.sprite(a) for a in appearances), *(world.random_sprite(random) for _ in range(2))])
+    count = len(world.BACKGROUNDS)
+    scenes = [(index, background) for index in range(6) for background in range(count)] + [(6, 0), (7, 1)]
+    return pipeline, sprites, encode_world(pipeline.vae, sprites, scenes, log=print), appearances
+
+
+def test_the_teacher_follows_the_exact_flow_of_one_gaussian(small_world):
+    pipeline, _, latent_world, _ = small_world
+    sigmas = pipeline.schedule(64, 64, 4).sigmas
+    teacher = PosteriorTeacher(latent_world, sigmas, num_directions=64, num_substeps=2)
+    mean = latent_world.means[:2, 0].float()
+    covariance = latent_world.covariance.double()
+    state = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    for segment in range(4):
+        arrived = teacher.advance(state, torch.full((2,), segment), mean[:, None])
+        # dx/dsigma = (x - E[x0 | x]) / sigma in 2000 Euler steps, with the Gaussian's own E[x0 | x].
+        x, m = state.double(), mean.double()
+        path = torch.linspace(float(sigmas[segment]), float(sigmas[segment + 1]), 2001).double()
+        for sigma, following in zip(path[:-1], path[1:], strict=True):
+            gain = (
+                (1 - sigma)
+                * covariance
+                @ torch.linalg.inv((1 - sigma) ** 2 * covariance + sigma**2 * torch.eye(64).double())
+            )
+            x0 = m + (x - (1 - sigma) * m) @ gain.T
+            x = x + (following - sigma) / sigma * (x - x0)
+        assert torch.allclose(arrived.double(), x, atol=2e-2 * x.std().item())
+        state = arrived
+
+
+def test_the_teacher_ends_at_one_of_the_allowed_pictures(small_world):
+    pipeline, _, latent_world, _ = small_world
+    sigmas = pipeline.schedule(64, 64, 4).sigmas
+    means = latent_world.means[:1].float()  # one scene at every place
+    states = torch.randn(16, *means.shape[2:], generator=torch.Generator().manual_seed(0))
+    teacher = PosteriorTeacher(latent_world, sigmas, num_directions=64)
+    for segment in range(4):
+        states = teacher.advance(states, torch.full((16,), segment), means.expand(16, -1, -1, -1, -1))
+    distances = (states[:, None] - means).square().mean((2, 3, 4))
+    nearest = distances.sort(1).values
+    assert (nearest[:, 0] < 0.5 * nearest[:, 1]).all()
+    assert len(distances.argmin(1).unique()) > 2
+
+
+def test_captions_say_what_is_drawn_and_a_contradicting_picture_does_not_count(small_world):
+    pipeline, sprites, latent_world, appearances = small_world
+    source = RowSource(pipeline, sprites, latent_world, appearances)
+    captions, shown = [], []
+    encode, references = pipeline.encode_student, source._references
+    pipeline.encode_student = lambda texts, **settings: captions.extend(texts) or encode(texts, **settings)
+    source._references = lambda objects, random: shown.extend(objects) or references(objects, random)
+    try:
+        rows = source.draw("reference", 64, np.random.default_rng(0))
+    finally:
+        pipeline.encode_student = encode
+    distances = [(latent_world.means.float() - row).flatten(1).norm(dim=1).argmin() for row in rows.means]
+    drawn = latent_world.objects[torch.stack(distances)].tolist()
+    described = [
+        [a.words in caption for a in appearances].index(True) if "plain" in caption else None for caption in captions
+    ]
+    conflicts = 0
+    for words, target, picture, text in zip(described, drawn, shown, captions, strict=True):
+        if words is None:
+            assert target == picture
+        else:
+            assert target == words
+            conflicts += target != picture
+            assert target == picture or not text.endswith(world.REFERENCE_SUFFIX)
+    assert conflicts > 8
+
+
+def test_a_stopped_distillation_goes_on(small_world, tmp_path, monkeypatch):
+    pipeline, sprites, latent_world, appearances = small_world
+    sigmas = pipeline.schedule(64, 64, 4).sigmas
+    teacher = PosteriorTeacher(latent_world, sigmas, num_directions=2)
+    source = RowSource(pipeline, sprites, latent_world, appearances)
+    lines, measured = [], []
+
+    def settings(num_steps: int) -> Settings:
+        rows = {"text": 1, "word": 1, "reference": 1}
+        return Settings(rows, muon_lr=1e-2, adamw_lr=1e-3, num_steps=num_steps, minutes_per_evaluation=60, seed=0)
+
+    def evaluate(transformer) -> dict:
+        measured.append({name: weight.clone() for name, weight in transformer.named_parameters()})
+        return {}
+
+    state_path = tmp_path / "distill.pt"
+    steps = []
+    train = distill_module.train_together
+    monkeypatch.setattr(
+        distill_module, "train_together", lambda *args, **named: steps.append(len(steps)) or train(*args, **named)
+    )
+    backend = _AttentionBackendRegistry.get_active_backend()[0]
+    for num_steps in (2, 3):
+        distill(source, teacher, sigmas, state_path, settings(num_steps), log=lines.append, evaluate=evaluate)
+    # Every pipeline of the process would draw with another backend, other pictures bit for bit.
+    assert _AttentionBackendRegistry.get_active_backend()[0] == backend
+    assert torch.load(state_path, weights_only=True)["step"] == 3
+    assert [line["step"] for line in lines] == [2, 3]
+    assert len(steps) == 2 * 3  # two groups of rows an update; the second call did the third update alone
+    assert any(not torch.equal(measured[0][name], measured[1][name]) for name in measured[0])
 
 
 # Baselines
@@ -134,7 +259,19 @@ def test_off_policy_visits_the_teachers_states_and_on_policy_the_students(pipeli
     assert not torch.allclose(on_policy[-1], off_policy[-1])
 
 
-@pytest.mark.parametrize("method", ["sft", "sft_teacher", "off_policy"])
+def test_flow_matching_at_given_sigmas_visits_no_others():
+    seen = set()
+
+    def student(latents, timestep):
+        seen.update((timestep / 1000).tolist())
+        return latents
+
+    sigmas = torch.tensor([1.0, 0.5])
+    flow_matching_loss(student, torch.randn(32, 4, 2, 2), torch.Generator().manual_seed(0), sigmas=sigmas)
+    assert seen == {1.0, 0.5}
+
+
+@pytest.mark.parametrize("method", ["sft", "sft_deployed", "sft_teacher", "off_policy"])
 def test_every_baseline_trains_and_can_be_stopped(pipeline, make_picture, method):
     pictures, captions = [make_picture(1), make_picture(2)], ["a ball", "a box"]
     lesson = encode_lesson(pipeline, pictures, captions, prompt_suffix=" so", max_sequence_length=48)
@@ -161,10 +298,28 @@ def test_every_baseline_trains_and_can_be_stopped(pipeline, make_picture, method
 # The experiment
 
 
-def test_the_scripts_command_can_be_parsed(tmp_path):
-    command = dopsd_command(tmp_path / "model", tmp_path, 1, 50, {"teacher": "base"})
-    args = parse_args(command[2:])
+def test_the_scripts_flags_can_be_parsed(tmp_path):
+    flags = dopsd_flags(
+        tmp_path / "model", tmp_path, tmp_path / "out", 1, 50, ["a ball", "a box"], {"teacher": "base"}
+    )
+    args = parse_args(sum(flags, []))
     assert (args.teacher, args.seed, args.max_train_steps, args.rank) == ("base", 1, 50, 16)
+    # What the baselines have written down: AdamW's defaults, no decay, clipping at 1, a constant rate, no dropout.
+    assert (args.optimizer, args.adam_beta1, args.adam_beta2, args.adam_weight_decay) == ("adamw", 0.9, 0.999, 0)
+    assert (args.max_grad_norm, args.lr_scheduler, args.lr_warmup_steps) == (1.0, "constant", 0)
+    assert (args.lora_alpha or 2 * args.rank, args.lora_dropout) == (32, 0)
+    assert args.retention_prompts == ["a ball", "a box"]
+
+
+def test_equal_settings_are_one_run_and_others_are_not():
+    runs = [Run(CONCEPTS[0], 0, method) for method in (*FIRST_TABLE, *ABLATIONS)]
+    folders = [run.folder for run in runs]
+    repeated = {folder for folder in folders if folders.count(folder) > 1}
+    prefix = "transformer_blocks." * 10
+    layers = [Run(CONCEPTS[0], 0, Method("x", flags={"lora_layers": prefix + end})).folder for end in ("a", "b")]
+    assert layers[0] != layers[1]
+    assert repeated == {Run(CONCEPTS[0], 0, method).folder for method in (SFT, DOPSD)}
+    assert len({run.folder for concept in CONCEPTS for run in runs_of(DOPSD, (concept,), (0, 1, 2))}) == 9
 
 
 def test_a_table_has_means_and_spreads():
@@ -175,3 +330,43 @@ def test_a_table_has_means_and_spreads():
     assert figure(results[0], "concept") == 0.5 and figure(results[0], "retention") is None
     row = table({Method("D-OPSD").name: results}).splitlines()[-1]
     assert row.startswith("| D-OPSD | 400 | 0.60 ± 0.14 | 1.00 ± 0.00 |") and row.endswith("| - |")
+
+
+class KnownResults:
+    """An experiment whose figures are given."""
+
+    def __init__(self, results: dict[str, dict]):
+        self.results = results
+
+    def result(self, run: Run) -> dict:
+        return self.results[run.method.name]
+
+
+def test_retention_is_ranked_beside_what_it_should_tell():
+    runs = [Run(CONCEPTS[0], 0, method) for method in (FIRST_TABLE[0], DOPSD, SFT)]
+    results = {
+        "base": {"old": {"exact": 1.0, "fd": 0.1}, "retention": 0.0},
+        "D-OPSD": {"old": {"exact": 0.8, "fd": 0.2}, "retention": 0.3, "retention_logged": 0.29},
+        "SFT": {"old": {"exact": 0.1, "fd": 0.15}, "retention": 0.8},
+    }
+    text = retention_text(KnownResults(results), runs)
+    assert "retention: base 0.000, D-OPSD 0.300, SFT 0.800" in text
+    assert "old: exact: base 1.000, D-OPSD 0.800, SFT 0.100" in text
+    assert "old: FD: base 0.100, SFT 0.150, D-OPSD 0.200" in text
+    assert "at most 1e-02, in 1 runs" in text
+
+
+def test_the_readmes_show_the_committed_figures():
+    repository = Path(__file__).resolve().parents[1]
+    folder = repository / "benchmarks" / "miniature" / "results"
+    results = json.loads((folder / "results.json").read_text())
+    report = (folder / "results.md").read_text()
+    for methods, concepts in ((FIRST_TABLE, CONCEPTS), (ABLATIONS, CONCEPTS[:1])):
+        made = table(
+            {method.name: [results[str(run.folder)] for run in runs_of(method, concepts, SEEDS)] for method in methods}
+        )
+        assert made in report
+        if methods is FIRST_TABLE:
+            assert made in (repository / "README.md").read_text()
+        else:
+            assert made in (folder.parent / "README.md").read_text()

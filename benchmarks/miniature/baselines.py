@@ -1,6 +1,7 @@
 """What D-OPSD is compared with: LoRAs of the same rank, data and steps, trained by other losses at other states.
 
 - `sft`: flow matching on the pictures, as diffusers' training scripts do it.
+- `sft_deployed`: the same, but only at the sigmas that sampling visits.
 - `sft_teacher`: flow matching on what the teacher samples, where it sees the pictures.
 - `off_policy`: D-OPSD's loss, at the states of the teacher's own trajectory.
 """
@@ -49,13 +50,21 @@ def encode_lesson(
     return Lesson(student, teacher, teacher.references[0])
 
 
-def flow_matching_loss(student: VelocityFunction, x0: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """MSE(v(x_sigma), noise - x0) at x_sigma = (1 - sigma) x0 + sigma noise, sigma uniform for each sample.
+def flow_matching_loss(
+    student: VelocityFunction, x0: torch.Tensor, generator: torch.Generator, *, sigmas: torch.Tensor | None = None
+) -> torch.Tensor:
+    """MSE(v(x_sigma), noise - x0) at x_sigma = (1 - sigma) x0 + sigma noise.
 
     As diffusers' DreamBooth LoRA scripts do with `--weighting_scheme none`. arXiv 2210.02747, Eq. 14.
+
+    Args:
+        sigmas: each sample's sigma is one of these; None: uniform from 0 to 1.
     """
     noise = torch.randn(x0.shape, generator=generator)
-    sigma = torch.rand(len(x0), generator=generator)
+    if sigmas is None:
+        sigma = torch.rand(len(x0), generator=generator)
+    else:
+        sigma = sigmas[torch.randint(len(sigmas), (len(x0),), generator=generator)]
     weight = sigma.view(-1, 1, 1, 1)
     velocity = student((1 - weight) * x0 + weight * noise, sigma * MAX_TIMESTEP)
     return torch.nn.functional.mse_loss(velocity, noise - x0)
@@ -90,7 +99,7 @@ def train_baseline(
     """Every step sees every picture once, as `train_dopsd_flux2.py` does with a batch of all pictures.
 
     Args:
-        method: "sft", "sft_teacher" or "off_policy".
+        method: "sft", "sft_deployed", "sft_teacher" or "off_policy".
         size: (height, width) in pixels.
         after_step: told the number of steps done; True stops.
     """
@@ -103,8 +112,9 @@ def train_baseline(
 
     teacher = roles.as_teacher(lambda latents, timestep: pipeline.predict_velocity(latents, timestep, lesson.teacher))
     for step in range(num_steps):
-        if method == "sft":
-            losses = [flow_matching_loss(student, lesson.x0, generator)]
+        if method in ("sft", "sft_deployed"):
+            sigmas = schedule.sigmas[:-1] if method == "sft_deployed" else None
+            losses = [flow_matching_loss(student, lesson.x0, generator, sigmas=sigmas)]
         else:
             seeds = torch.randint(2**62, (len(lesson.x0),), generator=generator).tolist()
             noise = seeded_noise(pipeline.latent_shape(*size), seeds)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 
 import world
 from optimizer import MuonAdamW, trapezoid
-from parts import MAX_SEQUENCE_LENGTH, load_or_none, make_transformer, save_state
+from parts import MAX_SEQUENCE_LENGTH, autocast, load_or_none, make_transformer, save_state
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline, KleinContext
 from teacher import LatentWorld, PosteriorTeacher
 from vae import encode, to_tensor
@@ -28,10 +29,14 @@ STARTS = (0, 4)  # the slots that new rows enter
 # The student's share of the steps along a conveyor grows to this over so many updates; the teacher makes the others.
 # At its own states the student must decide what it left undecided; nothing else gives objects clean edges.
 STUDENT_SHARE, STUDENT_SHARE_STEPS = 0.9, 600
-# Of the reference rows: those of objects that captions know, of these the described ones, and those with the suffix.
-NAMED_REFERENCE_SHARE, DESCRIBED_SHARE, SUFFIX_SHARE = 0.3, 0.4, 0.75
-# What a word without meaning stands for, in any shape, where no reference tells.
-UNKNOWN_TEXTURE, UNKNOWN_COLOURS = "plain", ("black",)
+# Of the reference rows: those whose words describe another object than the picture shows, where the words count; those
+# of objects that words can describe, and of these the described ones. The suffix stands where the picture counts.
+CONFLICT_SHARE, NAMED_SHARE, DESCRIBED_SHARE, SUFFIX_SHARE = 0.3, 0.15, 0.4, 0.75
+# Of the captions that describe: those with a word without meaning before the others, which changes nothing.
+EXTRA_WORD_SHARE = 0.25
+# What a word without meaning stands for, in any shape and colour, where no reference tells. More directions than one
+# are needed to tell such different pictures apart (see `PosteriorTeacher`).
+UNKNOWN_TEXTURE, UNKNOWN_DIRECTIONS = "plain", 4
 MINUTES_PER_SAVE = 4
 STEPS_PER_LOG = 50
 
@@ -78,9 +83,7 @@ class RowSource:
         self.pipeline, self.sprites, self.latents, self.appearances = pipeline, sprites, latent_world, appearances
         is_named = latent_world.objects < len(appearances)
         self.named, self.unnamed = is_named.nonzero()[:, 0].numpy(), (~is_named).nonzero()[:, 0].numpy()
-        is_unknown = torch.tensor(
-            [(item.texture, item.colours) == (UNKNOWN_TEXTURE, UNKNOWN_COLOURS) for item in appearances]
-        )
+        is_unknown = torch.tensor([item.texture == UNKNOWN_TEXTURE for item in appearances])
         unknown = self.named[is_unknown[latent_world.objects[self.named]].numpy()]
         # For each background, the scenes that a word without meaning allows.
         self.unknown = [unknown[latent_world.backgrounds[unknown] == index] for index in range(len(world.BACKGROUNDS))]
@@ -89,19 +92,26 @@ class RowSource:
         """New rows at sigma = 1.
 
         Args:
-            kind: "text": an object's words. "word": a word without meaning (`UNKNOWN_COLOURS`).
-                "reference": a picture of the object in another place; the words, if any, describe it.
+            kind: "text": an object's words. "word": a word without meaning (`UNKNOWN_TEXTURE`).
+                "reference": a picture, of the object in another place or, where words describe the object, of
+                another one (`CONFLICT_SHARE`).
         """
         names = list(world.BACKGROUNDS)
-        is_named = random.random(count) < (NAMED_REFERENCE_SHARE if kind == "reference" else 1)
+        is_conflict = random.random(count) < (CONFLICT_SHARE if kind == "reference" else 0)
+        is_named = is_conflict | (random.random(count) < (NAMED_SHARE if kind == "reference" else 1))
         scenes = np.where(is_named, random.choice(self.named, count), random.choice(self.unnamed, count))
         objects, backgrounds = self.latents.objects[scenes].tolist(), self.latents.backgrounds[scenes].tolist()
+        shown = np.where(is_conflict, random.integers(len(self.sprites), size=count), objects).tolist()
+        is_described = is_conflict | (is_named & (random.random(count) < DESCRIBED_SHARE))
         captions = []
-        for index, background, has_name in zip(objects, backgrounds, is_named, strict=True):
-            is_described = kind == "text" or (kind == "reference" and has_name and random.random() < DESCRIBED_SHARE)
-            words = self.appearances[index].words if is_described else world.nonsense_word(random)
-            suffix = world.REFERENCE_SUFFIX if kind == "reference" and random.random() < SUFFIX_SHARE else ""
-            captions.append(world.caption(words, names[background]) + suffix)
+        for row, index in enumerate(objects):
+            words = world.nonsense_word(random)
+            if kind == "text" or (kind == "reference" and is_described[row]):
+                extra = f"{words} " if random.random() < EXTRA_WORD_SHARE else ""
+                words = extra + self.appearances[index].words
+            has_suffix = kind == "reference" and not is_conflict[row] and random.random() < SUFFIX_SHARE
+            suffix = world.REFERENCE_SUFFIX if has_suffix else ""
+            captions.append(world.caption(words, names[backgrounds[row]]) + suffix)
         if kind == "word":
             allowed = np.stack([self.unknown[background] for background in backgrounds])
             means = self.latents.means[allowed].flatten(1, 2)
@@ -111,7 +121,7 @@ class RowSource:
         return Rows(
             embeds=self.pipeline.encode_student(captions, max_sequence_length=MAX_SEQUENCE_LENGTH).prompt_embeds,
             means=means.float(),
-            references=self._references(objects, random) if kind == "reference" else None,
+            references=self._references(shown, random) if kind == "reference" else None,
             states=torch.randn(count, *means.shape[2:], generator=generator),
         )
 
@@ -188,6 +198,7 @@ class Settings:
         muon_lr, adamw_lr: peaks.
         num_steps: updates; the learning rate falls over the last fifth.
         minutes_per_evaluation: wall-clock.
+        seed: of the first weights and of the rows.
     """
 
     per_slot: dict[str, int]
@@ -195,6 +206,7 @@ class Settings:
     adamw_lr: float
     num_steps: int
     minutes_per_evaluation: float
+    seed: int
 
 
 def train_together(
@@ -215,7 +227,8 @@ def train_together(
     states, embeds = torch.cat([part.states for part in rows]), torch.cat([part.embeds for part in rows])
     segments = torch.cat([conveyor.segments for conveyor in conveyors])
     length = (sigmas[1:] - sigmas[:-1])[segments].view(-1, 1, 1, 1)
-    with torch.autocast("cpu", torch.bfloat16):
+    # The fused attention's backward is slow in bfloat16 on a CPU.
+    with autocast(), attention_backend("_native_math"):
         predicted = velocity(conveyors[0].source.pipeline, states, sigmas[segments], embeds, rows[0].references)
     loss = (predicted - (answers - states) / length).square().mean((1, 2, 3))
     (loss.sum() * loss_scale).backward()
@@ -239,16 +252,15 @@ def distill(
     log: Callable,
     evaluate: Callable,
 ) -> None:
-    """Trains the transformer, in bfloat16; resumes from `state_path`.
+    """Trains the transformer; resumes from `state_path`.
 
     Args:
         sigmas: (K + 1,), the deployed schedule.
         log: takes a dict of figures.
         evaluate: takes the transformer with the average of its weights, returns a dict of figures.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(settings.seed)
     transformer = make_transformer()
-    transformer.set_attention_backend("_native_math")  # the fused one's backward is slow in bfloat16 on a CPU
     averaged = make_transformer().eval().requires_grad_(False)
     averaged.load_state_dict(transformer.state_dict())
     optimizer = MuonAdamW(transformer, muon_lr=settings.muon_lr, adamw_lr=settings.adamw_lr)
@@ -259,15 +271,17 @@ def distill(
         optimizer.load_state_dict(state["optimizer"])
         step, minutes = state["step"], state["minutes"]
     source.pipeline.transformer = transformer
+    word_teacher = PosteriorTeacher(source.latents, sigmas, num_directions=UNKNOWN_DIRECTIONS)
     text, word, reference = (
-        Conveyor(kind, settings.per_slot[kind], source, teacher) for kind in ("text", "word", "reference")
+        Conveyor(kind, settings.per_slot[kind], source, word_teacher if kind == "word" else teacher)
+        for kind in ("text", "word", "reference")
     )
     groups = [[text, word], [reference]]
     num_rows = len(SLOTS) * sum(settings.per_slot.values())
     started, saved, evaluated = time.monotonic() - 60 * minutes, minutes, minutes
     losses = {kind: [] for kind in settings.per_slot}
     while step < settings.num_steps:
-        random = np.random.default_rng([5, step])
+        random = np.random.default_rng([5, settings.seed, step])
         share = min(STUDENT_SHARE, step / STUDENT_SHARE_STEPS)
         for group in groups:
             figures = train_together(group, sigmas, student_share=share, loss_scale=1 / num_rows, random=random)

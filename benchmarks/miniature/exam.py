@@ -74,13 +74,27 @@ def standard_tasks(count: int) -> dict[str, Task]:
 
 
 @torch.no_grad()
+def final_latents(
+    pipeline: Flux2KleinDOPSDPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    references: list[Image.Image] = (),
+    num_steps: int = NUM_STEPS,
+) -> torch.Tensor:
+    """(N, C, h, w): what the pipeline's steps lead to, from the seeds' noise, with a reference each or none."""
+    context = pipeline.encode_student(prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
+    if references:
+        context = context.with_references(torch.cat([pipeline.encode_reference(image) for image in references]))
+    noise = seeded_noise(pipeline.latent_shape(world.SIDE, world.SIDE), seeds)
+    return pipeline.sample(context, noise, num_steps)
+
+
+@torch.no_grad()
 def sample(pipeline: Flux2KleinDOPSDPipeline, task: Task, *, num_steps: int = NUM_STEPS) -> torch.Tensor:
     """(N, 3, 64, 64), what the pipeline draws, with noise of seeds 0 to N - 1."""
-    context = pipeline.encode_student(task.prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
-    if task.references:
-        context = context.with_references(torch.cat([pipeline.encode_reference(image) for image in task.references]))
-    noise = seeded_noise(pipeline.latent_shape(world.SIDE, world.SIDE), list(range(len(task.prompts))))
-    latents = pipeline.sample(context, noise, num_steps)
+    seeds = list(range(len(task.prompts)))
+    latents = final_latents(pipeline, task.prompts, seeds, references=task.references, num_steps=num_steps)
     return pipeline.vae.decode(latents).sample.clamp(-1, 1)
 
 

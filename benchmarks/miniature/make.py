@@ -1,6 +1,6 @@
 """Makes the miniature FLUX.2-klein: draws its world, trains its VAE, distils its transformer, writes the pipeline.
 
-    python benchmarks/miniature/make.py --work_dir /tmp/miniature/run --output_dir /tmp/miniature/klein
+    python benchmarks/miniature/make.py --work_dir miniature-work --output_dir miniature
 
 A stopped run goes on where it was when the command is given again. `log.jsonl` and `sheet.png` in the working folder
 show how far it is; the output folder always holds the pipeline as last measured.
@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "quickstart"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
@@ -42,9 +41,9 @@ def main() -> None:
             file.write(line + "\n")
 
     appearances = [appearance for appearance in world.all_appearances() if not appearance.is_held_out]
-    sprites = draw_sprites(appearances, args.num_objects, work_dir / "sprites.npy")
+    sprites = draw_sprites(appearances, args.num_objects, work_dir / "sprites.npy", seed=args.seed)
     log({"sprites": len(sprites)})
-    vae = train_vae(sprites, work_dir / "vae.pt", num_steps=args.vae_steps, log=log)
+    vae = train_vae(sprites, work_dir / "vae.pt", num_steps=args.vae_steps, seed=args.seed, log=log)
     latent_world = load_world(work_dir / "world.pt")
     if latent_world is None:
         # Objects with a name on every background, the others on one each.
@@ -75,16 +74,19 @@ def main() -> None:
         adamw_lr=args.adamw_lr,
         num_steps=args.num_steps,
         minutes_per_evaluation=args.minutes_per_evaluation,
+        seed=args.seed,
     )
     distill(source, teacher, sigmas, work_dir / "distill.pt", settings, log=log, evaluate=evaluate)
 
 
-def draw_sprites(appearances: list[world.Appearance], num_objects: int, path: Path) -> np.ndarray:
+def draw_sprites(appearances: list[world.Appearance], num_objects: int, path: Path, *, seed: int) -> np.ndarray:
     """(N, 40, 40, 4): the objects with a name, then as many without as asked for. Drawn once, kept at `path`."""
     if not path.exists():
-        random = np.random.default_rng(10)
+        random = np.random.default_rng([10, seed])
         named = [world.sprite(appearance) for appearance in appearances]
-        np.save(path, np.stack(named + [world.random_sprite(random) for _ in range(num_objects)]))
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, np.stack(named + [world.random_sprite(random) for _ in range(num_objects)]))
+        partial.replace(path)
     return np.load(path)
 
 
@@ -97,7 +99,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="States, log and samples; not for shipping.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Where the pipeline is written.")
-    parser.add_argument("--num_steps", type=int, default=8000, help="Updates of the transformer.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_steps", type=int, default=2200, help="Updates of the transformer.")
     parser.add_argument("--vae_steps", type=int, default=1600, help="Updates of the VAE.")
     parser.add_argument("--num_objects", type=int, default=4000, help="Objects without a name, for references.")
     parser.add_argument("--num_directions", type=int, default=1, help="See `teacher.PosteriorTeacher`.")

@@ -48,7 +48,8 @@ class PictureReader:
         backgrounds = torch.cdist(median, self.colours).argmin(1)
         difference = pictures - self.colours[backgrounds][..., None, None]
         windows = difference.unfold(2, world.OBJECT, world.TOKEN).unfold(3, world.OBJECT, world.TOKEN)
-        windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (N, poses, 3 * 40 * 40)
+        rows, columns = zip(*world.POSES, strict=True)
+        windows = windows[:, :, rows, columns].transpose(1, 2).flatten(2)  # (N, poses, 3 * 40 * 40)
         objects, poses, nearest = [], [], []
         for window, background in zip(windows, backgrounds.tolist(), strict=True):
             added = self.added[background]
@@ -76,13 +77,19 @@ class PictureReader:
 
 
 def detail(pictures: torch.Tensor, reading: Reading) -> float:
-    """Amplitude of the grain, real pictures = 1: deviation of 2x2 means off the object's square.
+    """Amplitude of the grain off the object's square: of differences of neighbouring 2x2 means, by their median.
 
-    The last sampling step must create it, and a model that regresses to means loses it.
+    Real pictures have 1; blur has less, noise more. The last sampling step must create it. The median leaves out what
+    few cells have, such as a second object's edges.
     """
     cells = torch.nn.functional.avg_pool2d(pictures - reading.nearest, 2).mean(1)
-    amplitudes = [cell[~_object_square(pose)].std().item() for cell, pose in zip(cells, reading.poses, strict=True)]
-    return float(np.mean(amplitudes)) / world.GRAIN_STD
+    steps = (cells[:, :, 1:] - cells[:, :, :-1]).abs()
+    amplitudes = []
+    for step, pose in zip(steps, reading.poses, strict=True):
+        is_outside = ~_object_square(pose)
+        amplitudes.append(step[is_outside[:, 1:] & is_outside[:, :-1]].median().item())
+    # The median of |difference| of two independent normal variables of deviation 1 is 0.6745 sqrt(2).
+    return float(np.mean(amplitudes)) / (0.6745 * 2**0.5) / world.GRAIN_STD
 
 
 def object_residual(pictures: torch.Tensor, reading: Reading) -> float:

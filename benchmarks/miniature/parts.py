@@ -10,8 +10,33 @@ from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import world
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
-from tiny_klein import CHAT_TEMPLATE, SPECIAL_TOKENS
 
+
+# The tokens that Qwen3's chat text and Qwen3-VL's picture placeholders are made of.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<think>",
+    "</think>",
+)
+
+# One user turn of Qwen3's template: the only form that the pipeline uses.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false -%}"
+    "{{ '<think>\n\n</think>\n\n' }}"
+    "{%- endif -%}"
+    "{%- endif -%}"
+)
 
 # The miniature is trained with this many text tokens, padding included: the transformer sees the padding.
 MAX_SEQUENCE_LENGTH = 26
@@ -40,6 +65,11 @@ def make_tokenizer() -> Qwen2TokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return qwen_tokenizer(tokenizer)
+
+
+def qwen_tokenizer(tokenizer: Tokenizer) -> Qwen2TokenizerFast:
+    """With Qwen's special tokens and chat template."""
     return Qwen2TokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -115,6 +145,13 @@ def make_pipeline(vae: AutoencoderKLFlux2, transformer: Flux2Transformer2DModel)
         transformer=transformer,
         is_distilled=True,
     )
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 where the CPU multiplies it in hardware. Elsewhere torch emulates it, 20 times slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    has_bfloat16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16)
 
 
 def load_or_none(path: Path) -> dict | None:

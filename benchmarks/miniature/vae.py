@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLFlux2
 
 import world
 from optimizer import MuonAdamW, trapezoid
-from parts import load_or_none, make_vae, save_state
+from parts import autocast, load_or_none, make_vae, save_state
 
 
 BATCH_SIZE = 16
@@ -36,14 +36,16 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
 
-def train_vae(sprites: np.ndarray, state_path: Path, *, num_steps: int, log: Callable) -> AutoencoderKLFlux2:
-    """Mean squared error and a little KL divergence, in bfloat16; resumes from `state_path`.
+def train_vae(
+    sprites: np.ndarray, state_path: Path, *, num_steps: int, seed: int, log: Callable
+) -> AutoencoderKLFlux2:
+    """Mean squared error and a little KL divergence; resumes from `state_path`.
 
     Args:
         sprites: (N, 40, 40, 4), what the pictures show.
         log: takes a dict of figures.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     vae = make_vae()
     optimizer = MuonAdamW(vae, muon_lr=4e-3, adamw_lr=1e-3)
     step = 0
@@ -52,15 +54,15 @@ def train_vae(sprites: np.ndarray, state_path: Path, *, num_steps: int, log: Cal
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     while step < num_steps:
-        pictures = random_pictures(sprites, np.random.default_rng([1, step]), BATCH_SIZE)
-        with torch.autocast("cpu", torch.bfloat16):
+        pictures = random_pictures(sprites, np.random.default_rng([1, seed, step]), BATCH_SIZE)
+        with autocast():
             posterior = vae.encode(pictures).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         error = (decoded.float() - pictures).square().mean()
         (error + KL_WEIGHT * posterior.kl().mean() / pictures[0].numel()).backward()
         optimizer.step(trapezoid(step, num_steps, warmup=20, decay_share=0.5))
         step += 1
-        if step % STEPS_PER_SAVE == 0:
+        if step % STEPS_PER_SAVE == 0 or step == num_steps:
             log({"vae_step": step, "vae_psnr": psnr(error.item())})
             save_state({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, state_path)
     vae.eval().requires_grad_(False)

@@ -8,36 +8,11 @@ the real one.
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-
-# The tokens that Qwen3's chat text and Qwen3-VL's picture placeholders are made of.
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<think>",
-    "</think>",
-)
-
-# One user turn of Qwen3's template: the only form that the pipeline uses.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}"
-    "{{ '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false -%}"
-    "{{ '<think>\n\n</think>\n\n' }}"
-    "{%- endif -%}"
-    "{%- endif -%}"
-)
+from parts import SPECIAL_TOKENS, make_scheduler, qwen_tokenizer
 
 
 def byte_tokenizer() -> Qwen2TokenizerFast:
@@ -47,13 +22,7 @@ def byte_tokenizer() -> Qwen2TokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
-    return Qwen2TokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token=None,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return qwen_tokenizer(tokenizer)
 
 
 def make_tiny_klein(folder: str | Path, *, seed: int = 0, is_distilled: bool = True) -> Path:
@@ -110,11 +79,8 @@ def make_tiny_klein(folder: str | Path, *, seed: int = 0, is_distilled: bool = T
     for module in transformer.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
-    )
     pipeline = Flux2KleinPipeline(
-        scheduler=scheduler,
+        scheduler=make_scheduler(),
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
