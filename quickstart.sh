@@ -8,7 +8,7 @@ Quick start: teaches a miniature FLUX.2-klein, which lies in this repository, a 
 train_dopsd_flux2.py, and by ordinary LoRA training for comparison. It needs no GPU and downloads no model.
 
 The first run installs requirements-tested.txt into .venv: about 400 MB where pip's torch is the CPU build, several
-GB where it is the CUDA build (Linux). After that, a run takes about three minutes.
+GB where it is the CUDA build (Linux). After that, a run takes two to four minutes.
 
 TEXT
 

@@ -1,26 +1,31 @@
 """The miniature's parts: the world, its metrics, the closed-form teacher, and the baselines' losses."""
 
 import json
+import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 import distill as distill_module
 import world
-from baselines import encode_lesson, flow_matching_loss, off_policy_losses, train_baseline
-from concepts import CONCEPTS, NUM_PICTURES, pictures_of
+from baselines import Lesson, encode_lesson, flow_matching_loss, off_policy_losses, picture_batches, train_baseline
+from concepts import CONCEPTS, NUM_PICTURES, old_task, pictures_of
 from distill import RowSource, Settings, distill
 from exam import standard_tasks
-from experiment import ABLATIONS, DOPSD, FIRST_TABLE, SEEDS, SFT, Method, Run, dopsd_flags, runs_of
+from experiment import ABLATIONS, DOPSD, FIRST_TABLE, SEEDS, SETTINGS, SFT, Method, Run, dopsd_flags, runs_of
 from metrics import PictureReader, detail, effective_poses, frechet_distance
 from parts import MAX_SEQUENCE_LENGTH, make_pipeline, make_tokenizer, make_transformer, make_vae
 from pipelines.adapters import StudentTeacherLoRA, lora_target_modules
 from pipelines.flux2_klein import DEFAULT_LORA_LAYERS
 from pipelines.rollout import distillation_loss, few_step_sample, rollout, seeded_noise
-from report import figure, retention_text, table
+from report import figure, retention_text, step_table, table
 from teacher import PosteriorTeacher, encode_world
 from train_dopsd_flux2 import parse_args
 from vae import to_tensor
@@ -271,8 +276,30 @@ def test_flow_matching_at_given_sigmas_visits_no_others():
     assert seen == {1.0, 0.5}
 
 
+def test_an_epoch_of_batches_sees_every_picture_once():
+    batches = picture_batches(5, 2, seed=0)
+    epochs = [[next(batches).tolist() for _ in range(3)] for _ in range(4)]
+    for epoch in epochs:
+        assert [len(indices) for indices in epoch] == [2, 2, 1]
+        assert sorted(sum(epoch, [])) == [0, 1, 2, 3, 4]
+        assert all(indices == sorted(indices) for indices in epoch)
+    assert len({str(epoch) for epoch in epochs}) > 1
+
+
+def test_a_selected_picture_has_its_own_caption_reference_and_latents(pipeline, make_picture):
+    pictures, captions = [make_picture(1), make_picture(2)], ["a ball", "a box"]
+    lesson = encode_lesson(pipeline, pictures, captions, prompt_suffix=" so", max_sequence_length=48)
+    second = encode_lesson(pipeline, pictures[1:], captions[1:], prompt_suffix=" so", max_sequence_length=48)
+    selected = lesson.select(torch.tensor([1]))
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(selected.x0, second.x0)
+    close(selected.student.prompt_embeds, second.student.prompt_embeds)
+    close(selected.teacher.prompt_embeds, second.teacher.prompt_embeds)
+    close(selected.teacher.references[0], second.teacher.references[0])
+
+
 @pytest.mark.parametrize("method", ["sft", "sft_deployed", "sft_teacher", "off_policy"])
-def test_every_baseline_trains_and_can_be_stopped(pipeline, make_picture, method):
+def test_every_baseline_trains_and_can_be_stopped(pipeline, make_picture, monkeypatch, method):
     pictures, captions = [make_picture(1), make_picture(2)], ["a ball", "a box"]
     lesson = encode_lesson(pipeline, pictures, captions, prompt_suffix=" so", max_sequence_length=48)
     assert lesson.student.references == () and torch.equal(lesson.x0, lesson.teacher.references[0])
@@ -280,6 +307,10 @@ def test_every_baseline_trains_and_can_be_stopped(pipeline, make_picture, method
     roles = StudentTeacherLoRA(pipeline.transformer, targets, rank=2, alpha=4)
     before = {name: weight.clone() for name, weight in roles.state_dict().items()}
     settings = {"size": (64, 64), "num_rollout_steps": 2, "learning_rate": 1e-2, "ema_decay": 0.5, "seed": 0}
+    settings |= {"batch_size": 1, "adam_epsilon": 1e-8, "lr_scheduler": "constant", "lr_warmup_steps": 0}
+    batches = []
+    select = lesson.select
+    monkeypatch.setattr(Lesson, "select", lambda self, indices: batches.append(indices.tolist()) or select(indices))
     done = []
     train_baseline(
         method,
@@ -291,6 +322,7 @@ def test_every_baseline_trains_and_can_be_stopped(pipeline, make_picture, method
         **settings,
     )
     assert done == [1, 2]
+    assert sorted(batches) == [[0], [1]]
     changed = {name for name, weight in roles.state_dict().items() if not torch.equal(weight, before[name])}
     assert {name.split(".")[0] for name in changed} == {"student", "teacher"}
 
@@ -304,10 +336,12 @@ def test_the_scripts_flags_can_be_parsed(tmp_path):
     )
     args = parse_args(sum(flags, []))
     assert (args.teacher, args.seed, args.max_train_steps, args.rank) == ("base", 1, 50, 16)
-    # What the baselines have written down: AdamW's defaults, no decay, clipping at 1, a constant rate, no dropout.
+    for name, value in SETTINGS.items():
+        assert getattr(args, name) == value
+    # What the baselines have written down: AdamW, its betas, no decay, clipping at 1, no dropout, all layers.
     assert (args.optimizer, args.adam_beta1, args.adam_beta2, args.adam_weight_decay) == ("adamw", 0.9, 0.999, 0)
-    assert (args.max_grad_norm, args.lr_scheduler, args.lr_warmup_steps) == (1.0, "constant", 0)
-    assert (args.lora_alpha or 2 * args.rank, args.lora_dropout) == (32, 0)
+    assert (args.max_grad_norm, args.lora_alpha or 2 * args.rank, args.lora_dropout) == (1.0, 32, 0)
+    assert args.lora_layers == DEFAULT_LORA_LAYERS
     assert args.retention_prompts == ["a ball", "a box"]
 
 
@@ -330,6 +364,28 @@ def test_a_table_has_means_and_spreads():
     assert figure(results[0], "concept") == 0.5 and figure(results[0], "retention") is None
     row = table({Method("D-OPSD").name: results}).splitlines()[-1]
     assert row.startswith("| D-OPSD | 400 | 0.60 ± 0.14 | 1.00 ± 0.00 |") and row.endswith("| - |")
+
+
+def test_a_larger_task_begins_with_the_same_rows():
+    small, large = old_task(3), old_task(5)
+    assert large.prompts[:3] == small.prompts and torch.equal(large.real[:3], small.real)
+
+
+def test_an_experiment_that_is_killed_leaves_no_worker_behind():
+    program = (
+        "import multiprocessing, time; from experiment import end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    worker = multiprocessing.get_context('spawn').Process(target=end_with_parent)\n"
+        "    worker.start(); print(worker.pid, flush=True); time.sleep(600)"
+    )
+    path = os.pathsep.join(sys.path)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    worker = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    worker.wait(timeout=120)
 
 
 class KnownResults:
@@ -360,13 +416,35 @@ def test_the_readmes_show_the_committed_figures():
     repository = Path(__file__).resolve().parents[1]
     folder = repository / "benchmarks" / "miniature" / "results"
     results = json.loads((folder / "results.json").read_text())
-    report = (folder / "results.md").read_text()
-    for methods, concepts in ((FIRST_TABLE, CONCEPTS), (ABLATIONS, CONCEPTS[:1])):
-        made = table(
-            {method.name: [results[str(run.folder)] for run in runs_of(method, concepts, SEEDS)] for method in methods}
-        )
-        assert made in report
-        if methods is FIRST_TABLE:
-            assert made in (repository / "README.md").read_text()
-        else:
-            assert made in (folder.parent / "README.md").read_text()
+    report, readme = (folder / "results.md").read_text(), (folder.parent / "README.md").read_text()
+
+    def rows(methods, concepts, seeds=SEEDS, part=lambda result: result):
+        return {
+            method.name: [part(results[str(run.folder)]) for run in runs_of(method, concepts, seeds)]
+            for method in methods
+        }
+
+    first = table(rows(FIRST_TABLE, CONCEPTS))
+    ablations = table(rows(ABLATIONS, CONCEPTS[:1]))
+    steps = step_table(
+        rows((FIRST_TABLE[0], SFT, DOPSD), CONCEPTS[:1], SEEDS[:1], lambda result: result["step_counts"])
+    )
+    assert first in report and first in readme and first in (repository / "README.md").read_text()
+    assert ablations in report and ablations in readme
+    assert steps in report and steps in readme
+    runs = [run for method in (*FIRST_TABLE, *ABLATIONS) for run in runs_of(method, CONCEPTS[:1], SEEDS)]
+    ranking = retention_text(FoundResults(results), runs)
+    lines = [line for line in ranking.splitlines() if line.startswith("- ")]
+    assert len(lines) == 3
+    for line in lines:
+        assert line in report and line in readme
+
+
+class FoundResults:
+    """The committed experiment's figures."""
+
+    def __init__(self, results: dict[str, dict]):
+        self.results = results
+
+    def result(self, run: Run) -> dict:
+        return self.results[str(run.folder)]

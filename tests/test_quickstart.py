@@ -10,8 +10,9 @@ import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
 
+from exam import MODEL
 from parts import MAX_SEQUENCE_LENGTH
-from quickstart import MODEL, clear
+from quickstart import clear
 
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "benchmarks" / "miniature" / "quickstart.py"

@@ -8,8 +8,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
+from diffusers.optimization import get_scheduler
 from PIL import Image
 
 from pipelines.adapters import StudentTeacherLoRA
@@ -33,6 +35,23 @@ class Lesson:
     student: KleinContext
     teacher: KleinContext
     x0: torch.Tensor
+
+    def select(self, indices: torch.Tensor) -> "Lesson":
+        """Some of the pictures."""
+        (references,) = self.teacher.references
+        return Lesson(
+            KleinContext(self.student.prompt_embeds[indices]),
+            KleinContext(self.teacher.prompt_embeds[indices], (references[indices],)),
+            self.x0[indices],
+        )
+
+
+def picture_batches(count: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Indices of pictures without end: every epoch sees each picture once, in a new order; a batch's ascend."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for indices in torch.randperm(count, generator=generator).split(batch_size):
+            yield indices.sort().values
 
 
 def encode_lesson(
@@ -90,43 +109,54 @@ def train_baseline(
     *,
     size: tuple[int, int],
     num_steps: int,
+    batch_size: int,
     num_rollout_steps: int,
     learning_rate: float,
+    adam_epsilon: float,
+    lr_scheduler: str,
+    lr_warmup_steps: int,
     ema_decay: float,
     seed: int,
     after_step: Callable[[int], bool] = lambda step: False,
 ) -> None:
-    """Every step sees every picture once, as `train_dopsd_flux2.py` does with a batch of all pictures.
+    """Trains the student's adapter: AdamW, clipping and learning rate as in `train_dopsd_flux2.py`.
+
+    A step sees as many states as one of D-OPSD: `num_rollout_steps` of each picture of its batch.
 
     Args:
         method: "sft", "sft_deployed", "sft_teacher" or "off_policy".
         size: (height, width) in pixels.
+        batch_size: pictures a step.
         after_step: told the number of steps done; True stops.
     """
-    optimizer = torch.optim.AdamW(roles.student_parameters, lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(roles.student_parameters, lr=learning_rate, eps=adam_epsilon, weight_decay=0.0)
+    scheduler = get_scheduler(lr_scheduler, optimizer, num_warmup_steps=lr_warmup_steps, num_training_steps=num_steps)
     generator = torch.Generator().manual_seed(seed)
     schedule = pipeline.schedule(*size, num_rollout_steps)
 
     def student(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return pipeline.predict_velocity(latents, timestep, lesson.student)
+        return pipeline.predict_velocity(latents, timestep, batch.student)
 
-    teacher = roles.as_teacher(lambda latents, timestep: pipeline.predict_velocity(latents, timestep, lesson.teacher))
-    for step in range(num_steps):
+    teacher = roles.as_teacher(lambda latents, timestep: pipeline.predict_velocity(latents, timestep, batch.teacher))
+    batches = picture_batches(len(lesson.x0), batch_size, seed)
+    for step, indices in enumerate(islice(batches, num_steps)):
+        batch = lesson.select(indices)
         if method in ("sft", "sft_deployed"):
             sigmas = schedule.sigmas[:-1] if method == "sft_deployed" else None
-            losses = [flow_matching_loss(student, lesson.x0, generator, sigmas=sigmas)]
+            losses = (flow_matching_loss(student, batch.x0, generator, sigmas=sigmas) for _ in schedule.timesteps)
         else:
-            seeds = torch.randint(2**62, (len(lesson.x0),), generator=generator).tolist()
+            seeds = torch.randint(2**62, (len(batch.x0),), generator=generator).tolist()
             noise = seeded_noise(pipeline.latent_shape(*size), seeds)
             if method == "sft_teacher":
                 x0 = few_step_sample(teacher, noise, schedule)
-                losses = [flow_matching_loss(student, x0, generator)]
+                losses = (flow_matching_loss(student, x0, generator) for _ in schedule.timesteps)
             else:
-                losses = (loss / len(schedule) for loss in off_policy_losses(student, teacher, noise, schedule))
+                losses = off_policy_losses(student, teacher, noise, schedule)
         for loss in losses:
-            loss.backward()
+            (loss / len(schedule)).backward()
         torch.nn.utils.clip_grad_norm_(roles.student_parameters, 1.0)
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
         roles.update_teacher(ema_decay)
         if after_step(step + 1):

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 import world
-from exam import Task
+from exam import Task, make_task, random_picture
 from vae import to_tensor
 
 
@@ -18,7 +17,7 @@ NUM_PICTURES = 4
 
 @dataclass(frozen=True)
 class Concept:
-    """What is taught: an object under a word that the base has never seen, and the backgrounds of its pictures.
+    """What is taught: an object under a word without meaning, and the backgrounds of its pictures.
 
     Its prompts in the exam name the backgrounds that no training picture shows.
     """
@@ -72,32 +71,11 @@ def concept_task(concept: Concept, count: int, *, references: list[Image.Image] 
         references=[references[index % len(references)] for index in range(count)] if references else [],
         wanted=[concept.appearance] * count,
         backgrounds=backgrounds,
-        real=real_pictures([concept.appearance] * count, backgrounds, random),
+        real=to_tensor(np.stack([random_picture(concept.appearance, name, random) for name in backgrounds])),
     )
 
 
 def old_task(count: int) -> Task:
     """Objects that the base knows, by their words."""
-    random = np.random.default_rng(22)
     known = [appearance for appearance in world.all_appearances() if not appearance.is_held_out]
-    wanted = [known[index] for index in random.integers(len(known), size=count)]
-    names = list(world.BACKGROUNDS)
-    backgrounds = [names[index] for index in random.integers(len(names), size=count)]
-    return Task(
-        prompts=[world.caption(a.words, b) for a, b in zip(wanted, backgrounds, strict=True)],
-        references=[],
-        wanted=wanted,
-        backgrounds=backgrounds,
-        real=real_pictures(wanted, backgrounds, random),
-    )
-
-
-def real_pictures(
-    appearances: list[world.Appearance], backgrounds: list[str], random: np.random.Generator
-) -> torch.Tensor:
-    """(N, 3, 64, 64)."""
-    pixels = [
-        world.draw(world.sprite(appearance), world.POSES[random.integers(len(world.POSES))], background, random)
-        for appearance, background in zip(appearances, backgrounds, strict=True)
-    ]
-    return to_tensor(np.stack(pixels))
+    return make_task(known, count, with_reference=False, seed=22)

@@ -270,6 +270,8 @@ def distill(
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         step, minutes = state["step"], state["minutes"]
+    if step >= settings.num_steps:
+        log({"step": step, "minutes": round(minutes, 2), **evaluate(averaged)})
     source.pipeline.transformer = transformer
     word_teacher = PosteriorTeacher(source.latents, sigmas, num_directions=UNKNOWN_DIRECTIONS)
     text, word, reference = (

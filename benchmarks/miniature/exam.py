@@ -1,7 +1,15 @@
-"""How well the miniature follows text and references, measured on its pictures at the deployed steps."""
+"""How well the miniature follows text and references, measured on its pictures at the deployed steps.
 
+python benchmarks/miniature/exam.py            # a table of the shipped model, in about three minutes
+"""
+
+import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -13,6 +21,9 @@ from parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 from pipelines.rollout import seeded_noise
 from vae import to_tensor
+
+
+MODEL = Path(__file__).parent / "model"  # the shipped one
 
 
 @dataclass(frozen=True)
@@ -35,24 +46,30 @@ class Task:
 
 
 def make_task(appearances: list[world.Appearance], count: int, *, with_reference: bool, seed: int) -> Task:
-    """Objects on random backgrounds, by their words or by a word without meaning and a reference."""
+    """Objects on random backgrounds, by their words or by a word without meaning and a reference.
+
+    A larger task begins with the same rows.
+    """
     random = np.random.default_rng(seed)
     names = list(world.BACKGROUNDS)
-    wanted = [appearances[index] for index in random.integers(len(appearances), size=count)]
-    backgrounds = [names[index] for index in random.integers(len(names), size=count)]
-    prompts, references, real = [], [], []
-    for appearance, background in zip(wanted, backgrounds, strict=True):
-        real.append(_picture(appearance, background, random))
+    wanted, backgrounds, prompts, references, real = [], [], [], [], []
+    for _ in range(count):
+        appearance = appearances[random.integers(len(appearances))]
+        background = names[random.integers(len(names))]
+        wanted.append(appearance)
+        backgrounds.append(background)
+        real.append(random_picture(appearance, background, random))
         if with_reference:
             other = random.choice([name for name in names if name != background])
-            references.append(world.to_image(_picture(appearance, other, random)))
+            references.append(world.to_image(random_picture(appearance, other, random)))
             prompts.append(world.caption(world.nonsense_word(random), background) + world.REFERENCE_SUFFIX)
         else:
             prompts.append(world.caption(appearance.words, background))
     return Task(prompts, references, wanted, backgrounds, to_tensor(np.stack(real)))
 
 
-def _picture(appearance: world.Appearance, background: str, random: np.random.Generator) -> np.ndarray:
+def random_picture(appearance: world.Appearance, background: str, random: np.random.Generator) -> np.ndarray:
+    """(64, 64, 3): the object at a random place, with grain."""
     return world.draw(world.sprite(appearance), world.POSES[random.integers(len(world.POSES))], background, random)
 
 
@@ -122,3 +139,23 @@ def draw_sheet(tasks: dict[str, Task], pictures: dict[str, torch.Tensor], path: 
 def _strip(pictures: np.ndarray) -> np.ndarray:
     """(N, 64, 64, 3) side by side with white lines between: (66, 66 N, 3)."""
     return np.concatenate(np.pad(pictures, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1), 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="The miniature's folder.")
+    parser.add_argument("--count", type=int, default=192, help="Pictures of each kind.")
+    args = parser.parse_args()
+    if not (args.model / "model_index.json").exists():
+        sys.exit(f"--model {args.model}: holds no pipeline; see make.py")
+    pipeline = Flux2KleinDOPSDPipeline.from_pretrained(args.model)
+    reader = PictureReader(world.all_appearances())
+    print(f"| {args.count} pictures of each, {NUM_STEPS} steps | exact | residual | detail | places |")
+    print("|---" * 5 + "|")
+    for name, task in standard_tasks(args.count).items():
+        figures = measure(sample(pipeline, task), task, reader)
+        print(f"| {name} | {figures['exact']} | {figures['residual']} | {figures['detail']} | {figures['poses']} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,14 +3,14 @@
     python benchmarks/miniature/experiment.py --output_dir miniature-results
 
 A stopped experiment goes on where it was when the command is given again: every run leaves a `result.json`. `--quick`
-is one concept, one seed, and the methods of the first table. D-OPSD runs are `train_dopsd_flux2.py` itself.
+is one concept, one seed, and the methods of the first table, measured on fewer pictures. D-OPSD runs are
+`train_dopsd_flux2.py` itself.
 """
 
 import os
 
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it: every core has a run of its own
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: nothing here is on a hub
 
 import argparse
 import json
@@ -21,8 +21,9 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -36,10 +37,10 @@ from tqdm.auto import tqdm
 import report
 import world
 from baselines import encode_lesson, train_baseline
-from concepts import CONCEPTS, NUM_PICTURES, Concept, concept_task, old_task, pictures_of, write_pictures
-from exam import Task, final_latents, measure, sample
+from concepts import CONCEPTS, Concept, concept_task, old_task, pictures_of, write_pictures
+from exam import MODEL, Task, final_latents, measure, sample
 from metrics import PictureReader
-from parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
+from parts import MAX_SEQUENCE_LENGTH, NUM_STEPS, check_settings
 from pipelines.adapters import StudentTeacherLoRA, lora_target_modules
 from pipelines.context_cache import files_fingerprint
 from pipelines.flux2_klein import DEFAULT_LORA_LAYERS, Flux2KleinDOPSDPipeline
@@ -49,14 +50,17 @@ from train_dopsd_flux2 import positive_int, read_history, relative_drift
 REPOSITORY = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
 RANK = 16
-LEARNING_RATE = 1e-3
-NUM_TRAIN_STEPS = 350
-# How the image blocks read the text. With all layers the new object takes the old ones' place (see the ablations).
-LORA_LAYERS = "attn.add_k_proj,attn.add_v_proj,ff_context.linear_in,ff_context.linear_out"
+NUM_TRAIN_STEPS = 120
+BATCH_SIZE = 2  # of the four pictures
+LEARNING_RATE = 4e-2
+# With its usual 1e-8, AdamW moves every weight by about the learning rate, also those that hardly matter for the new
+# concept, and old prompts pay for it (see the ablations). This is larger than any gradient here: steps follow them.
+ADAM_EPSILON = 1e-2
+LR_SCHEDULER, LR_WARMUP_STEPS = "cosine", 10
 EMA_DECAY = 0.9999
-EVAL_COUNT = 96  # pictures of each kind
+EVAL_COUNT, QUICK_EVAL_COUNT = 64, 48  # pictures of each kind
 RETENTION_COUNT = 16  # prompts, each with one noise
-STEPS_PER_EXAM = 10  # between looks at an SFT run that is to stop at an accuracy
+STEPS_PER_EXAM, QUICK_STEPS_PER_EXAM = 20, 30  # between looks at an SFT run that is to stop at an accuracy
 STEP_COUNTS = (1, 2, 4, 8)  # of the sampler, for the third question
 
 
@@ -66,7 +70,7 @@ class Method:
 
     Attributes:
         kind: "base"; "teacher", the base with a picture; "dopsd", the training script; or a baseline's name.
-        flags: of the training script. Of them, baselines heed `lora_layers` and `max_train_steps`.
+        flags: of the training script, where they differ from `SETTINGS`. Baselines heed those that they know.
         stops_at_dopsd: whether training ends where the concept accuracy of D-OPSD is reached.
     """
 
@@ -76,13 +80,23 @@ class Method:
     stops_at_dopsd: bool = False
 
 
+# What every training shares, as flags of the training script.
+SETTINGS = {
+    "rank": RANK,
+    "train_batch_size": BATCH_SIZE,
+    "learning_rate": LEARNING_RATE,
+    "adam_epsilon": ADAM_EPSILON,
+    "lr_scheduler": LR_SCHEDULER,
+    "lr_warmup_steps": LR_WARMUP_STEPS,
+    "ema_decay": EMA_DECAY,
+}
+# AdamW's own epsilon, at a learning rate that teaches as much in as many steps.
+USUAL_EPSILON = {"adam_epsilon": 1e-8, "learning_rate": 1e-3}
+
 BASE, TEACHER = Method("base", "base"), Method("teacher (base with a picture)", "teacher")
 SFT, DOPSD = Method("SFT", "sft"), Method("D-OPSD")
 SFT_STOPPED = Method("SFT, stopped at D-OPSD's accuracy", "sft", stops_at_dopsd=True)
 LIVE = Method("teacher: live", flags={"teacher": "student"})
-ALL_LAYERS = {"lora_layers": DEFAULT_LORA_LAYERS}
-FEWER_STEPS = 200
-FEWER = {"max_train_steps": FEWER_STEPS, "validation_steps": FEWER_STEPS}
 FIRST_TABLE = (BASE, TEACHER, SFT, SFT_STOPPED, DOPSD)
 ABLATIONS = (
     SFT,
@@ -95,10 +109,8 @@ ABLATIONS = (
     Method("teacher: EMA 0.99", flags={"ema_decay": 0.99}),
     Method("teacher: base", flags={"teacher": "base"}),
     Method("velocity loss", flags={"loss_space": "velocity"}),
-    Method(f"D-OPSD, {FEWER_STEPS} steps", flags=FEWER),
-    Method(f"SFT, {FEWER_STEPS} steps", "sft", flags=FEWER),
-    Method("D-OPSD, all layers", flags=ALL_LAYERS),
-    Method("SFT, all layers", "sft", flags=ALL_LAYERS),
+    Method("D-OPSD, AdamW's own epsilon", flags=USUAL_EPSILON),
+    Method("SFT, AdamW's own epsilon", "sft", flags=USUAL_EPSILON),
 )
 
 
@@ -179,16 +191,20 @@ class Experiment:
     Attributes:
         model: the miniature's folder.
         num_train_steps: of runs whose method does not say otherwise.
+        steps_per_exam: between looks at a run that stops at an accuracy.
     """
 
     model: Path
     folder: Path
     num_train_steps: int
+    steps_per_exam: int
     examiner: Examiner
 
     @classmethod
-    def open(cls, model: Path, folder: Path, num_train_steps: int, eval_count: int) -> "Experiment":
-        return cls(model.resolve(), folder.resolve(), num_train_steps, Examiner(model, eval_count))
+    def open(
+        cls, model: Path, folder: Path, num_train_steps: int, steps_per_exam: int, eval_count: int
+    ) -> "Experiment":
+        return cls(model.resolve(), folder.resolve(), num_train_steps, steps_per_exam, Examiner(model, eval_count))
 
     def result(self, run: Run) -> dict:
         """The run's figures."""
@@ -230,9 +246,6 @@ class Experiment:
         pipeline = self.load(run)
         return {str(count): self.examiner.examine(pipeline, run.concept, count) for count in STEP_COUNTS}
 
-    def num_steps_of(self, run: Run) -> int:
-        return run.method.flags.get("max_train_steps", self.num_train_steps)
-
     def train_dopsd(self, run: Run) -> dict:
         """Runs the training script; returns the number of steps, and the retention that it logged at the end."""
         folder = self.folder / run.folder
@@ -254,7 +267,7 @@ class Experiment:
         logged = [line["retention"] for line in read_history(folder) if "retention" in line]
         if not logged:
             raise RuntimeError(f"{folder / 'training.log'}: the training script logged no retention")
-        return {"steps": self.num_steps_of(run), "retention_logged": logged[-1]}
+        return {"steps": self.num_train_steps, "retention_logged": logged[-1]}
 
     def train_baseline(self, run: Run) -> dict:
         """Trains a baseline, leaves its LoRA in the run's folder; returns the number of steps, and if it was to
@@ -268,14 +281,15 @@ class Experiment:
             max_sequence_length=MAX_SEQUENCE_LENGTH,
         )
         torch.manual_seed(run.seed)
-        targets = lora_target_modules(pipeline.transformer, run.method.flags.get("lora_layers", LORA_LAYERS))
+        settings = SETTINGS | run.method.flags
+        targets = lora_target_modules(pipeline.transformer, DEFAULT_LORA_LAYERS)
         roles = StudentTeacherLoRA(pipeline.transformer, targets, rank=RANK, alpha=2 * RANK)
         task = concept_task(run.concept, self.examiner.count)
-        trained = {}
+        trained = {} if stop_at is None else {"reached": False}
 
         def after_step(step: int) -> bool:
             trained["steps"] = step
-            if stop_at is None or step % STEPS_PER_EXAM:
+            if stop_at is None or step % self.steps_per_exam:
                 return False
             with roles.shipped_role(torch.float32):
                 trained["reached"] = self.examiner.measure(pipeline, task)["exact"] >= stop_at
@@ -287,10 +301,14 @@ class Experiment:
             roles,
             lesson,
             size=(world.SIDE, world.SIDE),
-            num_steps=self.num_steps_of(run),
+            num_steps=self.num_train_steps,
+            batch_size=settings["train_batch_size"],
             num_rollout_steps=NUM_STEPS,
-            learning_rate=LEARNING_RATE,
-            ema_decay=EMA_DECAY,
+            learning_rate=settings["learning_rate"],
+            adam_epsilon=settings["adam_epsilon"],
+            lr_scheduler=settings["lr_scheduler"],
+            lr_warmup_steps=settings["lr_warmup_steps"],
+            ema_decay=settings["ema_decay"],
             seed=run.seed,
             after_step=after_step,
         )
@@ -321,12 +339,8 @@ def dopsd_flags(
         "teacher_prompt_suffix": world.REFERENCE_SUFFIX,
         "resolution": world.SIDE,
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
-        "rank": RANK,
-        "lora_layers": LORA_LAYERS,
-        "learning_rate": LEARNING_RATE,
+        **SETTINGS,
         "max_train_steps": num_steps,
-        "train_batch_size": NUM_PICTURES,
-        "ema_decay": EMA_DECAY,
         "checkpointing_steps": min(100, num_steps),
         "checkpoints_total_limit": 1,
         "resume_from_checkpoint": "latest",
@@ -345,8 +359,15 @@ def dopsd_flags(
 def open_in_worker(*settings) -> None:
     """What each worker process keeps between its runs; takes the arguments of `Experiment.open`."""
     global worker_experiment
+    Thread(target=end_with_parent, daemon=True).start()
     quiet()
     worker_experiment = Experiment.open(*settings)
+
+
+def end_with_parent() -> None:
+    """A killed experiment leaves no worker behind, which would train what the next call trains again."""
+    parent_process().join()
+    os._exit(1)
 
 
 def quiet() -> None:
@@ -379,7 +400,13 @@ def run_side_by_side(experiment: Experiment, runs: list[Run], step_runs: list[Ru
         num_workers,
         mp_context=get_context("spawn"),
         initializer=open_in_worker,
-        initargs=(experiment.model, experiment.folder, experiment.num_train_steps, experiment.examiner.count),
+        initargs=(
+            experiment.model,
+            experiment.folder,
+            experiment.num_train_steps,
+            experiment.steps_per_exam,
+            experiment.examiner.count,
+        ),
     )
     try:
         with tqdm(total=sum(len(jobs) for _, jobs in waves), desc="Runs") as bar:
@@ -391,32 +418,16 @@ def run_side_by_side(experiment: Experiment, runs: list[Run], step_runs: list[Ru
         pool.shutdown(cancel_futures=True)
 
 
-def check_settings(experiment: Experiment) -> None:
-    """Writes what the folder's results depend on, or compares it with what stands there.
-
-    Raises:
-        ValueError: the folder's results were made with something else.
-    """
+def settings_of(experiment: Experiment) -> dict:
+    """What the folder's results depend on."""
     weights = {str(path.relative_to(experiment.model)): path for path in experiment.model.rglob("*.safetensors")}
-    settings = {
+    return {
         "model": files_fingerprint(weights),
         "num_train_steps": experiment.num_train_steps,
+        "steps_per_exam": experiment.steps_per_exam,
         "eval_count": experiment.examiner.count,
-        "rank": RANK,
-        "learning_rate": LEARNING_RATE,
-        "lora_layers": LORA_LAYERS,
-        "ema_decay": EMA_DECAY,
+        **SETTINGS,
     }
-    path = experiment.folder / "settings.json"
-    if not path.exists():
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-    before = json.loads(path.read_text())
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"--output_dir {experiment.folder}: its results were made with another {name} "
-                f"({before.get(name)}, now {value}); choose a new folder"
-            )
 
 
 def runs_of(method: Method, concepts: tuple[Concept, ...], seeds: tuple[int, ...]) -> list[Run]:
@@ -428,17 +439,29 @@ def runs_of(method: Method, concepts: tuple[Concept, ...], seeds: tuple[int, ...
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model", help="The miniature's folder.")
-    parser.add_argument("--output_dir", type=Path, default=Path("miniature-results"), help="Runs, tables and sheets.")
+    parser.add_argument("--model", type=Path, default=MODEL, help="The miniature's folder.")
+    parser.add_argument(
+        "--output_dir", type=Path, help="Runs, tables and sheets (miniature-results; with --quick miniature-quick)."
+    )
     parser.add_argument("--num_train_steps", type=positive_int, default=NUM_TRAIN_STEPS, help="Of a run.")
     parser.add_argument(
-        "--eval_count", type=positive_int, default=EVAL_COUNT, help="Pictures of each kind that are measured."
+        "--eval_count",
+        type=positive_int,
+        help=f"Pictures of each kind that are measured ({EVAL_COUNT}; with --quick {QUICK_EVAL_COUNT}).",
     )
     parser.add_argument(
-        "--num_workers", type=positive_int, default=os.cpu_count(), help="Runs side by side, a core each."
+        "--num_workers", type=positive_int, help="Runs side by side (one a core; with --quick one on all cores)."
     )
     parser.add_argument("--quick", action="store_true", help="One concept, one seed, the first table.")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.output_dir is None:
+        args.output_dir = Path("miniature-quick" if args.quick else "miniature-results")
+    args.steps_per_exam = QUICK_STEPS_PER_EXAM if args.quick else STEPS_PER_EXAM
+    if args.eval_count is None:
+        args.eval_count = QUICK_EVAL_COUNT if args.quick else EVAL_COUNT
+    if args.num_workers is None:
+        args.num_workers = 1 if args.quick else os.cpu_count()
+    return args
 
 
 def main() -> None:
@@ -448,16 +471,25 @@ def main() -> None:
         sys.exit(f"--model {args.model}: holds no pipeline; see make.py")
     if args.eval_count < RETENTION_COUNT:
         sys.exit(f"--eval_count {args.eval_count}: give {RETENTION_COUNT} or more")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    experiment = Experiment.open(args.model, args.output_dir, args.num_train_steps, args.eval_count)
     try:
-        check_settings(experiment)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--output_dir {args.output_dir}: {error.strerror}; choose another folder")
+    # The workers and the training script read it when they start.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.num_workers))
+    experiment = Experiment.open(
+        args.model, args.output_dir, args.num_train_steps, args.steps_per_exam, args.eval_count
+    )
+    try:
+        check_settings(
+            args.output_dir / "settings.json", settings_of(experiment), origin=f"--output_dir {args.output_dir}"
+        )
     except ValueError as error:
         sys.exit(str(error))
     concepts, seeds = (CONCEPTS[:1], SEEDS[:1]) if args.quick else (CONCEPTS, SEEDS)
     first = {method.name: runs_of(method, concepts, seeds) for method in FIRST_TABLE}
     ablations = {} if args.quick else {method.name: runs_of(method, concepts[:1], seeds) for method in ABLATIONS}
-    by_step_count = {method.name: runs_of(method, concepts[:1], seeds) for method in (BASE, SFT, DOPSD)}
+    by_step_count = {method.name: runs_of(method, concepts[:1], seeds[:1]) for method in (BASE, SFT, DOPSD)}
     try:
         run_side_by_side(
             experiment,

@@ -23,7 +23,7 @@ import world
 from distill import RowSource, Settings, distill
 from exam import draw_sheet, measure, sample, standard_tasks
 from metrics import PictureReader
-from parts import NUM_STEPS, load_or_none, make_pipeline, make_transformer, save_state
+from parts import NUM_STEPS, check_settings, load_or_none, make_pipeline, make_transformer, save_state
 from teacher import LatentWorld, PosteriorTeacher, encode_world
 from vae import train_vae
 
@@ -32,6 +32,13 @@ def main() -> None:
     args = parse_args()
     work_dir = args.work_dir
     work_dir.mkdir(parents=True, exist_ok=True)
+    fixed = ("seed", "vae_steps", "num_objects", "num_steps", "num_directions", "muon_lr", "adamw_lr")
+    fixed += ("text_rows", "word_rows", "reference_rows")
+    try:
+        settings = {name: getattr(args, name) for name in fixed}
+        check_settings(work_dir / "settings.json", settings, origin=f"--work_dir {work_dir}")
+    except ValueError as error:
+        sys.exit(str(error))
     started = time.monotonic()
 
     def log(figures: dict) -> None:

@@ -1,5 +1,6 @@
 """The untrained parts of the miniature FLUX.2-klein, all of the real classes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,27 @@ def autocast() -> torch.autocast:
     capabilities = torch.cpu.get_capabilities()
     has_bfloat16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
     return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16)
+
+
+def check_settings(path: Path, settings: dict, *, origin: str) -> None:
+    """Writes what a folder's contents depend on, or compares it with what stands there.
+
+    Args:
+        path: a JSON file in the folder.
+        origin: the flag and its folder, for the error.
+
+    Raises:
+        ValueError: the contents were made with something else.
+    """
+    if not path.exists():
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+    before = json.loads(path.read_text())
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{origin}: what lies there was made with another {name} ({before.get(name)}, now {value}); "
+                "choose a new folder"
+            )
 
 
 def load_or_none(path: Path) -> dict | None:

@@ -6,8 +6,7 @@ No download and no GPU. Run `bash quickstart.sh`.
 import os
 
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it: tiny models gain nothing from a second thread
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: nothing here is on a hub
 
 import argparse
 import shlex
@@ -19,28 +18,43 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
+
 import world
 from concepts import CONCEPTS, concept_task, pictures_of, write_pictures
-from experiment import NUM_TRAIN_STEPS, REPOSITORY, SFT, Examiner, Experiment, Run, dopsd_flags, quiet
+from exam import MODEL
+from experiment import (
+    NUM_TRAIN_STEPS,
+    QUICK_EVAL_COUNT,
+    REPOSITORY,
+    SFT,
+    STEPS_PER_EXAM,
+    Examiner,
+    Experiment,
+    Run,
+    dopsd_flags,
+    quiet,
+)
 from parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from pipelines.sheets import save_png
 from report import concept_sheet
+from train_dopsd_flux2 import positive_int
 
 
 MARKER = ".made-by-quickstart"
-MODEL = Path(__file__).parent / "model"
 CONCEPT, SEED = CONCEPTS[0], 0
-EVAL_COUNT = 48  # pictures of each kind
+NUM_THREADS = min(os.cpu_count(), 4)  # more slow such small matrices down
 NUM_OLD_PROMPTS = 3
 
 
 def main() -> None:
     args = parse_args()
+    torch.set_num_threads(NUM_THREADS)
     folder = args.output_dir.resolve()
     clear(folder)
     quiet()
     pictures_dir, lora_dir, sheet_path = folder / "pictures", folder / "lora", folder / "sheet.png"
-    examiner = Examiner(MODEL, EVAL_COUNT)
+    examiner = Examiner(MODEL, QUICK_EVAL_COUNT)
 
     announce(f"1. Four pictures of a new object, called {CONCEPT.word!r}")
     images, captions = pictures_of(CONCEPT, SEED)
@@ -51,12 +65,12 @@ def main() -> None:
     train(pictures_dir, lora_dir, args.max_train_steps, examiner.retention_prompts)
 
     announce(f"3. Ordinary LoRA training (SFT) for comparison, {args.max_train_steps} steps: half a minute, silent")
-    comparison = Experiment(MODEL, folder, args.max_train_steps, examiner)
+    comparison = Experiment(MODEL, folder, args.max_train_steps, STEPS_PER_EXAM, examiner)
     sft_run = Run(CONCEPT, SEED, SFT)
     (folder / sft_run.folder).mkdir(parents=True)
     comparison.train_baseline(sft_run)
 
-    announce(f"4. {EVAL_COUNT} pictures of each, and a contact sheet")
+    announce(f"4. {QUICK_EVAL_COUNT} pictures of each, and a contact sheet")
     pipelines = {
         "base": examiner.load(),
         "SFT": examiner.load(folder / sft_run.folder),
@@ -66,7 +80,7 @@ def main() -> None:
         name: examiner.examine(pipeline, CONCEPT) | {"retention": examiner.retention(pipeline)}
         for name, pipeline in pipelines.items()
     }
-    task = concept_task(CONCEPT, EVAL_COUNT, references=images)
+    task = concept_task(CONCEPT, QUICK_EVAL_COUNT, references=images)
     figures["teacher"] = {"new": examiner.measure(pipelines["base"], task)}
     sheet = concept_sheet(
         CONCEPT,
@@ -85,7 +99,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "quickstart-output", help="Is cleared first.")
-    parser.add_argument("--max_train_steps", type=int, default=NUM_TRAIN_STEPS)
+    parser.add_argument("--max_train_steps", type=positive_int, default=NUM_TRAIN_STEPS)
     return parser.parse_args()
 
 
@@ -95,17 +109,21 @@ def announce(text: str) -> None:
 
 def clear(folder: Path) -> None:
     """Empties the folder of an earlier quick start, and nobody else's."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
-        sys.exit(f"--output_dir {folder}: holds something else; choose a new or empty folder")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / MARKER).touch()
+    try:
+        if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
+            sys.exit(f"--output_dir {folder}: holds something else; choose a new or empty folder")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / MARKER).touch()
+    except OSError as error:
+        sys.exit(f"--output_dir {folder}: {error.strerror}; choose another folder")
 
 
 def train(pictures_dir: Path, lora_dir: Path, num_steps: int, retention_prompts: list[str]) -> None:
     """The command that a user would type, on the miniature."""
     launch = ["launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
-    launch += ["--mixed_precision", "no", str(REPOSITORY / "train_dopsd_flux2.py")]
+    launch += ["--mixed_precision", "no", "--num_cpu_threads_per_process", str(NUM_THREADS)]
+    launch.append(str(REPOSITORY / "train_dopsd_flux2.py"))
     flags = dopsd_flags(MODEL, pictures_dir, lora_dir, SEED, num_steps, retention_prompts)
     print(" \\\n  ".join(["accelerate " + shlex.join(launch), *map(shlex.join, flags)]), flush=True)
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, *sum(flags, [])]
@@ -117,9 +135,8 @@ def train(pictures_dir: Path, lora_dir: Path, num_steps: int, retention_prompts:
 def sheet_caption(figures: dict | None) -> str:
     if figures is None:
         return ""
-    return (
-        f"right object in {figures['exact']:.0%} of {EVAL_COUNT}; {figures['poses']:.1f} of {len(world.POSES)} places"
-    )
+    places = f"{figures['poses']:.1f} of {len(world.POSES)} places"
+    return f"right object in {figures['exact']:.0%} of {QUICK_EVAL_COUNT}; {places}"
 
 
 def print_report(figures: dict[str, dict], lora_dir: Path, sheet_path: Path) -> None:
