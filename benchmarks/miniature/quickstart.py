@@ -64,7 +64,7 @@ def main() -> None:
     announce("2. D-OPSD: the training script")
     train(pictures_dir, lora_dir, args.max_train_steps, examiner.retention_prompts)
 
-    announce(f"3. Ordinary LoRA training (SFT) for comparison, {args.max_train_steps} steps: half a minute, silent")
+    announce(f"3. Ordinary LoRA training (SFT) for comparison, {args.max_train_steps} steps, silent")
     comparison = Experiment(MODEL, folder, args.max_train_steps, STEPS_PER_EXAM, examiner)
     sft_run = Run(CONCEPT, SEED, SFT)
     (folder / sft_run.folder).mkdir(parents=True)

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import FixedLocator, NullLocator
 from PIL import Image
 
 import world
@@ -54,9 +55,10 @@ features to real pictures, lower is better. places: effective number of the obje
 old: the same for objects that the base knows. retention: as training logs it, 0 = unchanged. The base has one run a
 concept."""
 FAIRNESS_NOTE = """\
-What favours D-OPSD: its teacher is almost perfect in this world; learning rate, epsilon and steps were chosen by its
-own runs on the object with seed 0. SFT has the same settings and as many states a step; three other settings were
-tried on that run, which taught it less. SFT trains at all sigmas, as usual, of which the base knows four (the
+What favours D-OPSD: its teacher is almost perfect in this world; learning rate, schedule, epsilon, batch and steps
+were chosen by its own runs on the object with seed 0. SFT has the same settings, which were not chosen for it, and as
+many states a step. With AdamW's own epsilon (in the ablations) it learns the object about as well and keeps more of
+the old prompts, though far fewer than D-OPSD. SFT trains at all sigmas, as usual, of which the base knows four (the
 ablations have SFT at these four). What favours both: the base was taught that describing words count over a picture
 and over unknown words."""
 STEP_COLUMNS = ("concept", "detail", "residual", "old: exact", "old: detail", "old: residual")
@@ -93,15 +95,20 @@ def write(
             name: [experiment.result(run) for run in runs if run.concept == concept] for name, runs in first.items()
         }
         text.append(f"### {concept.name}\n\n{table(part)}")
-    plot(rows, folder / "first_table.png")
+    (base, *_) = (experiment.result(run) for run in first["base"])
+    plot(rows, base, folder / "first_table.png")
     if ablations:
         rows = {name: [experiment.result(run) for run in runs] for name, runs in ablations.items()}
         concept = next(iter(ablations.values()))[0].concept
         text.append(f"## Ablations, concept {concept.name!r}\n\n{table(rows)}")
-        plot(rows, folder / "ablations.png")
+        plot(rows, base, folder / "ablations.png")
     text.append(f"## Retention\n\n{retention_text(experiment, list(known.values()))}")
     step_rows = {name: [experiment.results_by_step_count(run) for run in runs] for name, runs in by_step_count.items()}
-    text.append(f"## Steps of the sampler, trained at {NUM_STEPS}\n\n{step_table(step_rows)}")
+    run = next(iter(by_step_count.values()))[0]
+    text.append(
+        f"## Steps of the sampler, trained at {NUM_STEPS}\n\nConcept {run.concept.name!r}, seed {run.seed}.\n\n"
+        f"{step_table(step_rows)}"
+    )
     (folder / "results.md").write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text))
     write_sheet(experiment, first, folder / "sheet.png")
@@ -194,7 +201,7 @@ def retention_text(experiment: "Experiment", runs: list["Run"]) -> str:
 # Pictures
 
 
-def plot(rows: dict[str, list[dict]], path: Path) -> None:
+def plot(rows: dict[str, list[dict]], base: dict, path: Path) -> None:
     """A panel a figure, a line a method: a point a run and a larger one their mean; dashed: the base."""
     columns = ("concept", "detail", "places", "old: exact", "old: detail", "retention")
     directions = {"detail": "real pictures: 1", "old: detail": "real pictures: 1", "retention": "lower is better"}
@@ -209,11 +216,12 @@ def plot(rows: dict[str, list[dict]], path: Path) -> None:
             axis.scatter(values, [line] * len(values), s=14, alpha=0.5, color=color)
             if values:
                 axis.scatter(np.mean(values), line, s=80, color=color, marker="D")
-        for result in rows.get("base", [])[:1]:
-            axis.axvline(figure(result, column), color="#868e96", linewidth=1, linestyle="--")
+        axis.axvline(figure(base, column), color="#868e96", linewidth=1, linestyle="--")
         axis.set_title(f"{column}\n({directions.get(column, 'higher is better')})", fontsize=10)
         if "detail" in column:
-            axis.set_xscale("log", base=2)
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(FixedLocator([0.5, 0.6, 0.8, 1, 1.3, 2, 4]))
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(color="#e3e6eb", linewidth=0.8)
         axis.set_axisbelow(True)

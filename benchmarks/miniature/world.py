@@ -44,7 +44,8 @@ BACKGROUNDS = {
 }
 SHAPES = ("disc", "square", "triangle", "diamond", "cross", "ring", "heart")
 TEXTURES = ("plain", "striped", "dotted", "checked", "slanted")
-# No training picture shows these, with text or as a reference: a new object and a new texture for the experiment.
+# No training caption names these and no reference shows the shape: a new object and a new texture for the experiment.
+# (About one in a hundred of the nameless objects' random textures comes out slanted.)
 HELD_OUT_SHAPE, HELD_OUT_TEXTURE = "heart", "slanted"
 # One in so many of the other combinations is held out as well.
 HELD_OUT_SHARE = 8
