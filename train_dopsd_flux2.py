@@ -80,10 +80,13 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PretrainedConfig, Qwen3ForCausalLM
 
-from pipelines import InputError
-from pipelines.adapters import StudentTeacherLoRA, lora_target_modules
-from pipelines.checkpoints import read_configs
-from pipelines.context_cache import ContextCache, checkpoint_fingerprint, content_key, files_fingerprint
+from dopsd.context_cache import ContextCache, checkpoint_fingerprint, content_key, files_fingerprint
+from dopsd.errors import InputError
+from dopsd.pretrained import read_configs
+from dopsd.publish import LORA_FILE, CardModel, publish, write_card
+from dopsd.roles import StudentTeacherLoRA, lora_target_modules
+from dopsd.rollout import rollout, seeded_noise
+from dopsd.sheets import Cell, contact_sheet, plot_curves, save_png, stack
 from pipelines.flux2_klein import (
     DEFAULT_LORA_LAYERS,
     TEXT_ENCODER_OUT_LAYERS,
@@ -91,9 +94,6 @@ from pipelines.flux2_klein import (
     KleinContext,
     transformer_skeleton,
 )
-from pipelines.publish import LORA_FILE, CardModel, publish, write_card
-from pipelines.rollout import rollout, seeded_noise
-from pipelines.sheets import Cell, contact_sheet, plot_curves, save_png, stack
 from pipelines.vision_encoder import VisionEncoder, default_vlm
 
 

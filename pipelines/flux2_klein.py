@@ -9,7 +9,8 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
 
-from .rollout import Schedule, few_step_sample
+from dopsd.rollout import Schedule, few_step_sample
+
 from .vision_encoder import VisionEncoder
 
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLVisionModel
 
-from . import InputError
+from dopsd.errors import InputError
 
 
 try:

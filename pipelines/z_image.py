@@ -12,7 +12,8 @@ from diffusers.pipelines.z_image.pipeline_z_image import (
     retrieve_timesteps,
 )
 
-from .rollout import Schedule, few_step_sample
+from dopsd.rollout import Schedule, few_step_sample
+
 from .vision_encoder import VisionEncoder
 
 

@@ -11,8 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipelines import InputError
-from pipelines.context_cache import (
+from dopsd.context_cache import (
     FINGERPRINT_STRIDE,
     MIB,
     RESERVE_BYTES,
@@ -20,6 +19,7 @@ from pipelines.context_cache import (
     checkpoint_fingerprint,
     content_key,
 )
+from dopsd.errors import InputError
 
 
 KEY = content_key("a key")
@@ -348,7 +348,7 @@ def test_a_failed_replacement_leaves_nothing(cache, monkeypatch):
     def replace(source, target):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(source))
 
-    monkeypatch.setattr("pipelines.context_cache.os.replace", replace)
+    monkeypatch.setattr("dopsd.context_cache.os.replace", replace)
     with pytest.raises(InputError, match="--context_cache_dir .*Permission denied"):
         cache.save(KEY, TENSOR)
     assert not temporary_files(cache)
@@ -387,7 +387,7 @@ def test_the_same_key_may_be_saved_at_the_same_time(cache, monkeypatch):
         except Exception as error:
             failed.append(error)
 
-    monkeypatch.setattr("pipelines.context_cache.os.replace", replace)
+    monkeypatch.setattr("dopsd.context_cache.os.replace", replace)
     threads = [threading.Thread(target=save) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -448,7 +448,7 @@ def test_too_small_a_disk_is_named(cache, monkeypatch):
         asked.append(folder)
         return SimpleNamespace(free=free)
 
-    monkeypatch.setattr("pipelines.context_cache.shutil.disk_usage", disk_usage)
+    monkeypatch.setattr("dopsd.context_cache.shutil.disk_usage", disk_usage)
     cache.check_space(free - RESERVE_BYTES)
     with pytest.raises(InputError, match=r"--context_cache_dir .*cache: .* need 2\.60 GB .* has 2\.00 GB free"):
         cache.check_space(2_100_000_000)
@@ -462,7 +462,7 @@ def test_too_small_a_disk_is_named(cache, monkeypatch):
 
 
 def test_a_full_disk_is_no_matter_when_nothing_is_to_write(cache, monkeypatch):
-    monkeypatch.setattr("pipelines.context_cache.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    monkeypatch.setattr("dopsd.context_cache.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
     cache.check_space(0)
 
 

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from PIL import Image
 
 import train_dopsd_flux2 as script
-from pipelines import InputError
+from dopsd.errors import InputError
 
 
 RED, GREEN, BLUE, YELLOW, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
+from dopsd.rollout import rollout, seeded_noise
 from pipelines.flux2_klein import KleinContext, transformer_skeleton
-from pipelines.rollout import rollout, seeded_noise
 from pipelines.vision_encoder import VisionEncoder
 from tiny_vlm import make_tiny_vlm
 

@@ -18,13 +18,13 @@ import world
 from baselines import Lesson, encode_lesson, flow_matching_loss, off_policy_losses, picture_batches, train_baseline
 from concepts import CONCEPTS, NUM_PICTURES, old_task, pictures_of
 from distill import RowSource, Settings, distill
+from dopsd.roles import StudentTeacherLoRA, lora_target_modules
+from dopsd.rollout import distillation_loss, few_step_sample, rollout, seeded_noise
 from exam import standard_tasks
 from experiment import ABLATIONS, DOPSD, FIRST_TABLE, SEEDS, SETTINGS, SFT, Method, Run, dopsd_flags, runs_of
 from metrics import PictureReader, detail, effective_poses, frechet_distance
 from parts import MAX_SEQUENCE_LENGTH, make_pipeline, make_tokenizer, make_transformer, make_vae
-from pipelines.adapters import StudentTeacherLoRA, lora_target_modules
 from pipelines.flux2_klein import DEFAULT_LORA_LAYERS
-from pipelines.rollout import distillation_loss, few_step_sample, rollout, seeded_noise
 from report import figure, retention_text, step_table, table
 from teacher import PosteriorTeacher, encode_world
 from train_dopsd_flux2 import parse_args

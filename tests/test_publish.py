@@ -20,8 +20,8 @@ from huggingface_hub import ModelCard
 
 import train_dopsd_flux2
 import train_dopsd_zimage
-from pipelines import InputError
-from pipelines.publish import LORA_FILE, escape, licence_of, publish, published_files, write_card
+from dopsd.errors import InputError
+from dopsd.publish import LORA_FILE, escape, licence_of, publish, published_files, write_card
 
 
 KLEIN_4B = "black-forest-labs/FLUX.2-klein-4B"
@@ -432,8 +432,8 @@ CLIENT = """
 import json, sys, time
 time.sleep = lambda seconds: None
 from pathlib import Path
-from pipelines import InputError
-from pipelines.publish import publish
+from dopsd.errors import InputError
+from dopsd.publish import publish
 arguments = json.loads(sys.argv[1])
 try:
     result = {"url": publish(Path(arguments.pop("folder")), **arguments)}

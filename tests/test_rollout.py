@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipelines.rollout import Schedule, distillation_loss, euler_step, rollout, seeded_noise
+from dopsd.rollout import Schedule, distillation_loss, euler_step, rollout, seeded_noise
 
 
 SCHEDULE = Schedule(sigmas=torch.tensor([1.0, 0.5, 0.0]), timesteps=torch.tensor([1000.0, 500.0]))

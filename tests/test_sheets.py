@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipelines.sheets import Cell, contact_sheet, draw_retention, fit, load_font, plot_curves, save_png, smooth, wrap
+from dopsd.sheets import Cell, contact_sheet, draw_retention, fit, load_font, plot_curves, save_png, smooth, wrap
 
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train_dopsd_flux2 as script  # for what both scripts share
 from command_line import LORA_FILE, ROOT, same_weights, succeed, weights
-from pipelines import InputError
+from dopsd.errors import InputError
 
 
 ONE_SCRIPT = pytest.mark.parametrize("model", ["flux2"], indirect=True)  # see test_train.py

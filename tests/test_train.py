@@ -27,8 +27,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwe
 
 import train_dopsd_flux2 as script  # for what both scripts share
 from command_line import LORA_FILE, Result, same_weights, succeed, weights
+from dopsd.roles import StudentTeacherLoRA
 from models import MODELS
-from pipelines.adapters import StudentTeacherLoRA
 from tiny_vlm import make_tiny_vlm
 from tiny_zimage import tiny_text_config
 

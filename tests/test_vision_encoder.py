@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import tiny_klein
-from pipelines import InputError
+from dopsd.errors import InputError
 from pipelines.vision_encoder import LANGUAGE_FIELDS, VisionEncoder, default_vlm
 from tiny_klein import byte_tokenizer
 from tiny_vlm import make_tiny_vlm

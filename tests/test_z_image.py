@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
-from pipelines.adapters import lora_target_modules
-from pipelines.rollout import rollout, seeded_noise
+from dopsd.roles import lora_target_modules
+from dopsd.rollout import rollout, seeded_noise
 from pipelines.vision_encoder import VisionEncoder
 from pipelines.z_image import DEFAULT_LORA_LAYERS, ZImageContext, ZImageDOPSDPipeline, is_turbo, transformer_skeleton
 from tiny_vlm import make_tiny_vlm

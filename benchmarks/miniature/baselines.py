@@ -14,9 +14,9 @@ import torch
 from diffusers.optimization import get_scheduler
 from PIL import Image
 
-from pipelines.adapters import StudentTeacherLoRA
+from dopsd.roles import StudentTeacherLoRA
+from dopsd.rollout import Schedule, VelocityFunction, distillation_loss, euler_step, few_step_sample, seeded_noise
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline, KleinContext
-from pipelines.rollout import Schedule, VelocityFunction, distillation_loss, euler_step, few_step_sample, seeded_noise
 
 
 MAX_TIMESTEP = 1000  # the scheduler's scale: timestep = 1000 sigma

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 import world
+from dopsd.rollout import seeded_noise
 from metrics import PictureReader, detail, effective_poses, frechet_distance, object_residual
 from parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
-from pipelines.rollout import seeded_noise
 from vae import to_tensor
 
 

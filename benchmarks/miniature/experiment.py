@@ -38,11 +38,11 @@ import report
 import world
 from baselines import encode_lesson, train_baseline
 from concepts import CONCEPTS, Concept, concept_task, old_task, pictures_of, write_pictures
+from dopsd.context_cache import files_fingerprint
+from dopsd.roles import StudentTeacherLoRA, lora_target_modules
 from exam import MODEL, Task, final_latents, measure, sample
 from metrics import PictureReader
 from parts import MAX_SEQUENCE_LENGTH, NUM_STEPS, check_settings
-from pipelines.adapters import StudentTeacherLoRA, lora_target_modules
-from pipelines.context_cache import files_fingerprint
 from pipelines.flux2_klein import DEFAULT_LORA_LAYERS, Flux2KleinDOPSDPipeline
 from train_dopsd_flux2 import positive_int, read_history, relative_drift
 

@@ -22,6 +22,7 @@ import torch
 
 import world
 from concepts import CONCEPTS, concept_task, pictures_of, write_pictures
+from dopsd.sheets import save_png
 from exam import MODEL
 from experiment import (
     NUM_TRAIN_STEPS,
@@ -36,7 +37,6 @@ from experiment import (
     quiet,
 )
 from parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
-from pipelines.sheets import save_png
 from report import concept_sheet
 from train_dopsd_flux2 import positive_int
 

@@ -19,10 +19,10 @@ from PIL import Image
 
 import world
 from concepts import NUM_PICTURES, Concept, pictures_of
+from dopsd.sheets import Cell, beside, contact_sheet, save_png, stack
 from exam import final_latents
 from parts import NUM_STEPS
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
-from pipelines.sheets import Cell, beside, contact_sheet, save_png, stack
 
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
-from pipelines import InputError
-from pipelines.adapters import CastLinear, StudentTeacherLoRA, lora_target_modules
+from dopsd.errors import InputError
+from dopsd.roles import CastLinear, StudentTeacherLoRA, lora_target_modules
+from dopsd.rollout import rollout, seeded_noise
 from pipelines.flux2_klein import DEFAULT_LORA_LAYERS, transformer_skeleton
-from pipelines.rollout import rollout, seeded_noise
 
 
 PUBLISHED_LAYERS = (

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from . import InputError
+from .errors import InputError
 
 
 TeacherKind = Literal["ema", "base", "student"]

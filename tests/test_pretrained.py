@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from pipelines import InputError
-from pipelines.checkpoints import read_configs
+from dopsd.errors import InputError
+from dopsd.pretrained import read_configs
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from . import InputError
+from .errors import InputError
 
 
 MIB = 2**20

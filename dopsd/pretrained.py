@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from . import InputError
+from .errors import InputError
 
 
 def read_configs(

@@ -15,7 +15,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HTTPError
 
-from . import InputError
+from .errors import InputError
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
