@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Installs, trains a LoRA on a miniature FLUX.2-klein, draws what came of it. Arguments go to
-# benchmarks/miniature/quickstart.py.
+# Installs, trains a LoRA on a miniature FLUX.2-klein, and draws a contact sheet. Arguments are passed to
+# benchmarks/miniature/quickstart.py; paths among them are relative to the current folder.
 set -euo pipefail
 
 cat <<'TEXT'
-Quick start: teaches a miniature FLUX.2-klein, which lies in this repository, a new object from four pictures with
-train_dopsd_flux2.py, and by ordinary LoRA training for comparison. It needs no GPU and downloads no model.
+Quick start: teaches a miniature FLUX.2-klein, which is part of this repository, a new object from four pictures, with
+train_dopsd_flux2.py and, for comparison, with ordinary LoRA training. It needs no GPU and downloads no model.
 
-The first run installs requirements-tested.txt into .venv: about 400 MB where pip's torch is the CPU build, several
-GB where it is the CUDA build (Linux). After that, a run takes two to four minutes.
+The first run installs requirements-tested.txt into .venv: about 400 MB if pip installs the CPU build of torch, several
+GB if it installs the CUDA build (on Linux). After that, a run takes two to four minutes.
 
 TEXT
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 bash "$here/install.sh"
-exec "$here/.venv/bin/python" "$here/benchmarks/miniature/quickstart.py" "$@"
+# -P: modules are not looked up in the current folder.
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+exec "$here/.venv/bin/python" -P -m benchmarks.miniature.quickstart "$@"

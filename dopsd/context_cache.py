@@ -1,4 +1,4 @@
-"""Encodings of prompts and pictures on disk: computed once, checked when read, one tensor a file."""
+"""On-disk cache for encoded prompts and pictures, one tensor per file. Entries are verified when they are read."""
 
 import hashlib
 import json
@@ -14,37 +14,37 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .errors import InputError
+from .errors import InputError, OutputError, one_line
 
 
 MIB = 2**20
-# Of a checkpoint's file, the last MiB and one in 64 are hashed: 0.25 GB of a 16 GB text encoder.
+# One MiB in every 64 and the last MiB of a file are hashed: 0.25 GB of a 16 GB text encoder.
 FINGERPRINT_STRIDE = 64 * MIB
 
-# Left free on the cache's disk, for what else the run writes there.
+# Kept free on the cache's disk for the run's other files.
 RESERVE_BYTES = 500 * 10**6
 
 TEMPORARY_SUFFIX = ".safetensors.tmp"
-# No save takes that long, so an older temporary file is a killed run's.
+# No save takes this long, so an older temporary file was left by a killed run.
 TEMPORARY_MAX_SECONDS = 24 * 3600
 
 KeyPart = str | bytes | int | float | bool | None | list | tuple | dict
 
 
 def content_key(*parts: KeyPart) -> str:
-    """SHA-256 over the parts, 64 hex digits: equal where the parts are equal.
+    """SHA-256 of the parts as 64 hex digits. Equal parts have equal keys.
 
-    1, 1.0, True and "1" differ, "ab", "c" differs from "a", "bc". The order of a dict's items does not count, and
-    a tuple equals a list, as a setting may come from a default or from a JSON file.
+    1, 1.0, True and "1" are different, and so are ("ab", "c") and ("a", "bc"). The order of a dict's items does not
+    matter. A tuple equals a list with the same items, because settings may come from a default or from a JSON file.
 
     Raises:
-        TypeError: a part, or what it holds, is of another type.
+        TypeError: a part, or an item in it, has another type.
     """
     return hashlib.sha256(_serialised(parts)).hexdigest()
 
 
 def _serialised(part: KeyPart) -> bytes:
-    """Kind, length and content, so that no two different parts, or rows of parts, give the same bytes."""
+    """Type, length and content, so that different parts, or sequences of parts, never give the same bytes."""
     if isinstance(part, bytes):
         kind, content = "bytes", part
     elif isinstance(part, (list, tuple)):
@@ -59,14 +59,14 @@ def _serialised(part: KeyPart) -> bytes:
 
 
 def checkpoint_fingerprint(folder: Path, subfolders: Iterable[str]) -> str:
-    """Identifies components of a checkpoint by their files' paths in it, sizes and sampled content.
+    """Identifies components of a checkpoint by the relative paths, sizes and sampled contents of their files.
 
-    Of each file one MiB in 64 is read, from its first, and its last MiB. Copies agree, wherever they lie; a change
-    that keeps a file's size and lies between the samples alone goes unseen.
+    Of each file, one MiB in every 64, starting with the first, and the last MiB are read. Copies of a checkpoint have
+    the same fingerprint wherever they are. A change that keeps a file's size and falls between the samples is missed.
 
     Args:
-        folder: the checkpoint. Its files may be links, as they are in the hub cache.
-        subfolders: the components that count, such as "text_encoder" and "tokenizer", in any order.
+        folder: the checkpoint. Its files may be symbolic links, as in the hub cache.
+        subfolders: the components to include, such as "text_encoder" and "tokenizer", in any order.
 
     Returns:
         64 hex digits.
@@ -78,7 +78,7 @@ def checkpoint_fingerprint(folder: Path, subfolders: Iterable[str]) -> str:
     for subfolder in subfolders:
         if not (folder / subfolder).is_dir():
             raise InputError(
-                f"--pretrained_model_name_or_path {folder}: it has no folder {subfolder}; pass a whole checkpoint"
+                f"--pretrained_model_name_or_path {folder}: it has no folder {subfolder}; pass a complete checkpoint"
             )
         for path in (folder / subfolder).rglob("*"):
             if path.is_file():
@@ -87,12 +87,12 @@ def checkpoint_fingerprint(folder: Path, subfolders: Iterable[str]) -> str:
 
 
 def files_fingerprint(files: dict[str, Path]) -> str:
-    """64 hex digits of files by name, size and sampled content (see `checkpoint_fingerprint`)."""
+    """64 hex digits that identify files by name, size and sampled content (see `checkpoint_fingerprint`)."""
     return content_key({name: _sampled_content(path) for name, path in files.items()})
 
 
 def _sampled_content(path: Path) -> tuple[int, str]:
-    """Size in bytes, and SHA-256 over the sampled MiBs."""
+    """Size in bytes, and SHA-256 of the sampled MiBs."""
     size = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -105,24 +105,26 @@ def _sampled_content(path: Path) -> tuple[int, str]:
 class ContextCache:
     """Tensors by key (see `content_key`), each in a safetensors file with a checksum.
 
-    Several processes may read and save at once, also the same key: an entry appears whole or not at all.
+    Several processes may load and save at the same time, even the same key: an entry is visible only when complete.
+
+    Args:
+        folder: created by the first `save`. Temporary files that killed runs left there over a day ago are removed.
     """
 
     def __init__(self, folder: Path):
-        """Creates nothing; removes the temporary files that killed runs left a day ago or earlier."""
         self.folder = folder
         for path in folder.glob(f"??/*{TEMPORARY_SUFFIX}"):
-            # Another process may remove it first, and a cache that is only read may lie on a read-only disk.
+            # Another process may have removed the file, and the disk of a cache that is only read may be read-only.
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > TEMPORARY_MAX_SECONDS:
                     path.unlink()
 
     def path(self, key: str) -> Path:
-        """Where the entry lies: one of 256 subfolders, since a folder of a million files is slow."""
+        """Path of the entry, in one of 256 subfolders: a single folder with a million files would be slow."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def is_whole(self, key: str) -> bool:
-        """Whether `load` would return the entry. Reads all of it."""
+    def is_valid(self, key: str) -> bool:
+        """Whether the entry exists and is undamaged. Reads all of it."""
         try:
             self.load(key)
         except InputError:
@@ -133,33 +135,33 @@ class ContextCache:
         """The tensor as it was saved, on the CPU.
 
         Raises:
-            InputError: the entry is missing, is another key's, or is not what was saved.
+            InputError: the entry is missing, damaged, or belongs to another key.
         """
         path = self.path(key)
         try:
             with safetensors.safe_open(path, framework="pt") as entry:
                 recorded = (entry.metadata() or {}).get("sha256")
-                # A copy: safetensors hands out the mapped file, which may still change after it was checked.
+                # Copied, because the tensor is a view of the mapped file, which may change after the check.
                 tensor = entry.get_tensor("tensor").clone()
         except (OSError, safetensors.SafetensorError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
         else:
             if recorded == _checksum(key, tensor):
                 return tensor
-            reason = "its checksum does not fit"
+            reason = "wrong checksum"
         raise InputError(
-            f"{path}: this cached encoding is missing or damaged ({reason}); "
-            "delete it and resume with --resume_from_checkpoint latest, which encodes it again"
+            f"{path}: this cached encoding is missing or damaged ({reason}); delete the file and resume with "
+            "--resume_from_checkpoint latest, which creates it again"
         )
 
     def save(self, key: str, tensor: torch.Tensor) -> None:
-        """Writes the entry, or replaces it.
+        """Writes or replaces the entry.
 
         Args:
-            tensor: of any shape, dtype and device; the dtype is kept.
+            tensor: any shape, dtype and device. The dtype is kept.
 
         Raises:
-            InputError: the disk is full, or the folder cannot be written. Nothing is left behind.
+            OutputError: the disk is full or the folder is not writable. No partial file is left.
         """
         tensor = tensor.cpu().contiguous()
         data = safetensors.torch.save({"tensor": tensor}, {"sha256": _checksum(key, tensor)})
@@ -173,39 +175,39 @@ class ContextCache:
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
-            raise InputError(
-                f"--context_cache_dir {self.folder}: cannot write {path} ({error.strerror}); "
-                "make room and allow writing there, or name another folder"
+            raise OutputError(
+                f"--context_cache_dir {self.folder}: cannot write {path} ({error.strerror}); free some space, make "
+                "the folder writable or choose another one. The encodings saved so far are kept"
             ) from error
 
     def missing(self, keys: Iterable[str], progress: Callable[[list[str]], Iterable[str]] = iter) -> list[str]:
-        """The keys that have no whole entry, each once, in their order. Reads every entry that is there.
+        """The keys without a valid entry, in their order and without duplicates. Reads every existing entry.
 
         Args:
-            progress: wraps the distinct keys, such as `tqdm`.
+            progress: wraps the list of distinct keys, for example in `tqdm`.
         """
-        return [key for key in progress(list(dict.fromkeys(keys))) if not self.is_whole(key)]
+        return [key for key in progress(list(dict.fromkeys(keys))) if not self.is_valid(key)]
 
     def check_space(self, num_bytes: int) -> None:
-        """Call before encoding what is missing, with its size; nothing to write needs no space.
+        """Checks that this many bytes of new entries fit on the disk. Zero bytes always fit.
 
         Raises:
-            InputError: the disk would keep less than `RESERVE_BYTES` free.
+            OutputError: less than `RESERVE_BYTES` would remain free.
         """
         folder = self.folder
         while not os.path.exists(folder):
             folder = folder.parent
         free, needed = shutil.disk_usage(folder).free, num_bytes + RESERVE_BYTES
         if num_bytes > 0 and free < needed:
-            raise InputError(
-                f"--context_cache_dir {self.folder}: the encodings need {needed / 1e9:.2f} GB and its disk has "
-                f"{free / 1e9:.2f} GB free; make room, or name a folder on a larger disk"
+            raise OutputError(
+                f"--context_cache_dir {self.folder}: the encodings need {needed / 1e9:.2f} GB, but its disk has only "
+                f"{free / 1e9:.2f} GB free; free some space or choose a folder on a larger disk"
             )
 
 
 def _checksum(key: str, tensor: torch.Tensor) -> str:
-    """SHA-256 over all that an entry says, its key included: a file renamed to another key does not fit."""
+    """SHA-256 of key, dtype, shape and values. The key is included so that a renamed file is noticed."""
     digest = hashlib.sha256(_serialised([key, str(tensor.dtype), list(tensor.shape)]))
-    # Flat, since a scalar has no bytes view, and as bytes, since numpy has no bfloat16.
+    # Flattened because a scalar cannot be viewed as bytes, and as bytes because numpy has no bfloat16.
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

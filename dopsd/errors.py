@@ -1,5 +1,8 @@
 """Errors that end a run with one line. Everything else is a bug and keeps its traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DOPSDError(Exception):
     """Base class. The message is one line that says what happened and what to do."""
@@ -14,4 +17,23 @@ class OutputError(DOPSDError):
 
 
 class TrainingDiverged(DOPSDError):
-    """The loss or the gradient is not finite. Raised before the optimizer changes any weight."""
+    """The loss or the gradients are not finite. Raised before the optimizer changes any weight."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of the error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: Exception) -> str:
+    """The whole message of the error, on one line."""
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def naming_flag(flag: str) -> Iterator[None]:
+    """Puts `flag` before the message of an `InputError` from code that knows nothing of flags."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{flag} {error}") from error

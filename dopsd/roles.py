@@ -1,4 +1,4 @@
-"""Student and teacher as LoRA adapters on one transformer: targets, roles, the teacher's average, files."""
+"""Student and teacher as two LoRA adapters on one transformer: targets, roles, the teacher's EMA, LoRA files."""
 
 import re
 import warnings
@@ -17,7 +17,7 @@ from .errors import InputError
 
 TeacherKind = Literal["ema", "base", "student"]
 
-# diffusers reads the metadata of the adapter called "default": so that is the student.
+# diffusers reads the metadata of the adapter called "default", so the student has this name.
 STUDENT = "default"
 TEACHER = "teacher"
 
@@ -26,10 +26,10 @@ _REGULAR_EXPRESSION = re.compile(r"[\\*+?()\[\]{}|^$]")
 
 
 class CastLinear(nn.Linear):
-    """A linear map that keeps float32 weights and multiplies in its input's dtype.
+    """Linear layer that stores its weight in float32 and computes in the dtype of its input.
 
-    Under bfloat16, peft's own way casts the input to float32 and keeps that copy for the backward pass, and autocast
-    changes the frozen model's arithmetic. This does neither: the base stays as deployed, the input is shared.
+    With a bfloat16 input, peft's LoRA layers cast the input to float32 and keep that copy for the backward pass, and
+    autocast would change the arithmetic of the frozen model. This layer does neither.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ class CastLinear(nn.Linear):
 
 
 def lora_target_modules(transformer: nn.Module, lora_layers: str) -> list[str]:
-    """Full names of the linear modules that `--lora_layers` names.
+    """Full names of the linear modules that `--lora_layers` selects.
 
     Args:
         transformer: may be on the meta device.
@@ -45,10 +45,10 @@ def lora_target_modules(transformer: nn.Module, lora_layers: str) -> list[str]:
             matches whole names.
 
     Raises:
-        InputError: a name, or the expression, matches no linear module.
+        InputError: a name or the regular expression matches no linear module.
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    hint = f"; there are for example {', '.join(linear[1:200:25])}"
+    hint = f"; some of the linear modules are {', '.join(linear[1:200:25])}"
     if _REGULAR_EXPRESSION.search(lora_layers):
         try:
             expression = re.compile(lora_layers)
@@ -69,18 +69,18 @@ def lora_target_modules(transformer: nn.Module, lora_layers: str) -> list[str]:
 
 
 class StudentTeacherLoRA:
-    """Two roles of one transformer.
+    """Lets one transformer act as the student and as the teacher.
 
-    The student's adapter is active and trainable whenever no `with` block says otherwise. LoRA weights are float32
-    whatever the transformer's dtype: an average with decay 0.9999 stalls in bfloat16.
+    Outside of the role context managers, the student's adapter is active and trainable. LoRA weights are float32
+    whatever the transformer's dtype: an EMA with decay 0.9999 stalls in bfloat16.
 
     Args:
-        transformer: a diffusers model; its own weights are frozen here.
+        transformer: a diffusers model. Its own weights are frozen.
         target_modules: full names, from `lora_target_modules`.
-        rank, alpha: of the LoRA; its update is scaled by alpha / rank.
-        dropout: acts in the student's training forward only.
-        teacher: "ema": an average of the student's weights; "base": the model without any adapter; "student": the
-            student's current weights.
+        rank, alpha: of the LoRA, whose update is scaled by alpha / rank.
+        dropout: dropout probability in the student's training forward pass. No other role has dropout.
+        teacher: weights of the teacher. "ema" is an exponential moving average of the student's, "base" the model
+            without an adapter, "student" the student's current weights.
     """
 
     def __init__(
@@ -121,22 +121,22 @@ class StudentTeacherLoRA:
             init_lora_weights="gaussian",
             target_modules=target_modules,
         )
-        with _several_adapters_are_meant():
+        with _no_adapter_warnings():
             self.transformer.add_adapter(config, adapter_name=name)
 
     # Roles
 
     def teacher_role(self) -> AbstractContextManager[None]:
-        """Inside, the transformer is the teacher: no gradient, no dropout. The student is back on leaving."""
+        """Context in which the transformer is the teacher, without gradients or dropout."""
         return self._role({"ema": TEACHER, "base": None, "student": STUDENT}[self.teacher])
 
     def base_role(self) -> AbstractContextManager[None]:
-        """Inside, the transformer is as it was before training: no adapter, no gradient."""
+        """Context in which the transformer is the model before training, without adapters or gradients."""
         return self._role(None)
 
     @contextmanager
     def _role(self, adapter: str | None) -> Iterator[None]:
-        """Inside, this adapter answers, or none; no gradient, no dropout. The student is back on leaving."""
+        """Context with this adapter, or with none. The student's adapter is active again on leaving."""
         was_training = self._student_training
         try:
             self._set_student_training(False)
@@ -153,9 +153,9 @@ class StudentTeacherLoRA:
 
     @contextmanager
     def shipped_role(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, the student's weights are those that `export(dtype)` saves, without gradient or dropout.
+        """Context in which the student has the weights that `export(dtype)` saves, without gradients or dropout.
 
-        The raw weights are back on leaving, bit for bit.
+        The training weights are back on leaving, bit for bit.
         """
         scale = self.alpha / self.rank
         raw = {name: parameter.data for name, parameter in self.named_parameters(STUDENT).items()}
@@ -176,7 +176,7 @@ class StudentTeacherLoRA:
             self._set_student_training(True)
 
     def as_teacher(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """The same function, run in the teacher's role."""
+        """Wraps a function so that it runs in the teacher's role."""
 
         def in_teacher_role(*args, **kwargs) -> torch.Tensor:
             with self.teacher_role():
@@ -209,6 +209,7 @@ class StudentTeacherLoRA:
 
     @property
     def module_names(self) -> list[str]:
+        """Full names of the modules that have an adapter."""
         return list(self._layers)
 
     @property
@@ -217,11 +218,12 @@ class StudentTeacherLoRA:
 
     @property
     def teacher_parameters(self) -> list[nn.Parameter]:
+        """The EMA weights, in the order of `student_parameters`; empty for the other kinds of teacher."""
         return list(self.named_parameters(TEACHER).values()) if self.teacher == "ema" else []
 
     @torch.no_grad()
     def copy_student_to_teacher(self) -> None:
-        """The teacher starts as the student: their random A matrices differ otherwise."""
+        """Starts the EMA at the student's weights. Adapters are initialised with different random A matrices."""
         if self.teacher == "ema":
             torch._foreach_copy_(self.teacher_parameters, self.student_parameters)
 
@@ -234,7 +236,7 @@ class StudentTeacherLoRA:
     # Files
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Raw float32 weights of both adapters, for a checkpoint: `student.` and `teacher.` before their names."""
+        """Float32 training weights of both adapters for a checkpoint; names start with `student.` or `teacher.`."""
         state = {f"student.{name}": weight.detach() for name, weight in self.named_parameters(STUDENT).items()}
         if self.teacher == "ema":
             state |= {f"teacher.{name}": weight.detach() for name, weight in self.named_parameters(TEACHER).items()}
@@ -242,25 +244,25 @@ class StudentTeacherLoRA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes what `state_dict` gave.
+        """Loads what `state_dict` returned.
 
         Raises:
-            ValueError: names or shapes differ: another rank, other targets, or another teacher.
+            ValueError: names or shapes differ, because of other target modules, another rank or another teacher.
         """
         own = self.state_dict()
         if {name: weight.shape for name, weight in own.items()} != {name: w.shape for name, w in state.items()}:
-            raise ValueError("the checkpoint's adapters have other modules, another rank or another teacher")
+            raise ValueError("the checkpoint's adapters have other target modules, another rank or another teacher")
         for name, weight in own.items():
             weight.copy_(state[name])
 
     def export(self, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict]:
-        """The student as `save_lora_weights` takes it.
+        """The student's weights and metadata as `save_lora_weights` expects them.
 
-        alpha / rank is multiplied into lora_B and the metadata say alpha = rank: readers that know no metadata load
-        the LoRA at the same strength, and diffusers gives the same images.
+        alpha / rank is multiplied into lora_B, and the metadata say alpha = rank. Software that ignores the metadata
+        then loads the LoRA at the same strength, and diffusers generates the same images as in training.
 
         Returns:
-            Weights on the CPU in `dtype`, and the adapter's metadata.
+            Weights in `dtype` on the CPU, and the adapter's metadata.
         """
         scale = self.alpha / self.rank
         weights = {
@@ -274,44 +276,48 @@ class StudentTeacherLoRA:
         return weights, metadata
 
     def check_lora(self, state: dict[str, torch.Tensor], *, origin: str) -> None:
-        """Whether `load_lora` can take it. Needs no weights: the transformer may be on the meta device.
+        """Checks that `load_lora` can load these weights. The transformer may be on the meta device.
+
+        Args:
+            state: as for `load_lora`.
+            origin: the value of `--init_lora`, for the error message.
 
         Raises:
-            InputError: it holds modules that are not trained, or has another rank.
+            InputError: the LoRA changes modules that are not trained, or has another rank.
         """
         own = self.named_parameters(STUDENT)
         for key, weight in sorted(state.items()):
             name = key.removeprefix(LORA_PREFIX)
             if name not in own:
                 raise InputError(
-                    f"--init_lora {origin}: it changes {name.rsplit('.lora_', 1)[0]}, which is not trained; "
-                    "choose --lora_layers that cover all its modules"
+                    f"--init_lora {origin}: it changes {name.rsplit('.lora_', 1)[0]}, which is not trained; choose "
+                    "--lora_layers that include all of its modules"
                 )
             if weight.shape != own[name].shape:
                 raise InputError(
-                    f"--init_lora {origin}: {name} has shape {tuple(weight.shape)}, the adapter "
-                    f"{tuple(own[name].shape)}; pass its rank as --rank"
+                    f"--init_lora {origin}: {name} has shape {tuple(weight.shape)}, but the adapter's is "
+                    f"{tuple(own[name].shape)}; pass the LoRA's rank as --rank"
                 )
 
     @torch.no_grad()
     def load_lora(self, state: dict[str, torch.Tensor], metadata: dict | None, *, origin: str) -> int:
-        """Starts student and teacher from an existing LoRA, at the strength at which diffusers would load it.
+        """Initialises student and teacher from an existing LoRA, at the strength that diffusers would give it.
 
         Args:
-            state, metadata: of `Flux2KleinPipeline.lora_state_dict(..., return_lora_metadata=True)`.
-            origin: what to call it in an error.
+            state, metadata: what the stock pipeline's `lora_state_dict(..., return_lora_metadata=True)` returns.
+            origin: the value of `--init_lora`, for the error message.
 
         Returns:
-            How many trained modules the LoRA does not hold; these start at zero.
+            Number of trained modules that the LoRA does not change. Their update starts at zero.
 
         Raises:
-            InputError: it holds modules that are not trained, or has another rank.
+            InputError: the LoRA changes modules that are not trained, or has another rank.
         """
         weights = {name.removeprefix(LORA_PREFIX): weight for name, weight in state.items()}
         self.check_lora(state, origin=origin)
         own = self.named_parameters(STUDENT)
         # diffusers itself resolves alpha, rank patterns and missing metadata.
-        with _several_adapters_are_meant():
+        with _no_adapter_warnings():
             self.transformer.load_lora_adapter(state, metadata=metadata, adapter_name="init")
             strength = {name: layer.scaling["init"] for name, layer in self._layers.items() if "init" in layer.scaling}
             self.transformer.delete_adapters("init")
@@ -325,8 +331,8 @@ class StudentTeacherLoRA:
 
 
 @contextmanager
-def _several_adapters_are_meant() -> Iterator[None]:
-    """peft warns of a second adapter, and of deleting the active one."""
+def _no_adapter_warnings() -> Iterator[None]:
+    """Ignores peft's warnings about adding a second adapter and deleting the active one. Both are intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         warnings.filterwarnings("ignore", message="Adapter init was active")

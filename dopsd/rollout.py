@@ -1,6 +1,6 @@
-"""The on-policy rollout of D-OPSD and its loss per visited state. Knows no model.
+"""The on-policy rollout of D-OPSD and its loss at each visited state. Works with any model.
 
-Convention: sigma runs from 1 (noise) to 0 (clean), velocity = noise - x0, x0 = x - sigma * velocity.
+Convention: sigma goes from 1 (noise) to 0 (clean), velocity = noise - x0, x0 = x - sigma * velocity.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,17 +11,18 @@ import torch
 
 
 LossSpace = Literal["x0", "velocity"]
-# (latents, timestep) -> velocity, of the latents' shape; context, weights and model conventions are inside.
+# (latents, timestep) -> velocity, with the shape of the latents. It binds the context, the weights and the model's
+# own conventions.
 VelocityFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The deployed sampler's steps, as its scheduler computed them.
+    """The steps of the deployed sampler, as its scheduler computed them.
 
     Attributes:
-        sigmas: (K + 1,), float32, from 1 (noise) down to the closing 0.
-        timesteps: (K,), float32, in the scheduler's own scale: what the model's time is made from.
+        sigmas: (K + 1,), float32, from 1 (noise) down to the final 0.
+        timesteps: (K,), float32, in the scheduler's own scale; the model's time input is computed from them.
     """
 
     sigmas: torch.Tensor
@@ -37,12 +38,12 @@ class RolloutStep:
 
     Attributes:
         index: 0 at pure noise, K - 1 at the last state.
-        sigma: scalar tensor, the state's noise level.
+        sigma: noise level of the state, a scalar tensor.
         latents: the state, (B, ...), detached.
-        student_velocity: (B, ...), with the student's graph.
-        teacher_velocity: (B, ...), a constant.
-        loss: scalar float32 tensor of this state alone, with the student's graph.
-        next_latents: where the student's step leads, (B, ...), detached.
+        student_velocity: (B, ...), attached to the student's graph.
+        teacher_velocity: (B, ...), without a graph.
+        loss: loss at this state alone, a scalar float32 tensor attached to the student's graph.
+        next_latents: the state after the student's step, (B, ...), detached.
     """
 
     index: int
@@ -55,16 +56,17 @@ class RolloutStep:
 
     @property
     def student_x0(self) -> torch.Tensor:
-        """The clean latents that the student implies at this state, (B, ...)."""
+        """The clean latents that the student predicts from this state, (B, ...), detached."""
         return self.latents - self.sigma * self.student_velocity.detach()
 
     @property
     def teacher_x0(self) -> torch.Tensor:
+        """The clean latents that the teacher predicts from this state, (B, ...)."""
         return self.latents - self.sigma * self.teacher_velocity
 
     @property
     def agreement(self) -> torch.Tensor:
-        """(2,), float32: cosine of the two velocities, and the student's norm over the teacher's; batch means."""
+        """(2,), float32: cosine similarity of the velocities and norm ratio student / teacher, averaged over B."""
         student = self.student_velocity.detach().float().flatten(1)
         teacher = self.teacher_velocity.float().flatten(1)
         cosine = torch.nn.functional.cosine_similarity(student, teacher).mean()
@@ -74,17 +76,24 @@ class RolloutStep:
 def euler_step(
     latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, next_sigma: torch.Tensor
 ) -> torch.Tensor:
-    """x + (next_sigma - sigma) * velocity, rounded as `FlowMatchEulerDiscreteScheduler.step` rounds it."""
+    """x + (next_sigma - sigma) * velocity, with the same rounding as `FlowMatchEulerDiscreteScheduler.step`."""
     return (latents.float() + (next_sigma - sigma) * velocity).to(velocity.dtype)
 
 
 def distillation_loss(
     student_velocity: torch.Tensor, teacher_velocity: torch.Tensor, sigma: torch.Tensor, *, loss_space: LossSpace
 ) -> torch.Tensor:
-    """Mean squared distance of student and teacher at one state, in float32.
+    """Mean squared error between student and teacher at one state, computed in float32.
 
-    "velocity" is D-OPSD's Eq. 7 (arXiv 2605.05204). "x0" compares the clean latents that both imply,
-    x - sigma * v, which is sigma^2 times as much: what the published runs minimised.
+    "velocity" is Eq. 7 of D-OPSD (arXiv 2605.05204). "x0" compares the predicted clean latents x - sigma * v, which
+    multiplies the loss by sigma^2; the published runs minimised this one.
+
+    Args:
+        student_velocity, teacher_velocity: (B, ...).
+        sigma: noise level of the state, a scalar tensor.
+
+    Returns:
+        A scalar tensor.
     """
     difference = student_velocity.float() - teacher_velocity.float()
     if loss_space == "x0":
@@ -100,28 +109,28 @@ def rollout(
     *,
     loss_space: LossSpace = "x0",
 ) -> Iterator[RolloutStep]:
-    """Walks the student's own few-step trajectory; the teacher answers at every state the student visits.
+    """Follows the student's few-step trajectory and evaluates the teacher at every state on it (arXiv 2605.05204).
 
-    Method of arXiv 2605.05204: x_{k-1} = x_k + (sigma_{k-1} - sigma_k) v_student(x_k), every x_k detached, so each
-    state's loss may be backwarded as soon as it is yielded. That gives the gradient of the summed loss with the
-    activation memory of a single state.
+    The student takes the sampler's Euler steps, x_{i+1} = x_i + (sigma_{i+1} - sigma_i) * v_student(x_i). Every x_i is
+    detached, so each loss can be backpropagated as soon as it is yielded: the gradients are those of the summed loss,
+    and only one state's activations are in memory.
 
     Args:
-        student: its velocity carries the gradient. Called after the teacher, so that the teacher's activations are
-            gone before the student's graph is built.
-        teacher: must return a constant (see `StudentTeacherLoRA.as_teacher`).
+        student: its velocity carries the gradient. Called after the teacher, whose activations are freed before the
+            student's graph is built.
+        teacher: must return a tensor without a graph (see `StudentTeacherLoRA.as_teacher`).
         noise: (B, ...), the state at sigma = 1.
-        schedule: the deployed sampler's K steps.
+        schedule: the K steps of the deployed sampler.
         loss_space: see `distillation_loss`.
 
     Yields:
-        K steps, from noise to the last state.
+        K steps, from pure noise to the last state.
     """
     latents = noise
     for index, timestep in enumerate(schedule.timesteps):
         sigma, next_sigma = schedule.sigmas[index], schedule.sigmas[index + 1]
         teacher_velocity = teacher(latents, timestep)
-        assert not teacher_velocity.requires_grad, "the teacher's velocity must be a constant"
+        assert not teacher_velocity.requires_grad, "the teacher's velocity must not require a gradient"
         student_velocity = student(latents, timestep)
         next_latents = euler_step(latents, student_velocity.detach(), sigma, next_sigma)
         yield RolloutStep(
@@ -138,7 +147,14 @@ def rollout(
 
 @torch.no_grad()
 def few_step_sample(velocity: VelocityFunction, noise: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-    """Where the deployed sampler's K steps lead from the noise: (B, ...), as the transformer has its latents."""
+    """Samples with the K Euler steps of the schedule.
+
+    Args:
+        noise: (B, ...), the state at sigma = 1.
+
+    Returns:
+        The state at sigma = 0, (B, ...).
+    """
     latents = noise
     for index, timestep in enumerate(schedule.timesteps):
         sigma, next_sigma = schedule.sigmas[index], schedule.sigmas[index + 1]
@@ -147,8 +163,8 @@ def few_step_sample(velocity: VelocityFunction, noise: torch.Tensor, schedule: S
 
 
 def seeded_noise(shape: tuple[int, ...], seeds: list[int]) -> torch.Tensor:
-    """Standard normal noise, one sample a seed: (len(seeds), *shape), float32, on the CPU.
+    """Standard normal noise with one sample per seed, (len(seeds), *shape), float32, on the CPU.
 
-    Each sample has its own generator, so it depends on its seed alone: not on the batch, process or device.
+    Each sample has its own generator, so it depends on its seed only, not on the batch, the process or the device.
     """
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

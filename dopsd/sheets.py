@@ -1,7 +1,4 @@
-"""Pictures for people: contact sheets of samples and the curves of a run. Knows no model and no training.
-
-Lengths are in pixels.
-"""
+"""Contact sheets of images, and plots of a run's metrics. All lengths are in pixels."""
 
 import os
 import unicodedata
@@ -22,16 +19,16 @@ from PIL import Image, ImageDraw, ImageFont
 PAPER, INK, FAINT, RULE, EMPTY = "#ffffff", "#1d2433", "#5b6475", "#c9ced8", "#f1f3f6"
 MAX_LABEL_LINES, MAX_HEADING_LINES, MAX_CAPTION_LINES = 4, 3, 2
 SMALLEST_FONT = 12
-SMOOTH_FROM = 50  # points; curves of more are drawn smoothed
+SMOOTH_FROM = 50  # curves with more points than this are smoothed
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of a contact sheet.
+    """One cell of a contact sheet.
 
     Attributes:
-        image: of any size; None leaves the place empty.
-        caption: small text under the picture, at most two lines.
+        image: any size. None leaves the cell empty.
+        caption: small text below the image, at most two lines.
     """
 
     image: Image.Image | None
@@ -41,18 +38,18 @@ class Cell:
 def contact_sheet(
     title: str, columns: list[str], rows: list[tuple[str, list[Cell]]], *, note: str = "", cell_pixels: int = 320
 ) -> Image.Image:
-    """A table of pictures, to be compared along its rows.
+    """A table of images that are compared within each row.
 
     Args:
-        title: in larger type at the top.
-        columns: the headings, one a column.
-        rows: (label, one cell a column). The label, often a prompt, stands above its pictures, where a long one has
-            the sheet's whole width; what four lines do not hold ends in an ellipsis.
-        note: says how to read the sheet, at its bottom. Wrapped; line breaks are kept.
-        cell_pixels: side of the square that each picture is fitted into, see `fit`. Type and margins follow it.
+        title: at the top, in a larger font.
+        columns: one heading per column.
+        rows: (label, one cell per column). The label, often a prompt, is above its images and can use the full width
+            of the sheet. It is cut to four lines.
+        note: at the bottom, explains how to read the sheet. It is wrapped, and its line breaks are kept.
+        cell_pixels: side of the square that each image is fitted into (see `fit`). Fonts and margins scale with it.
 
     Returns:
-        RGB, as wide as its columns and as tall as its contents.
+        An RGB image as large as its contents.
     """
     gap, margin = cell_pixels // 16, cell_pixels // 8
     width = len(columns) * (cell_pixels + gap) - gap
@@ -70,8 +67,8 @@ def contact_sheet(
             text_block(cell.caption, small, cell_pixels, MAX_CAPTION_LINES, align="center", ink=FAINT)
             for cell in cells
         ]
-        pictures = stack([picture_row(cells, cell_pixels, gap), beside(captions, gap)], gap // 3)
-        blocks += [rule, stack([text_block(label, regular, width, MAX_LABEL_LINES), pictures], gap // 2)]
+        images = stack([image_row(cells, cell_pixels, gap), beside(captions, gap)], gap // 3)
+        blocks += [rule, stack([text_block(label, regular, width, MAX_LABEL_LINES), images], gap // 2)]
     if note:
         blocks += [rule, text_block(note, small, width, ink=FAINT)]
 
@@ -82,33 +79,33 @@ def contact_sheet(
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:
-    """Returns `image` in RGB and its own proportions, no side longer than `side`.
+    """The image in RGB with its aspect ratio and with no side longer than `side`.
 
-    A small picture grows by a whole factor, so that each of its pixels becomes a square of exactly its colour.
+    A small image is enlarged by an integer factor, so that each of its pixels becomes a square of the same colour.
     """
-    picture = image.convert("RGB")
-    factor = side // max(picture.size)
+    image = image.convert("RGB")
+    factor = side // max(image.size)
     if factor >= 1:
-        return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
-    return picture
+        return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
+    return image
 
 
-def picture_row(cells: list[Cell], cell_pixels: int, gap: int) -> Image.Image:
-    """The cells' pictures, each in the middle of its cell; the row is as tall as the tallest."""
-    pictures = [fit(cell.image, cell_pixels) if cell.image else None for cell in cells]
-    height = max((picture.height for picture in pictures if picture), default=cell_pixels)
-    places = []
-    for picture in pictures:
-        place = Image.new("RGB", (cell_pixels, height), PAPER if picture else EMPTY)
-        if picture:
-            place.paste(picture, ((cell_pixels - picture.width) // 2, (height - picture.height) // 2))
-        places.append(place)
-    return beside(places, gap)
+def image_row(cells: list[Cell], cell_pixels: int, gap: int) -> Image.Image:
+    """The images of the cells, each centred in its cell. The row is as tall as the tallest image."""
+    images = [fit(cell.image, cell_pixels) if cell.image else None for cell in cells]
+    height = max((image.height for image in images if image), default=cell_pixels)
+    blocks = []
+    for image in images:
+        block = Image.new("RGB", (cell_pixels, height), PAPER if image else EMPTY)
+        if image:
+            block.paste(image, ((cell_pixels - image.width) // 2, (height - image.height) // 2))
+        blocks.append(block)
+    return beside(blocks, gap)
 
 
 def stack(blocks: list[Image.Image], gap: int) -> Image.Image:
-    """The blocks below each other, left-aligned; those without height take no gap either."""
+    """Places the blocks below each other, left-aligned. Blocks of height 0 are skipped together with their gap."""
     blocks = [block for block in blocks if block.height]
     height = sum(block.height + gap for block in blocks) - gap
     result = Image.new("RGB", (max(block.width for block in blocks), height), PAPER)
@@ -120,7 +117,7 @@ def stack(blocks: list[Image.Image], gap: int) -> Image.Image:
 
 
 def beside(blocks: list[Image.Image], gap: int) -> Image.Image:
-    """The blocks next to each other, top-aligned."""
+    """Places the blocks next to each other, top-aligned."""
     width = sum(block.width + gap for block in blocks) - gap
     result = Image.new("RGB", (width, max(block.height for block in blocks)), PAPER)
     left = 0
@@ -132,7 +129,7 @@ def beside(blocks: list[Image.Image], gap: int) -> Image.Image:
 
 @cache
 def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """One of the DejaVu fonts in matplotlib's wheel: Latin, Greek, Cyrillic, Arabic; others are drawn as boxes."""
+    """A DejaVu font that ships with matplotlib. It covers Latin, Greek, Cyrillic and Arabic; others become boxes."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", size)
 
 
@@ -145,7 +142,7 @@ def text_block(
     align: str = "left",
     ink: str = INK,
 ) -> Image.Image:
-    """Wrapped text, `width` wide and as tall as its lines; no text is no height."""
+    """Wrapped text as an image that is `width` wide and as tall as its lines. Empty text has height 0."""
     ascent, descent = font.getmetrics()
     lines = wrap(text, font, width, max_lines)
     block = Image.new("RGB", (width, len(lines) * (ascent + descent)), PAPER)
@@ -157,7 +154,7 @@ def text_block(
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int | None = None) -> list[str]:
-    """Lines of at most `width`; the last of `max_lines` ends in an ellipsis if text is left over."""
+    """Splits text into lines of at most `width`. Text beyond `max_lines` is replaced by an ellipsis."""
     lines = []
     for paragraph in text.splitlines():
         rest = " ".join(paragraph.split())
@@ -174,20 +171,20 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int | N
 
 
 def line_end(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
-    """How many characters of `text` the first line takes: whole words, where one fits."""
-    # More characters than pixels never fit; leaving them out keeps a book-long prompt fast.
+    """Number of characters of `text` on the first line, which ends at a word boundary if one word fits."""
+    # There are never more characters on a line than pixels. Without the limit, very long prompts would be slow.
     fitting = bisect_right(range(1, min(len(text), width) + 1), width, key=lambda end: font.getlength(text[:end]))
     if fitting == len(text):
         return fitting
     for end in range(fitting, 0, -1):
-        # Chinese and Japanese have no spaces: a line may end before any of their characters.
+        # Chinese and Japanese have no spaces, so a line may end before any of their characters.
         if text[end] == " " or unicodedata.east_asian_width(text[end]) in "WF":
             return end
     return max(fitting, 1)
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Writes beside `path` and renames, so that whoever looks at `path` never sees half a picture."""
+    """Writes a PNG to a temporary file and renames it, so that `path` never holds an incomplete image."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         image.save(unfinished, format="PNG")
@@ -197,19 +194,19 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def plot_curves(history: list[dict], path: Path, *, title: str) -> None:
-    """Draws a run's curves into a PNG of 1200 x 1000 pixels: losses, student against teacher, retention.
+    """Plots a run's metrics into a PNG of 1200 x 1000 pixels: losses, cosine similarities and retention.
 
     Args:
-        history: the lines of metrics.jsonl. Each has "step", and some of "loss" (the states' mean), "loss/state_1"
-            (at pure noise) to "loss/state_K", "cosine/state_1" to "cosine/state_K", "retention". Other keys are left
-            out. Of two values at one step, as a resumed run leaves them, the later one counts.
-        path: the PNG.
-        title: above the curves.
+        history: the rows of metrics.jsonl. Each has "step" and any of "loss" (mean over the states), "loss/state_1"
+            (pure noise) to "loss/state_K", "cosine/state_1" to "cosine/state_K" and "retention". Other keys are
+            ignored. If a step occurs more than once, as after resuming, its last value counts.
+        path: of the PNG.
+        title: above the plots.
     """
     figure = Figure(figsize=(12, 10), dpi=100, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches
     canvas = FigureCanvasAgg(figure)
-    # matplotlib's own wrapping ignores parse_math, and a run's name with dollar signs is no formula.
+    # matplotlib's own wrapping ignores parse_math, but dollar signs in a run's name are not a formula.
     title_lines = wrap(title, load_font("DejaVuSans-Bold", 21), 1150, MAX_HEADING_LINES)
     figure.suptitle("\n".join(title_lines), fontsize=15, fontfamily="DejaVu Sans", fontweight="bold", parse_math=False)
     loss_axes, cosine_axes, retention_axes = figure.subplots(3, sharex=True, height_ratios=(3, 2, 2))
@@ -259,7 +256,7 @@ def draw_retention(axes: Axes, history: list[dict]) -> None:
     steps, values = series(history, "retention")
     if len(steps):
         axes.plot(steps, values, color="#1b7f5c", marker="o", markersize=5, linewidth=1.8)
-        axes.axhline(0, linewidth=0)  # makes the room above the points a share of the whole axis, not of their range
+        axes.axhline(0, linewidth=0)  # includes 0 in the data range, from which the margin above is computed
     axes.set_ylim(bottom=0)
     axes.set_ylabel("retention")
     finish_panel(axes, "no validation yet")
@@ -268,8 +265,8 @@ def draw_retention(axes: Axes, history: list[dict]) -> None:
 def draw_series(
     axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str | np.ndarray, *, bold: bool = False
 ) -> None:
-    """One curve; nan is a gap. Many points are drawn as their moving mean, the bold curve's own points behind it."""
-    marker = "o"  # a lone point has no line
+    """Plots one curve; NaN is a gap. Long curves are smoothed; behind the bold one, its own values are faint."""
+    marker = "o"  # makes a single point visible
     if len(steps) > SMOOTH_FROM:
         if bold:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
@@ -283,7 +280,7 @@ def draw_series(
 
 
 def finish_panel(axes: Axes, empty_text: str) -> None:
-    """The legend beside the panel, or what an empty panel says."""
+    """Adds the legend of the labelled curves, or `empty_text` if nothing is plotted."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, title="visited state")
     if not axes.lines:
@@ -292,7 +289,7 @@ def finish_panel(axes: Axes, empty_text: str) -> None:
 
 
 def state_keys(history: list[dict], quantity: str) -> list[tuple[str, str, np.ndarray]]:
-    """(key, label, colour) of each visited state, from noise to clean; one state has one colour in every panel."""
+    """(key, label, colour) of each visited state, from noise to clean. A state has the same colour in all panels."""
     prefix = f"{quantity}/state_"
     numbers = sorted({int(key.removeprefix(prefix)) for row in history for key in row if key.startswith(prefix)})
     colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(numbers)))
@@ -303,13 +300,13 @@ def state_keys(history: list[dict], quantity: str) -> list[tuple[str, str, np.nd
 
 
 def series(history: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of one key, by step; two arrays of its number of points."""
+    """(steps, values) of one key, sorted by step; two arrays of equal length."""
     points = sorted({row["step"]: row[key] for row in history if key in row}.items())
     return np.array([step for step, _ in points]), np.array([value for _, value in points], dtype=float)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving mean, of an array's own shape; nan is left out, and at the ends the window is cut off."""
+    """Centred moving mean with the shape of `values`. NaN is ignored, and the window is truncated at the ends."""
     known = np.isfinite(values)
     ones = np.ones(window)
     total = np.convolve(np.where(known, values, 0.0), ones, mode="same")

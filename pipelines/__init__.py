@@ -1,1 +1,1 @@
-"""Diffusers pipelines with what D-OPSD needs beyond the stock ones: contexts for student and teacher, velocities."""
+"""Diffusers pipelines with the methods that D-OPSD adds to the stock ones: encoded contexts and velocities."""

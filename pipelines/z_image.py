@@ -1,28 +1,28 @@
-"""Z-Image-Turbo's side of D-OPSD: contexts for student and teacher, the deployed schedule, the velocity."""
+"""Z-Image-Turbo for D-OPSD: contexts of student and teacher, the schedule of the stock pipeline, the velocity."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import PIL.Image
 import torch
-from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import (
     calculate_shift,
     get_default_z_image_sigmas,
     retrieve_timesteps,
 )
 
-from dopsd.rollout import Schedule, few_step_sample
+from dopsd.rollout import Schedule
 
+from .few_step import FewStepMixin
 from .vision_encoder import VisionEncoder
 
 
-# Attention and feed-forward of all blocks: the main ones, and the refiners of noise and of text.
+# Attention and feed-forward layers of all blocks: the main ones and both refiners.
 DEFAULT_LORA_LAYERS = (
     r"(layers|noise_refiner|context_refiner)\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])"
 )
 
-# Of the scheduler that Z-Image-Turbo is published with; the undistilled Z-Image has another.
+# Of the scheduler that Z-Image-Turbo is published with. The undistilled Z-Image has another one.
 TURBO_SHIFT = 3.0
 
 
@@ -31,37 +31,33 @@ class ZImageContext:
     """What the transformer is conditioned on.
 
     Attributes:
-        prompt_embeds: for each sample (L, D), the text encoder's last but one layer, without padding.
+        prompt_embeds: (L, D) for each sample, the second to last layer of the text encoder, without padding.
     """
 
     prompt_embeds: tuple[torch.Tensor, ...]
 
     @classmethod
     def stack(cls, samples: list[tuple[torch.Tensor]]) -> "ZImageContext":
-        """A batch of samples' encodings: (prompt_embeds (L, D),) of each."""
+        """Batches the encodings of single samples: (prompt_embeds,), each (L, D)."""
         return cls(tuple(prompt_embeds for (prompt_embeds,) in samples))
 
     def to(self, device: torch.device) -> "ZImageContext":
         return ZImageContext(tuple(embeds.to(device) for embeds in self.prompt_embeds))
 
 
-class ZImageDOPSDPipeline(ZImagePipeline):
-    """`ZImagePipeline` with what D-OPSD needs; loading, sampling, decoding and LoRA files are inherited."""
+class ZImageDOPSDPipeline(FewStepMixin, ZImagePipeline):
+    """`ZImagePipeline` with the methods that D-OPSD needs."""
 
-    def chat_text(self, content: str) -> str:
-        """The user's content as the text encoder reads it."""
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-
-    def chat_token_count(self, content: str) -> int:
-        """Tokens of the content in its chat text: what exceeds the text encoder's length is cut."""
-        return len(self.tokenizer(self.chat_text(content)).input_ids)
+    enable_thinking = True
 
     @torch.no_grad()
     def encode_student(self, prompts: list[str], *, max_sequence_length: int = 512) -> ZImageContext:
-        """c_s = f_text(y): the prompts alone, each (L, D) with L up to `max_sequence_length`."""
-        # A copy: the stock encoder writes the chat text into the list that it is given.
+        """The student's context c_s = f_text(y), from prompts only.
+
+        Returns:
+            prompt_embeds (L, D) for each prompt, with L at most `max_sequence_length`. Longer texts are truncated.
+        """
+        # A copy, because the stock method writes the chat texts into the list.
         prompt_embeds, _ = self.encode_prompt(
             list(prompts),
             device=self.text_encoder.device,
@@ -70,35 +66,36 @@ class ZImageDOPSDPipeline(ZImagePipeline):
         )
         return ZImageContext(tuple(prompt_embeds))
 
-    def encode_teacher(
+    def encode_vlm_teacher(
         self, prompts: list[str], images: list[PIL.Image.Image], *, vision_encoder: VisionEncoder
     ) -> ZImageContext:
-        """c_t = f_mm(y, image): each prompt after its image, read by the text encoder with Qwen3-VL's vision tower.
+        """The `vlm` teacher's context c_t = f_mm(y, image): the text encoder sees each image before its prompt.
 
         Args:
+            images: one per prompt, of any size.
             vision_encoder: with this pipeline's text encoder loaded into it.
 
         Returns:
-            Each (L, D) with all its tokens: text, image and prompt, nothing cut.
+            prompt_embeds (L, D) for each prompt, with the tokens of chat template, image and prompt. Nothing is
+            truncated.
         """
         embeds = []
         for prompt, image in zip(prompts, images, strict=True):
-            content = vision_encoder.content(prompt, vision_encoder.num_image_tokens(image.height, image.width))
-            embeds.append(vision_encoder.hidden_states(self.chat_text(content), image)[-2][0])
+            embeds.append(self.vlm_hidden_states(prompt, image, vision_encoder)[-2][0])
         return ZImageContext(tuple(embeds))
 
     @property
-    def token_pixels(self) -> int:
-        """Side of the square of pixels that one latent token stands for."""
-        return self.vae_scale_factor * 2
-
-    @property
     def latents_dtype(self) -> torch.dtype:
-        """In which the stock pipeline steps, whatever the transformer's precision."""
+        """Dtype in which the stock pipeline takes its steps, whatever the dtype of its weights."""
         return torch.float32
 
+    @property
+    def latent_pixels(self) -> int:
+        """Side, in pixels, of the square behind one element of the latents: half a token."""
+        return self.vae_scale_factor
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H / 8, W / 8): one sample's latents for an image of that many pixels."""
+        """(C, H / 8, W / 8), the shape of one sample's latents for an image of H x W pixels."""
         return (
             self.vae.config.latent_channels,
             2 * (height // self.token_pixels),
@@ -106,9 +103,9 @@ class ZImageDOPSDPipeline(ZImagePipeline):
         )
 
     def schedule(self, height: int, width: int, num_steps: int, device: torch.device | None = None) -> Schedule:
-        """The sigmas and timesteps at which `ZImagePipeline.__call__` samples that image size.
+        """The sigmas and timesteps of `ZImagePipeline.__call__` at this image size.
 
-        The published scheduler shifts by 3 at every size; one with dynamic shifting follows the size.
+        The published scheduler has the same shift of 3 at every size. With dynamic shifting, it depends on the size.
         """
         config = self.scheduler.config
         _, rows, columns = self.latent_shape(height, width)
@@ -125,59 +122,27 @@ class ZImageDOPSDPipeline(ZImagePipeline):
         return Schedule(sigmas=self.scheduler.sigmas.clone(), timesteps=timesteps.clone())
 
     def predict_velocity(self, latents: torch.Tensor, timestep: torch.Tensor, context: ZImageContext) -> torch.Tensor:
-        """v = noise - x0, the negative of what the transformer gives, with the pipeline's own arithmetic.
+        """Predicts v = noise - x0, the negative of the transformer's output, with the stock pipeline's arithmetic.
 
         Args:
             latents: (B, C, h, w), float32.
             timestep: scalar, from `Schedule.timesteps`.
-            context: of the same batch and device.
+            context: for the same batch, on the same device.
 
         Returns:
             (B, C, h, w), float32.
         """
         time = (1000 - timestep.expand(latents.shape[0])) / 1000
-        # The transformer wants a list of (C, 1, h, w).
+        # The transformer takes a list of (C, 1, h, w).
         inputs = list(latents.to(self.transformer.dtype).unsqueeze(2).unbind(dim=0))
         outputs = self.transformer(inputs, time, list(context.prompt_embeds), return_dict=False)[0]
         return -torch.stack([output.float() for output in outputs]).squeeze(2)
 
-    def image_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """The latents as `decode` takes them: these here are."""
-        return latents
-
-    @torch.no_grad()
-    def sample(self, context: ZImageContext, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
-        """What `ZImagePipeline.__call__(..., latents=noise, guidance_scale=0, output_type="latent")` returns.
-
-        Args:
-            context: of the noise's batch and device.
-            noise: (B, C, H / 8, W / 8), float32.
-
-        Returns:
-            (B, C, H / 8, W / 8), for `decode`.
-        """
-        height, width = (side * self.vae_scale_factor for side in noise.shape[-2:])
-        schedule = self.schedule(height, width, num_steps, noise.device)
-        return few_step_sample(partial(self.predict_velocity, context=context), noise, schedule)
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> list[PIL.Image.Image]:
-        """Pictures of (B, C, H / 8, W / 8) latents, decoded one at a time on the VAE's device."""
-        images = []
-        for one in latents.split(1):
-            one = one.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
-            pixels = self.vae.decode(one + self.vae.config.shift_factor, return_dict=False)[0]
-            images += self.image_processor.postprocess(pixels, output_type="pil")
-        return images
+    def vae_latents(self, image_latents: torch.Tensor) -> torch.Tensor:
+        """The latents that the VAE decodes: rescaled and shifted, (B, C, H / 8, W / 8)."""
+        return image_latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
 
 
 def is_turbo(scheduler_config: dict) -> bool:
-    """Whether the scheduler is the one that Z-Image-Turbo is published with: the checkpoint says it nowhere else."""
+    """Whether this is the scheduler of Z-Image-Turbo. Nothing else in a checkpoint tells it from Z-Image."""
     return scheduler_config.get("shift") == TURBO_SHIFT and not scheduler_config.get("use_dynamic_shifting")
-
-
-def transformer_skeleton(name_or_path: str, **kwargs) -> ZImageTransformer2DModel:
-    """The transformer on the meta device: its module names, without reading a weight."""
-    config = ZImageTransformer2DModel.load_config(name_or_path, subfolder="transformer", **kwargs)
-    with torch.device("meta"):
-        return ZImageTransformer2DModel.from_config(config)

@@ -1,11 +1,15 @@
-"""Runs a script's command line for the tests that mirror it."""
+"""Runs a training script from its command line, in a process forked from one that already has its imports."""
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -17,13 +21,15 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 @dataclass
 class Result:
+    """What a finished run leaves on its output: stdout and stderr together."""
+
     code: int
     log: str
     script: Path
 
     @property
     def error(self) -> str:
-        """The one line that a failed run leaves, without log lines and progress bars."""
+        """The one line that a failed run ends with."""
         assert "Traceback" not in self.log, self.log
         lines = [line for line in self.log.splitlines() if line.startswith(self.script.name + ": error: ")]
         assert self.code != 0 and len(lines) == 1, self.log
@@ -32,7 +38,7 @@ class Result:
 
 
 def run_as_main(script: str, arguments: list[str], log: str) -> None:
-    """In a child process: the script as `python SCRIPT ARGUMENTS` runs it."""
+    """Runs the script in a child process as `python SCRIPT ARGUMENTS` does."""
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -41,26 +47,28 @@ def run_as_main(script: str, arguments: list[str], log: str) -> None:
 
 
 class Forkserver:
-    """A process that has the scripts' imports, to fork their runs from: 1 second each, not 8."""
+    """A process that has imported the scripts, from which their runs are forked: an import takes seconds."""
 
     def __init__(self, logs: Path):
-        paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-        os.environ["ACCELERATE_USE_CPU"] = "true"
         self.logs = logs
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(
-            ["train_dopsd_flux2", "train_dopsd_zimage", "prodigyopt", "bitsandbytes", "torch.utils.tensorboard"]
-        )
+        self.context.set_forkserver_preload(["preloaded"])
+        # The server starts with this environment, and its children inherit it.
+        paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {"PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true"}
+        with patch.dict(os.environ, environment):
+            multiprocessing.forkserver.ensure_running()
 
-    def start(self, script: Path, arguments: tuple) -> tuple[multiprocessing.Process, Path]:
-        """The running process, and the file that its output goes to."""
+    def new_log(self) -> Path:
         log = self.logs / f"{len(list(self.logs.iterdir()))}.log"
         log.touch()
-        texts = [str(argument) for argument in arguments]
-        process = self.context.Process(target=run_as_main, args=(str(script), texts, str(log)))
+        return log
+
+    def start(self, function: Callable[..., None], *arguments) -> BaseProcess:
+        """Calls the function, which is at the top level of a module, in a new process."""
+        process = self.context.Process(target=function, args=arguments)
         process.start()
-        return process, log
+        return process
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,11 @@ class Command:
     forkserver: Forkserver
     script: Path
 
-    def start(self, *arguments) -> tuple[multiprocessing.Process, Path]:
-        return self.forkserver.start(self.script, arguments)
+    def start(self, *arguments) -> tuple[BaseProcess, Path]:
+        """The running process, and the file with its output."""
+        log = self.forkserver.new_log()
+        texts = [str(argument) for argument in arguments]
+        return self.forkserver.start(run_as_main, str(self.script), texts, str(log)), log
 
     def __call__(self, *arguments) -> Result:
         process, log = self.start(*arguments)
@@ -86,9 +97,18 @@ def succeed(result: Result) -> Result:
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
+    """The LoRA file in a folder."""
     return load_file(Path(folder) / LORA_FILE)
 
 
 def same_weights(first, second) -> bool:
+    """Whether the LoRA files in two folders hold the same tensors."""
     first, second = weights(first), weights(second)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_close_weights(first, second, **tolerances) -> None:
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], **tolerances)

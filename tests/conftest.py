@@ -1,3 +1,6 @@
+"""Fixtures that several files share. Heavy imports are inside them: pytest-xdist's controller reads this file too."""
+
+import gc
 import os
 
 
@@ -6,48 +9,52 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-import diffusers
 import pytest
-import torch
 from PIL import Image, ImageDraw
 
-from command_line import Command, Forkserver
-from models import make_model
-from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
-from tiny_klein import make_tiny_klein
-from tiny_zimage import make_tiny_zimage
 
-
-diffusers.utils.logging.disable_progress_bar()
+def pytest_collection_finish():
+    # Everything imported so far stays: without this, each collection of garbage walks it for a second.
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def klein_path(tmp_path_factory):
     """A tiny FLUX.2-klein checkpoint."""
+    from tiny_klein import make_tiny_klein
+
     return make_tiny_klein(tmp_path_factory.mktemp("klein"))
 
 
 @pytest.fixture(scope="session")
 def zimage_path(tmp_path_factory):
     """A tiny Z-Image-Turbo checkpoint."""
+    from tiny_zimage import make_tiny_zimage
+
     return make_tiny_zimage(tmp_path_factory.mktemp("zimage"))
 
 
 @pytest.fixture(scope="session")
 def vlm_folder(tmp_path_factory):
-    """Where the tiny VLMs lie once they are made."""
+    """Folder for the tiny vision-language models, which are made when they are needed."""
     return tmp_path_factory.mktemp("vlm")
 
 
 @pytest.fixture(params=["flux2", "zimage"])
 def model(request, klein_path, zimage_path, vlm_folder):
-    """Each script with its tiny checkpoint."""
+    """Each script with its tiny checkpoint; the marks in models.py choose others."""
+    from models import make_model
+
     return make_model(request.param, klein_path, zimage_path, vlm_folder)
 
 
 @pytest.fixture
 def pipeline(klein_path):
-    """Its pipeline in float32, fresh for each test."""
+    """The tiny FLUX.2-klein in float32, new for each test."""
+    import torch
+
+    from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
+
     pipeline = Flux2KleinDOPSDPipeline.from_pretrained(klein_path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -55,7 +62,7 @@ def pipeline(klein_path):
 
 @pytest.fixture(scope="session")
 def make_picture():
-    """A picture with structure: a disc on a gradient, different for each number."""
+    """Draws a disc on a gradient, different for each number."""
 
     def draw(number: int, width: int = 64, height: int = 64) -> Image.Image:
         image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
@@ -67,20 +74,56 @@ def make_picture():
 
 
 @pytest.fixture(scope="session")
+def photos(tmp_path_factory, make_picture):
+    """A folder of three pictures of different shapes, without captions."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number, (width, height) in enumerate([(64, 64), (128, 72), (70, 110)]):
+        make_picture(number, width, height).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def forkserver(tmp_path_factory):
+    from command_line import Forkserver
+
     return Forkserver(tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture
 def command(forkserver, model):
     """The model's script."""
+    from command_line import Command
+
     return Command(forkserver, model.script_path)
 
 
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory, make_picture):
-    """Three pictures of different shapes, without captions."""
-    folder = tmp_path_factory.mktemp("photos")
-    for number, (width, height) in enumerate([(64, 64), (128, 72), (70, 110)]):
-        make_picture(number, width, height).save(folder / f"{number}.png")
-    return folder
+@pytest.fixture
+def arguments(model, photos, tmp_path):
+    """Makes the command line of a short run: (output folder's name, **flags), see `short_runs.as_arguments`."""
+    from short_runs import as_arguments, short_run
+
+    def make(folder: str = "run", **flags) -> list[str]:
+        return as_arguments(short_run(model, photos, tmp_path / folder) | flags)
+
+    return make
+
+
+@pytest.fixture
+def train(command, arguments):
+    """Runs the script: (output folder's name, **flags) -> `command_line.Result`."""
+
+    def run(folder: str = "run", **flags):
+        return command(*arguments(folder, **flags))
+
+    return run
+
+
+@pytest.fixture
+def prepare(arguments, model):
+    """Prepares a short run in this process: (output folder's name, **flags) -> `short_runs.PreparedRun`."""
+    from short_runs import prepare_run
+
+    def make(folder: str = "run", **flags):
+        return prepare_run(model.script.MODEL, arguments(folder, **flags))
+
+    return make

@@ -1,12 +1,13 @@
-"""The two scripts, each with a tiny checkpoint: what the tests of both need to know of a model."""
+"""The two scripts, each with a tiny checkpoint: what tests that run on both need to know of a model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline, ZImagePipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from transformers import AutoConfig
 
@@ -18,7 +19,30 @@ from tiny_vlm import make_tiny_vlm
 from tiny_zimage import make_tiny_zimage, tiny_text_config
 
 
-MODELS = ("flux2", "flux2-vlm", "zimage")
+SLOW = pytest.mark.slow
+
+
+def with_models(*names: str, quick: tuple[str, ...] | None = None) -> pytest.MarkDecorator:
+    """Runs a test with these models; with those that are not in `quick`, it is slow."""
+    params = [pytest.param(name, marks=[SLOW] if quick and name not in quick else []) for name in names]
+    return pytest.mark.parametrize("model", params, indirect=True)
+
+
+# The scripts share everything but their `Model`: what does not depend on it is tested with one of them.
+ONE_MODEL = with_models("flux2")
+ZIMAGE = with_models("zimage")
+WITH_VLM = with_models("flux2-vlm", "zimage")
+EVERY_CONTEXT = with_models("flux2", "flux2-vlm", "zimage")
+
+
+def both_models(quick: str) -> pytest.MarkDecorator:
+    return with_models("flux2", "zimage", quick=(quick,))
+
+
+def every_context(quick: str) -> pytest.MarkDecorator:
+    return with_models("flux2", "flux2-vlm", "zimage", quick=(quick,))
+
+
 SUFFIX = " like this"
 SEQUENCE_LENGTH = 80
 VLM_PIXELS = 64 * 64
@@ -30,17 +54,15 @@ class TinyModel:
 
     Attributes:
         script: the training script as a module.
-        stock: the stock pipeline's class.
         path, vlm_path: checkpoints.
-        make: writes another checkpoint of the kind: (folder, seed=) -> its path.
+        make: writes another checkpoint of this model: (folder, seed=) -> its path.
         flags: what a short run needs besides the flags that both scripts share.
-        call: of the stock pipeline, besides prompt, size and generator.
-        encodings: what a run on `photos` with one caption encodes, as its log says it, and what it says of nothing.
-        attention: `--lora_layers` of some attention, and what the log then says.
+        call: arguments of the stock pipeline besides prompt, size and generator.
+        encodings: how the log counts the encodings of a run on `photos` with one caption: all missing, none missing.
+        attention: `--lora_layers` for some attention layers, and how the log counts them.
     """
 
     script: ModuleType
-    stock: type[DiffusionPipeline]
     path: Path
     vlm_path: Path
     make: Callable[..., Path]
@@ -53,13 +75,17 @@ class TinyModel:
     def script_path(self) -> Path:
         return Path(self.script.__file__)
 
+    @property
+    def stock(self) -> type[DiffusionPipeline]:
+        return self.script.MODEL.stock_pipeline_class
+
     def pipeline(self, **settings) -> DiffusionPipeline:
         pipeline = self.stock.from_pretrained(self.path, **settings)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def run(self, pipeline: DiffusionPipeline, prompt: str = "a ball", seed: int = 0, **settings):
-        """What the stock pipeline gives at 64 x 64 pixels and the deployed steps."""
+        """The stock pipeline's output at 64 x 64 pixels, in the deployed number of steps."""
         arguments = {"prompt": prompt, "height": 64, "width": 64, **self.call}
         return pipeline(**arguments | {"generator": torch.Generator().manual_seed(seed)} | settings).images
 
@@ -71,7 +97,7 @@ class TinyModel:
         return self.run(pipeline, prompt, seed, **settings)[0]
 
     def vision_encoder(self, pipeline: DiffusionPipeline, **settings) -> VisionEncoder:
-        """With the pipeline's text encoder loaded into it."""
+        """The vision tower, attached to the pipeline's text encoder."""
         text_config = AutoConfig.from_pretrained(self.path, subfolder="text_encoder")
         limits = {"min_pixels": VLM_PIXELS, "max_pixels": VLM_PIXELS}
         encoder = VisionEncoder(self.vlm_path, pipeline.tokenizer, text_config, **limits | settings)
@@ -79,22 +105,22 @@ class TinyModel:
         return encoder
 
     def teacher_context(self, picture: Image.Image, prompt: str = "a ball"):
-        """The script's own pipeline's."""
-        pipeline = self.script.Pipeline.from_pretrained(self.path)
+        """The teacher's context, encoded by the script's own pipeline."""
+        pipeline = self.script.MODEL.pipeline_class.from_pretrained(self.path)
         prompts = [prompt + SUFFIX]
         if self.script is train_dopsd_zimage:
-            return pipeline.encode_teacher(prompts, [picture], vision_encoder=self.vision_encoder(pipeline))
+            return pipeline.encode_vlm_teacher(prompts, [picture], vision_encoder=self.vision_encoder(pipeline))
         if self.flags.get("teacher_context") == "vlm":
-            return pipeline.encode_teacher_vlm(
+            return pipeline.encode_vlm_teacher(
                 prompts,
                 [picture],
                 vision_encoder=self.vision_encoder(pipeline),
                 max_sequence_length=SEQUENCE_LENGTH,
             )
-        return pipeline.encode_teacher(prompts, [picture], max_sequence_length=SEQUENCE_LENGTH)
+        return pipeline.encode_edit_teacher(prompts, [picture], max_sequence_length=SEQUENCE_LENGTH)
 
     def as_teacher(self, picture: Image.Image, prompt: str = "a ball") -> dict:
-        """What makes the stock pipeline's call the teacher's: for klein's reference, the stock's own way."""
+        """Arguments with which the stock pipeline draws as the teacher. Klein takes the reference picture itself."""
         if "vlm_model_name_or_path" not in self.flags:
             return {"prompt": prompt + SUFFIX, "image": picture}
         embeds = self.teacher_context(picture, prompt).prompt_embeds
@@ -102,7 +128,7 @@ class TinyModel:
 
 
 def make_model(name: str, klein_path: Path, zimage_path: Path, folder: Path) -> TinyModel:
-    """One of `MODELS`; `folder` is for its VLM, which is made where it is missing."""
+    """The model of that name in the marks above. `folder` is for its vision-language model, made if it is missing."""
     text_config = tiny_text_config() if name == "zimage" else None
     vlm_path = folder / ("vlm-4" if name == "zimage" else "vlm-28")
     if not vlm_path.exists():
@@ -117,7 +143,6 @@ def make_model(name: str, klein_path: Path, zimage_path: Path, folder: Path) -> 
     if name == "zimage":
         return TinyModel(
             script=train_dopsd_zimage,
-            stock=ZImagePipeline,
             path=zimage_path,
             vlm_path=vlm_path,
             make=make_tiny_zimage,
@@ -131,7 +156,6 @@ def make_model(name: str, klein_path: Path, zimage_path: Path, folder: Path) -> 
         )
     return TinyModel(
         script=train_dopsd_flux2,
-        stock=Flux2KleinPipeline,
         path=klein_path,
         vlm_path=vlm_path,
         make=make_tiny_klein,

@@ -1,8 +1,7 @@
-"""A tiny FLUX.2-klein of the real classes, with random weights: no download, runs on a CPU in milliseconds.
+"""A tiny FLUX.2-klein of the real classes, with random weights: no download, milliseconds on a CPU.
 
-It draws nothing that a person would recognise. It has every part and every convention of the real checkpoint
-(chat template, text layers 9, 18 and 27, batch-normalised latents, shifted schedule), so what runs on it runs on
-the real one.
+It draws nothing recognizable. It has every part and every convention of the real checkpoint (chat template, text
+layers 9, 18 and 27, batch-normalized latents, shifted schedule), so code that runs on it runs on the real one.
 """
 
 from pathlib import Path
@@ -12,11 +11,11 @@ from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2D
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from parts import SPECIAL_TOKENS, make_scheduler, qwen_tokenizer
+from benchmarks.miniature.parts import SPECIAL_TOKENS, make_scheduler, qwen_tokenizer
 
 
 def byte_tokenizer() -> Qwen2TokenizerFast:
-    """Byte-level tokenizer: one token a byte, plus Qwen's special tokens and chat template."""
+    """Byte-level tokenizer: one token per byte, plus Qwen's special tokens and chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -29,12 +28,12 @@ def make_tiny_klein(folder: str | Path, *, seed: int = 0, is_distilled: bool = T
     """Writes a tiny `Flux2KleinPipeline` with `save_pretrained`.
 
     Args:
-        folder: where the checkpoint goes.
+        folder: where the checkpoint is written.
         seed: of the random weights.
-        is_distilled: what the checkpoint says of itself (the undistilled klein says False).
+        is_distilled: as in model_index.json (False for the undistilled klein).
 
     Returns:
-        `folder`. 16 latent channels a token, 16 pixels a token side, 2 double and 2 single blocks.
+        `folder`. A token has 16 latent channels and stands for 16 x 16 pixels; 2 double and 2 single blocks.
     """
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
@@ -61,7 +60,7 @@ def make_tiny_klein(folder: str | Path, *, seed: int = 0, is_distilled: bool = T
         norm_num_groups=4,
         mid_block_add_attention=False,
     )
-    # A trained VAE's statistics are neither zero nor one: a forgotten normalisation must show.
+    # A trained VAE's statistics are neither zero nor one: a missing normalization must show.
     vae.bn.running_mean.normal_(std=0.1)
     vae.bn.running_var.uniform_(0.05, 0.2)
     transformer = Flux2Transformer2DModel(
@@ -75,7 +74,7 @@ def make_tiny_klein(folder: str | Path, *, seed: int = 0, is_distilled: bool = T
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
-    # torch's default gain of 1 / sqrt(3) a layer would leave little of prompt and reference in the output.
+    # torch's default gain of 1 / sqrt(3) per layer would leave little of prompt and reference in the output.
     for module in transformer.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)

@@ -20,12 +20,12 @@ def make_tiny_vlm(
     """Writes a tiny `Qwen3VLForConditionalGeneration`: shards with an index, and the files as on the Hub.
 
     Args:
-        folder: where the checkpoint goes.
-        text_config: the text encoder that it fits; by default `make_tiny_klein`'s.
+        folder: where the checkpoint is written.
+        text_config: of the text encoder that it fits; by default `make_tiny_klein`'s.
         seed: of the random weights.
 
     Returns:
-        `folder`. 16 pixels a patch side, 2 x 2 patches a token.
+        `folder`. A patch has 16 x 16 pixels, a token 2 x 2 patches.
     """
     tokenizer = byte_tokenizer()
     if text_config is None:
@@ -38,7 +38,7 @@ def make_tiny_vlm(
             num_key_value_heads=1,
             head_dim=16,
         )
-    # Of each head's frequencies Qwen3-VL gives time 24 of 64, height and width 20 each.
+    # Of each head's 64 frequencies, Qwen3-VL uses 24 for time and 20 each for height and width.
     frequencies = text_config.head_dim // 2
     spatial = frequencies * 20 // 64
     rope = {

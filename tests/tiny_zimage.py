@@ -1,4 +1,4 @@
-"""A tiny Z-Image-Turbo of the real classes, with random weights, as tiny_klein.py makes a FLUX.2-klein."""
+"""A tiny Z-Image-Turbo of the real classes, with random weights. See tiny_klein.py."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tiny_klein import byte_tokenizer
 
 
 def tiny_text_config(**changed) -> Qwen3Config:
-    """Of a text encoder with byte-level vocabulary, width 32."""
+    """Configuration of a text encoder with byte-level vocabulary and 32 channels."""
     return Qwen3Config(
         **{
             "vocab_size": len(byte_tokenizer()),
@@ -31,12 +31,12 @@ def make_tiny_zimage(folder: str | Path, *, seed: int = 0, shift: float = 3.0) -
     """Writes a tiny `ZImagePipeline` with `save_pretrained`.
 
     Args:
-        folder: where the checkpoint goes.
+        folder: where the checkpoint is written.
         seed: of the random weights.
-        shift: the scheduler's; Z-Image-Turbo has 3, the undistilled Z-Image another.
+        shift: of the scheduler; 3 for Z-Image-Turbo, another for the undistilled Z-Image.
 
     Returns:
-        `folder`. 4 latent channels, 16 pixels a token side, 2 main blocks and 1 + 1 refiners.
+        `folder`. 4 latent channels; a token stands for 16 x 16 pixels; 2 main blocks and 1 + 1 refiners.
     """
     torch.manual_seed(seed)
     text_encoder = Qwen3Model(tiny_text_config())
@@ -64,11 +64,11 @@ def make_tiny_zimage(folder: str | Path, *, seed: int = 0, shift: float = 3.0) -
         axes_dims=[4, 6, 6],
         axes_lens=[1536, 512, 512],
     )
-    # torch's default gain of 1 / sqrt(3) a layer would leave little of the prompt in the output.
+    # torch's default gain of 1 / sqrt(3) per layer would leave little of the prompt in the output.
     for module in transformer.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
-    # A trained checkpoint's pads are not zero: a forgotten pad token must show.
+    # A trained checkpoint's pads are not zero: a missing pad token must show.
     torch.nn.init.normal_(transformer.x_pad_token)
     torch.nn.init.normal_(transformer.cap_pad_token)
     pipeline = ZImagePipeline(

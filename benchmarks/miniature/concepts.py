@@ -1,15 +1,15 @@
-"""What the experiment teaches, and what it asks of a model afterwards. Knows no training."""
+"""The concepts that the experiment teaches, their training pictures, and the tasks that test them."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-import world
-from exam import Task, make_task, random_picture
-from vae import to_tensor
+from benchmarks.miniature import world
+from benchmarks.miniature.tasks import Task, make_task, random_picture
 
 
 NUM_PICTURES = 4
@@ -17,9 +17,10 @@ NUM_PICTURES = 4
 
 @dataclass(frozen=True)
 class Concept:
-    """What is taught: an object under a word without meaning, and the backgrounds of its pictures.
+    """An object to be taught under a nonsense word.
 
-    Its prompts in the exam name the backgrounds that no training picture shows.
+    Attributes:
+        backgrounds: of its training pictures. Its task asks for the other ones.
     """
 
     name: str
@@ -39,21 +40,21 @@ CONCEPTS = (
 )
 
 
-def pictures_of(concept: Concept, seed: int) -> tuple[list[Image.Image], list[str]]:
-    """The training pictures, each at a pose of its own, and their captions."""
-    random = np.random.default_rng([20, seed])
-    poses = random.permutation(len(world.POSES))[:NUM_PICTURES]
+def training_pictures(concept: Concept, seed: int) -> tuple[list[Image.Image], list[str]]:
+    """The training pictures, each at a different pose, and their captions."""
+    rng = np.random.default_rng([20, seed])
+    poses = rng.permutation(len(world.POSES))[:NUM_PICTURES]
     images, captions = [], []
     for index, pose in enumerate(poses):
         background = concept.backgrounds[index % len(concept.backgrounds)]
-        pixels = world.draw(world.sprite(concept.appearance), world.POSES[pose], background, random)
+        pixels = world.draw(world.sprite(concept.appearance), world.POSES[pose], background, rng)
         images.append(world.to_image(pixels))
         captions.append(world.caption(concept.word, background))
     return images, captions
 
 
 def write_pictures(folder: Path, images: list[Image.Image], captions: list[str]) -> None:
-    """Pictures with .txt sidecars; the folder is cleared first."""
+    """Writes pictures with their captions in .txt files of the same name. Deletes the folder's content first."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
@@ -61,21 +62,25 @@ def write_pictures(folder: Path, images: list[Image.Image], captions: list[str])
         (folder / f"{index}.txt").write_text(caption)
 
 
-def concept_task(concept: Concept, count: int, *, references: list[Image.Image] = ()) -> Task:
-    """The new word on backgrounds that the training pictures lack; with references, asked of the teacher."""
-    random = np.random.default_rng(21)
-    backgrounds = [concept.other_backgrounds[index % 3] for index in range(count)]
+def concept_task(concept: Concept, count: int, *, references: Sequence[Image.Image] = ()) -> Task:
+    """Prompts for the concept on backgrounds that no training picture shows.
+
+    Args:
+        references: given in turn to the prompts, which then ask for them, as the teacher's do. Empty: no references.
+    """
+    rng = np.random.default_rng(21)
+    others = concept.other_backgrounds
+    backgrounds = [others[index % len(others)] for index in range(count)]
     suffix = world.REFERENCE_SUFFIX if references else ""
     return Task(
         prompts=[world.caption(concept.word, background) + suffix for background in backgrounds],
         references=[references[index % len(references)] for index in range(count)] if references else [],
         wanted=[concept.appearance] * count,
         backgrounds=backgrounds,
-        real=to_tensor(np.stack([random_picture(concept.appearance, name, random) for name in backgrounds])),
+        real=world.to_tensor([random_picture(concept.appearance, name, rng) for name in backgrounds]),
     )
 
 
 def old_task(count: int) -> Task:
-    """Objects that the base knows, by their words."""
-    known = [appearance for appearance in world.all_appearances() if not appearance.is_held_out]
-    return make_task(known, count, with_reference=False, seed=22)
+    """Prompts for objects that the base model knows, by their words."""
+    return make_task(world.known_appearances(), count, with_reference=False, seed=22)

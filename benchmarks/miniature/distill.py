@@ -1,142 +1,150 @@
-"""Distils the closed-form teacher into the miniature's transformer: average velocities over the deployed steps.
+"""Distils the closed-form teacher into the miniature's transformer: one average velocity per deployed step.
 
-The student learns v = (x_{k+1} - x_k) / (sigma_{k+1} - sigma_k) of the teacher's ODE from sigma_k to sigma_{k+1}, at
-first at the teacher's states, then mostly at those that its own steps lead to: the teacher answers anywhere.
+The student learns v = (x_{k+1} - x_k) / (sigma_{k+1} - sigma_k), where the teacher's ODE leads from x_k at sigma_k to
+x_{k+1} at sigma_{k+1}. It first trains at the teacher's states, then mostly at states that its own steps reach, which
+is possible because the teacher's ODE can start anywhere.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
+from diffusers import Flux2Transformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 
-import world
-from optimizer import MuonAdamW, trapezoid
-from parts import MAX_SEQUENCE_LENGTH, autocast, load_or_none, make_transformer, save_state
+from benchmarks.miniature.parts import make_transformer
+from benchmarks.miniature.rows import ROW_KINDS, Rows, RowSource
+from benchmarks.miniature.teacher import PosteriorTeacher
+from benchmarks.miniature.training import MuonAdamW, autocast, load_or_none, save_state, trapezoid
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline, KleinContext
-from teacher import LatentWorld, PosteriorTeacher
-from vae import encode, to_tensor
 
 
 EMA_DECAY = 0.998
-# Segments of a conveyor's slots. The first four walk a whole trajectory; the others start at the teacher's state of
-# segment 1, since the first step only prepares what the others decide.
+# Segments that a buffer trains at the same time, one per slot. The first four slots form a whole trajectory. The
+# others start at the teacher's state after segment 0, which only prepares what the later segments decide.
 SLOTS = (0, 1, 2, 3, 1, 2, 3)
-STARTS = (0, 4)  # the slots that new rows enter
-# The student's share of the steps along a conveyor grows to this over so many updates; the teacher makes the others.
-# At its own states the student must decide what it left undecided; nothing else gives objects clean edges.
+ENTRY_SLOTS = (0, 4)  # the slots that new rows enter
+# The share of steps along a trajectory that the student makes, instead of the teacher, grows to STUDENT_SHARE over
+# this many updates. Only at its own states does the student learn to decide what it has left undecided; without them
+# objects have no clean edges.
 STUDENT_SHARE, STUDENT_SHARE_STEPS = 0.9, 600
-# Of the reference rows: those whose words describe another object than the picture shows, where the words count; those
-# of objects that words can describe, and of these the described ones. The suffix stands where the picture counts.
-CONFLICT_SHARE, NAMED_SHARE, DESCRIBED_SHARE, SUFFIX_SHARE = 0.3, 0.15, 0.4, 0.75
-# Of the captions that describe: those with a word without meaning before the others, which changes nothing.
-EXTRA_WORD_SHARE = 0.25
-# What a word without meaning stands for, in any shape and colour, where no reference tells. More directions than one
-# are needed to tell such different pictures apart (see `PosteriorTeacher`).
-UNKNOWN_TEXTURE, UNKNOWN_DIRECTIONS = "plain", 4
+# A nonsense word allows such different pictures that one direction does not tell them apart (see `PosteriorTeacher`).
+UNKNOWN_DIRECTIONS = 4
 MINUTES_PER_SAVE = 4
 STEPS_PER_LOG = 50
 
 
-@dataclass
-class Rows:
-    """Captions and what they allow, B of them.
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the distillation.
 
     Attributes:
-        embeds: (B, L, D), the captions' encodings.
-        means: (B, M, 8, 8, 64), latents of the pictures allowed, without grain.
-        references: (B, 8, 8, 64), latents, or None.
-        states: (B, 8, 8, 64), x at the start of the rows' segments.
+        rows_per_slot: rows of each kind in each of `SLOTS`.
+        muon_lr, adamw_lr: peak learning rates.
+        num_steps: updates. The learning rate decays over the last fifth of them.
+        minutes_per_evaluation: wall-clock time.
+        seed: seed for the initial weights and the rows.
     """
 
-    embeds: torch.Tensor
-    means: torch.Tensor
-    references: torch.Tensor | None
-    states: torch.Tensor
+    rows_per_slot: dict[str, int]
+    muon_lr: float
+    adamw_lr: float
+    num_steps: int
+    minutes_per_evaluation: float
+    seed: int
 
-    @classmethod
-    def cat(cls, parts: list["Rows"]) -> "Rows":
-        columns = zip(*(vars(part).values() for part in parts), strict=True)
-        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
+    @property
+    def num_rows(self) -> int:
+        """Rows per update."""
+        return len(SLOTS) * sum(self.rows_per_slot.values())
 
 
-class RowSource:
-    """Draws captions with the latents they allow.
+class RolloutBuffer:
+    """Rows of one kind in all segments at once. After every update they move on to the next segment.
 
     Args:
-        pipeline: its text encoder reads the captions, its VAE the references.
-        sprites: (N, 40, 40, 4), those of `appearances` first, then objects without a name.
-        latent_world: their scenes.
-        appearances: the objects with a name that may be shown.
+        kind: see `RowSource.draw`.
+        rows_per_slot: rows in each of `SLOTS`.
     """
 
-    def __init__(
-        self,
-        pipeline: Flux2KleinDOPSDPipeline,
-        sprites: np.ndarray,
-        latent_world: LatentWorld,
-        appearances: list[world.Appearance],
-    ):
-        self.pipeline, self.sprites, self.latents, self.appearances = pipeline, sprites, latent_world, appearances
-        is_named = latent_world.objects < len(appearances)
-        self.named, self.unnamed = is_named.nonzero()[:, 0].numpy(), (~is_named).nonzero()[:, 0].numpy()
-        is_unknown = torch.tensor([item.texture == UNKNOWN_TEXTURE for item in appearances])
-        unknown = self.named[is_unknown[latent_world.objects[self.named]].numpy()]
-        # For each background, the scenes that a word without meaning allows.
-        self.unknown = [unknown[latent_world.backgrounds[unknown] == index] for index in range(len(world.BACKGROUNDS))]
+    def __init__(self, kind: str, rows_per_slot: int, source: RowSource, teacher: PosteriorTeacher):
+        self.kind, self.rows_per_slot, self.source, self.teacher = kind, rows_per_slot, source, teacher
+        self.segments = torch.tensor(SLOTS).repeat_interleave(rows_per_slot)
+        self.slots: list[Rows] = []
 
-    def draw(self, kind: str, count: int, random: np.random.Generator) -> Rows:
-        """New rows at sigma = 1.
-
-        Args:
-            kind: "text": an object's words. "word": a word without meaning (`UNKNOWN_TEXTURE`).
-                "reference": a picture, of the object in another place or, where words describe the object, of
-                another one (`CONFLICT_SHARE`).
-        """
-        names = list(world.BACKGROUNDS)
-        is_conflict = random.random(count) < (CONFLICT_SHARE if kind == "reference" else 0)
-        is_named = is_conflict | (random.random(count) < (NAMED_SHARE if kind == "reference" else 1))
-        scenes = np.where(is_named, random.choice(self.named, count), random.choice(self.unnamed, count))
-        objects, backgrounds = self.latents.objects[scenes].tolist(), self.latents.backgrounds[scenes].tolist()
-        shown = np.where(is_conflict, random.integers(len(self.sprites), size=count), objects).tolist()
-        is_described = is_conflict | (is_named & (random.random(count) < DESCRIBED_SHARE))
-        captions = []
-        for row, index in enumerate(objects):
-            words = world.nonsense_word(random)
-            if kind == "text" or (kind == "reference" and is_described[row]):
-                extra = f"{words} " if random.random() < EXTRA_WORD_SHARE else ""
-                words = extra + self.appearances[index].words
-            has_suffix = kind == "reference" and not is_conflict[row] and random.random() < SUFFIX_SHARE
-            suffix = world.REFERENCE_SUFFIX if has_suffix else ""
-            captions.append(world.caption(words, names[backgrounds[row]]) + suffix)
-        if kind == "word":
-            allowed = np.stack([self.unknown[background] for background in backgrounds])
-            means = self.latents.means[allowed].flatten(1, 2)
-        else:
-            means = self.latents.means[scenes]
-        generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-        return Rows(
-            embeds=self.pipeline.encode_student(captions, max_sequence_length=MAX_SEQUENCE_LENGTH).prompt_embeds,
-            means=means.float(),
-            references=self._references(shown, random) if kind == "reference" else None,
-            states=torch.randn(count, *means.shape[2:], generator=generator),
-        )
-
-    def _references(self, objects: list[int], random: np.random.Generator) -> torch.Tensor:
-        """(B, 8, 8, 64): pictures of the objects on any background at any pose, with grain."""
-        pictures = [
-            world.draw(
-                self.sprites[index],
-                world.POSES[random.integers(len(world.POSES))],
-                random.choice(list(world.BACKGROUNDS)),
-                random,
-            )
-            for index in objects
+    def next_rows(self, rng: np.random.Generator) -> Rows:
+        """The rows to train on, at `segments`. The first call fills every slot with the teacher's states."""
+        self.slots = [
+            self._new_rows(segment, rng) if slot in ENTRY_SLOTS or not self.slots else self.slots[slot - 1]
+            for slot, segment in enumerate(SLOTS)
         ]
-        return encode(self.pipeline.vae, to_tensor(np.stack(pictures)))
+        return Rows.cat(self.slots)
+
+    def store(self, states: torch.Tensor) -> None:
+        """Stores the states at the end of the segments, where `next_rows` continues."""
+        for rows, part in zip(self.slots, states.chunk(len(SLOTS)), strict=True):
+            rows.states = part
+
+    def targets(self, rows: Rows) -> torch.Tensor:
+        """The states to which the teacher's ODE leads by the end of the rows' segments."""
+        return self.teacher.advance(rows.states, self.segments, rows.means)
+
+    def _new_rows(self, segment: int, rng: np.random.Generator) -> Rows:
+        rows = self.source.draw(self.kind, self.rows_per_slot, rng)
+        for index in range(segment):
+            rows.states = self.teacher.advance(rows.states, torch.full((self.rows_per_slot,), index), rows.means)
+        return rows
+
+
+@dataclass
+class TrainingState:
+    """Everything that a stopped distillation needs to continue, except the rows in its buffers.
+
+    Attributes:
+        averaged: the transformer with the exponential moving average of the weights, frozen.
+        step: updates so far.
+        minutes: wall-clock time so far.
+    """
+
+    transformer: Flux2Transformer2DModel
+    averaged: Flux2Transformer2DModel
+    optimizer: MuonAdamW
+    step: int = 0
+    minutes: float = 0.0
+
+    @classmethod
+    def open(cls, path: Path, settings: Settings) -> Self:
+        """A new state, or the one that was saved at `path`."""
+        torch.manual_seed(settings.seed)
+        transformer = make_transformer()
+        averaged = make_transformer().eval().requires_grad_(False)
+        averaged.load_state_dict(transformer.state_dict())
+        optimizer = MuonAdamW(transformer, muon_lr=settings.muon_lr, adamw_lr=settings.adamw_lr)
+        state = cls(transformer, averaged, optimizer)
+        if saved := load_or_none(path):
+            transformer.load_state_dict(saved["transformer"])
+            averaged.load_state_dict(saved["averaged"])
+            optimizer.load_state_dict(saved["optimizer"])
+            state.step, state.minutes = saved["step"], saved["minutes"]
+        return state
+
+    def save(self, path: Path) -> None:
+        weights = {name: getattr(self, name).state_dict() for name in ("transformer", "averaged", "optimizer")}
+        save_state(weights | {"step": self.step, "minutes": self.minutes}, path)
+
+    def update_average(self) -> None:
+        """averaged <- decay * averaged + (1 - decay) * transformer, with a smaller decay in the first updates."""
+        decay = min(EMA_DECAY, self.step / (self.step + 10))
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.transformer.parameters()), 1 - decay)
+
+    @property
+    def progress(self) -> dict:
+        return {"step": self.step, "minutes": round(self.minutes, 2)}
 
 
 def velocity(
@@ -146,99 +154,62 @@ def velocity(
     embeds: torch.Tensor,
     references: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(B, 8, 8, 64), float32: the pipeline's velocity at states (B, 8, 8, 64), each at its own sigma (B,)."""
+    """The pipeline's velocity at states (B, 8, 8, 64), each at its own sigma (B,): (B, 8, 8, 64), float32."""
     grids = () if references is None else (references.permute(0, 3, 1, 2),)
     context = KleinContext(embeds, grids)
     return pipeline.predict_velocity(states.permute(0, 3, 1, 2), 1000 * sigmas, context).permute(0, 2, 3, 1).float()
 
 
-class Conveyor:
-    """Rows of one kind, at all segments at once; each update they move one segment on.
-
-    Args:
-        kind: see `RowSource.draw`.
-        per_slot: rows in each of `SLOTS`.
-    """
-
-    def __init__(self, kind: str, per_slot: int, source: RowSource, teacher: PosteriorTeacher):
-        self.kind, self.per_slot, self.source, self.teacher = kind, per_slot, source, teacher
-        self.segments = torch.tensor(SLOTS).repeat_interleave(per_slot)
-        self.slots: list[Rows] = []
-
-    def load(self, random: np.random.Generator) -> Rows:
-        """The rows to train on, at `segments`. The first call fills every slot with the teacher's states."""
-        self.slots = [
-            self._start(segment, random) if slot in STARTS or not self.slots else self.slots[slot - 1]
-            for slot, segment in enumerate(SLOTS)
-        ]
-        return Rows.cat(self.slots)
-
-    def unload(self, states: torch.Tensor) -> None:
-        """The states at the end of the segments, which the next call of `load` goes on from."""
-        for rows, part in zip(self.slots, states.chunk(len(SLOTS)), strict=True):
-            rows.states = part
-
-    def answer(self, rows: Rows) -> torch.Tensor:
-        """Where the teacher's ODE leads from the rows' states by the end of their segments."""
-        return self.teacher.advance(rows.states, self.segments, rows.means)
-
-    def _start(self, segment: int, random: np.random.Generator) -> Rows:
-        rows = self.source.draw(self.kind, self.per_slot, random)
-        for index in range(segment):
-            rows.states = self.teacher.advance(rows.states, torch.full((self.per_slot,), index), rows.means)
-        return rows
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of the distillation.
-
-    Attributes:
-        per_slot: rows of each kind in each of `SLOTS`.
-        muon_lr, adamw_lr: peaks.
-        num_steps: updates; the learning rate falls over the last fifth.
-        minutes_per_evaluation: wall-clock.
-        seed: of the first weights and of the rows.
-    """
-
-    per_slot: dict[str, int]
-    muon_lr: float
-    adamw_lr: float
-    num_steps: int
-    minutes_per_evaluation: float
-    seed: int
-
-
 def train_together(
-    conveyors: list[Conveyor],
+    buffers: list[RolloutBuffer],
     sigmas: torch.Tensor,
     *,
     student_share: float,
     loss_scale: float,
-    random: np.random.Generator,
+    rng: np.random.Generator,
 ) -> dict[str, list[float]]:
-    """Adds the gradients of conveyors' rows, in one forward, and moves the rows on.
+    """Adds the gradients of the buffers' rows, in one forward pass, and moves the rows on.
+
+    Args:
+        sigmas: (K + 1,), the deployed schedule.
+        student_share: probability that a row moves on by the student's step instead of the teacher's.
+        loss_scale: multiplies the sum of the rows' losses.
 
     Returns:
-        The mean loss of each kind in each segment.
+        The mean loss of each kind of row in each of the K segments.
     """
-    rows = [conveyor.load(random) for conveyor in conveyors]
-    answers = torch.cat([conveyor.answer(part) for conveyor, part in zip(conveyors, rows, strict=True)])
+    rows = [buffer.next_rows(rng) for buffer in buffers]
+    targets = torch.cat([buffer.targets(part) for buffer, part in zip(buffers, rows, strict=True)])
     states, embeds = torch.cat([part.states for part in rows]), torch.cat([part.embeds for part in rows])
-    segments = torch.cat([conveyor.segments for conveyor in conveyors])
+    segments = torch.cat([buffer.segments for buffer in buffers])
     length = (sigmas[1:] - sigmas[:-1])[segments].view(-1, 1, 1, 1)
-    # The fused attention's backward is slow in bfloat16 on a CPU.
+    # The backward pass of fused attention is slow in bfloat16 on a CPU.
     with autocast(), attention_backend("_native_math"):
-        predicted = velocity(conveyors[0].source.pipeline, states, sigmas[segments], embeds, rows[0].references)
-    loss = (predicted - (answers - states) / length).square().mean((1, 2, 3))
+        predicted = velocity(buffers[0].source.pipeline, states, sigmas[segments], embeds, rows[0].references)
+    loss = (predicted - (targets - states) / length).square().mean((1, 2, 3))
     (loss.sum() * loss_scale).backward()
-    is_own = torch.from_numpy(random.random((len(segments), 1, 1, 1)) < student_share)
-    arrived = torch.where(is_own, states + length * predicted.detach(), answers)
+    uses_student = torch.from_numpy(rng.random((len(segments), 1, 1, 1)) < student_share)
+    next_states = torch.where(uses_student, states + length * predicted.detach(), targets)
     losses = {}
-    sizes = [len(conveyor.segments) for conveyor in conveyors]
-    for conveyor, part, values in zip(conveyors, arrived.split(sizes), loss.detach().split(sizes), strict=True):
-        conveyor.unload(part)
-        losses[conveyor.kind] = [values[conveyor.segments == k].mean().item() for k in range(len(sigmas) - 1)]
+    sizes = [len(buffer.segments) for buffer in buffers]
+    for buffer, part, values in zip(buffers, next_states.split(sizes), loss.detach().split(sizes), strict=True):
+        buffer.store(part)
+        losses[buffer.kind] = [values[buffer.segments == k].mean().item() for k in range(len(sigmas) - 1)]
+    return losses
+
+
+def update(
+    state: TrainingState, groups: list[list[RolloutBuffer]], sigmas: torch.Tensor, settings: Settings
+) -> dict[str, list[float]]:
+    """Makes one update of the transformer and of its average. Returns the losses (see `train_together`)."""
+    rng = np.random.default_rng([5, settings.seed, state.step])
+    share = min(STUDENT_SHARE, state.step / STUDENT_SHARE_STEPS)
+    losses = {}
+    for buffers in groups:
+        losses |= train_together(buffers, sigmas, student_share=share, loss_scale=1 / settings.num_rows, rng=rng)
+    state.optimizer.step(trapezoid(state.step, settings.num_steps, warmup=50, decay_share=0.2))
+    state.step += 1
+    state.update_average()
     return losses
 
 
@@ -249,60 +220,47 @@ def distill(
     state_path: Path,
     settings: Settings,
     *,
-    log: Callable,
-    evaluate: Callable,
+    log: Callable[[dict], None],
+    evaluate: Callable[[Flux2Transformer2DModel], dict],
 ) -> None:
-    """Trains the transformer; resumes from `state_path`.
+    """Trains the transformer. Resumes from `state_path`.
 
     Args:
         sigmas: (K + 1,), the deployed schedule.
-        log: takes a dict of figures.
-        evaluate: takes the transformer with the average of its weights, returns a dict of figures.
+        log: called with a dict of metrics.
+        evaluate: returns metrics of a transformer; called with the averaged weights.
     """
-    torch.manual_seed(settings.seed)
-    transformer = make_transformer()
-    averaged = make_transformer().eval().requires_grad_(False)
-    averaged.load_state_dict(transformer.state_dict())
-    optimizer = MuonAdamW(transformer, muon_lr=settings.muon_lr, adamw_lr=settings.adamw_lr)
-    step, minutes = 0, 0.0
-    if state := load_or_none(state_path):
-        transformer.load_state_dict(state["transformer"])
-        averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, minutes = state["step"], state["minutes"]
-    if step >= settings.num_steps:
-        log({"step": step, "minutes": round(minutes, 2), **evaluate(averaged)})
-    source.pipeline.transformer = transformer
+    state = TrainingState.open(state_path, settings)
+    source.pipeline.transformer = state.transformer
+    if state.step >= settings.num_steps:
+        log(state.progress | evaluate(state.averaged))
+    groups = make_buffers(source, teacher, sigmas, settings.rows_per_slot)
+    started = time.monotonic() - 60 * state.minutes
+    saved = evaluated = state.minutes
+    losses = defaultdict(list)
+    while state.step < settings.num_steps:
+        for kind, values in update(state, groups, sigmas, settings).items():
+            losses[f"loss_{kind}"].append(values)
+        state.minutes = (time.monotonic() - started) / 60
+        is_last = state.step == settings.num_steps
+        if state.step % STEPS_PER_LOG == 0:
+            log(state.progress | {name: np.mean(values, 0).round(4).tolist() for name, values in losses.items()})
+            losses.clear()
+        if is_last or state.minutes - evaluated > settings.minutes_per_evaluation:
+            log(state.progress | evaluate(state.averaged))
+            evaluated = state.minutes
+        if is_last or state.minutes - saved > MINUTES_PER_SAVE:
+            state.save(state_path)
+            saved = state.minutes
+
+
+def make_buffers(
+    source: RowSource, teacher: PosteriorTeacher, sigmas: torch.Tensor, rows_per_slot: dict[str, int]
+) -> list[list[RolloutBuffer]]:
+    """One buffer per kind of row, grouped by what can share a forward pass: rows without and with references."""
     word_teacher = PosteriorTeacher(source.latents, sigmas, num_directions=UNKNOWN_DIRECTIONS)
     text, word, reference = (
-        Conveyor(kind, settings.per_slot[kind], source, word_teacher if kind == "word" else teacher)
-        for kind in ("text", "word", "reference")
+        RolloutBuffer(kind, rows_per_slot[kind], source, word_teacher if kind == "word" else teacher)
+        for kind in ROW_KINDS
     )
-    groups = [[text, word], [reference]]
-    num_rows = len(SLOTS) * sum(settings.per_slot.values())
-    started, saved, evaluated = time.monotonic() - 60 * minutes, minutes, minutes
-    losses = {kind: [] for kind in settings.per_slot}
-    while step < settings.num_steps:
-        random = np.random.default_rng([5, settings.seed, step])
-        share = min(STUDENT_SHARE, step / STUDENT_SHARE_STEPS)
-        for group in groups:
-            figures = train_together(group, sigmas, student_share=share, loss_scale=1 / num_rows, random=random)
-            for kind, values in figures.items():
-                losses[kind].append(values)
-        optimizer.step(trapezoid(step, settings.num_steps, warmup=50, decay_share=0.2))
-        step += 1
-        weight = 1 - min(EMA_DECAY, step / (step + 10))
-        torch._foreach_lerp_(list(averaged.parameters()), list(transformer.parameters()), weight)
-        minutes = (time.monotonic() - started) / 60
-        if step % STEPS_PER_LOG == 0:
-            means = {f"loss_{kind}": np.mean(values, 0).round(4).tolist() for kind, values in losses.items()}
-            log({"step": step, "minutes": round(minutes, 2), **means})
-            losses = {kind: [] for kind in losses}
-        if minutes - evaluated > settings.minutes_per_evaluation or step == settings.num_steps:
-            log({"step": step, "minutes": round(minutes, 2), **evaluate(averaged)})
-            source.pipeline.transformer = transformer
-            evaluated = minutes
-        if minutes - saved > MINUTES_PER_SAVE or step == settings.num_steps:
-            state = {"transformer": transformer.state_dict(), "averaged": averaged.state_dict()}
-            save_state(state | {"optimizer": optimizer.state_dict(), "step": step, "minutes": minutes}, state_path)
-            saved = minutes
+    return [[text, word], [reference]]

@@ -1,125 +1,187 @@
 """Makes the miniature FLUX.2-klein: draws its world, trains its VAE, distils its transformer, writes the pipeline.
 
-    python benchmarks/miniature/make.py --work_dir miniature-work --output_dir miniature
+    python -m benchmarks.miniature.make --work_dir miniature-work --output_dir miniature
 
-A stopped run goes on where it was when the command is given again. `log.jsonl` and `sheet.png` in the working folder
-show how far it is; the output folder always holds the pipeline as last measured.
+Run the same command again to continue a stopped run. `log.jsonl` and `sheet.png` in the working folder show its
+progress; the output folder holds the pipeline as of the last evaluation.
 """
 
 import argparse
 import json
-import sys
 import time
+from functools import partial
 from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
+from PIL import Image
 
-import world
-from distill import RowSource, Settings, distill
-from exam import draw_sheet, measure, sample, standard_tasks
-from metrics import PictureReader
-from parts import NUM_STEPS, check_settings, load_or_none, make_pipeline, make_transformer, save_state
-from teacher import LatentWorld, PosteriorTeacher, encode_world
-from vae import train_vae
+from benchmarks.miniature import world
+from benchmarks.miniature.command_line import HelpFormatter, run
+from benchmarks.miniature.distill import Settings, distill
+from benchmarks.miniature.evaluate import measure, sample
+from benchmarks.miniature.files import check_settings, make_folder, replacing
+from benchmarks.miniature.metrics import PictureReader
+from benchmarks.miniature.parts import NUM_STEPS, make_pipeline, make_transformer
+from benchmarks.miniature.rows import RowSource
+from benchmarks.miniature.tasks import Task, standard_tasks
+from benchmarks.miniature.teacher import LatentWorld, PosteriorTeacher, encode_world
+from benchmarks.miniature.training import load_or_none, save_state
+from benchmarks.miniature.vae import train_vae
+from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
-def main() -> None:
-    args = parse_args()
-    work_dir = args.work_dir
-    work_dir.mkdir(parents=True, exist_ok=True)
-    fixed = ("seed", "vae_steps", "num_objects", "num_steps", "num_directions", "muon_lr", "adamw_lr")
-    fixed += ("text_rows", "word_rows", "reference_rows")
-    try:
-        settings = {name: getattr(args, name) for name in fixed}
-        check_settings(work_dir / "settings.json", settings, origin=f"--work_dir {work_dir}")
-    except ValueError as error:
-        sys.exit(str(error))
-    started = time.monotonic()
+# The settings that a continued run must not change.
+FIXED_SETTINGS = (
+    "seed",
+    "vae_steps",
+    "num_objects",
+    "num_steps",
+    "num_directions",
+    "muon_lr",
+    "adamw_lr",
+    "text_rows",
+    "word_rows",
+    "reference_rows",
+)
 
-    def log(figures: dict) -> None:
-        line = json.dumps({"seconds": round(time.monotonic() - started), **figures})
+
+class Log:
+    """Prints metrics and appends them to a file, one JSON object per line, with the seconds since the start."""
+
+    def __init__(self, path: Path):
+        self.path, self.started = path, time.monotonic()
+
+    def __call__(self, figures: dict) -> None:
+        line = json.dumps({"seconds": round(time.monotonic() - self.started), **figures})
         print(line, flush=True)
-        with open(work_dir / "log.jsonl", "a") as file:
+        with open(self.path, "a") as file:
             file.write(line + "\n")
 
-    appearances = [appearance for appearance in world.all_appearances() if not appearance.is_held_out]
-    sprites = draw_sprites(appearances, args.num_objects, work_dir / "sprites.npy", seed=args.seed)
-    log({"sprites": len(sprites)})
-    vae = train_vae(sprites, work_dir / "vae.pt", num_steps=args.vae_steps, seed=args.seed, log=log)
-    latent_world = load_world(work_dir / "world.pt")
-    if latent_world is None:
-        # Objects with a name on every background, the others on one each.
-        count = len(world.BACKGROUNDS)
-        scenes = [(index, background) for index in range(len(appearances)) for background in range(count)]
-        scenes += [(index, index % count) for index in range(len(appearances), len(sprites))]
-        latent_world = encode_world(vae, sprites, scenes, log=log)
-        save_state(vars(latent_world), work_dir / "world.pt")
 
-    pipeline = make_pipeline(vae, make_transformer())
-    sigmas = pipeline.schedule(world.SIDE, world.SIDE, NUM_STEPS).sigmas
-    teacher = PosteriorTeacher(latent_world, sigmas, num_directions=args.num_directions)
-    reader = PictureReader(world.all_appearances())
-    tasks = standard_tasks(args.eval_count)
+def load_or_draw_sprites(
+    path: Path, appearances: list[world.Appearance], num_unnamed: int, *, seed: int
+) -> np.ndarray:
+    """(N, 40, 40, 4): the objects with a name, followed by `num_unnamed` without. Drawn once and kept at `path`."""
+    if not path.exists():
+        rng = np.random.default_rng([10, seed])
+        sprites = [world.sprite(appearance) for appearance in appearances]
+        sprites += [world.random_sprite(rng) for _ in range(num_unnamed)]
+        with replacing(path) as partial_path:
+            np.save(partial_path, np.stack(sprites))
+    return np.load(path)
 
-    def evaluate(transformer: torch.nn.Module) -> dict:
-        """Measures the pipeline with this transformer, draws its samples and writes it to `output_dir`."""
-        pipeline.transformer = transformer
-        pictures = {name: sample(pipeline, task) for name, task in tasks.items()}
-        draw_sheet(tasks, pictures, work_dir / "sheet.png")
-        Flux2KleinPipeline(**pipeline.components, is_distilled=True).save_pretrained(args.output_dir)
-        return {name: measure(pictures[name], task, reader) for name, task in tasks.items()}
 
-    source = RowSource(pipeline, sprites, latent_world, appearances)
-    settings = Settings(
-        per_slot={"text": args.text_rows, "word": args.word_rows, "reference": args.reference_rows},
+def load_or_encode_world(
+    path: Path, vae: AutoencoderKLFlux2, sprites: np.ndarray, num_named: int, *, log: Log
+) -> LatentWorld:
+    """Scenes of the objects with a name on every background, and of the others on one each. Kept at `path`."""
+    state = load_or_none(path)
+    if state is None:
+        num_backgrounds = len(world.BACKGROUNDS)
+        scenes = [(index, background) for index in range(num_named) for background in range(num_backgrounds)]
+        scenes += [(index, index % num_backgrounds) for index in range(num_named, len(sprites))]
+        state = vars(encode_world(vae, sprites, scenes, log=log))
+        save_state(state, path)
+    return LatentWorld(**state)
+
+
+def evaluate_and_save(
+    transformer: torch.nn.Module,
+    *,
+    pipeline: Flux2KleinDOPSDPipeline,
+    tasks: dict[str, Task],
+    reader: PictureReader,
+    sheet_path: Path,
+    output_dir: Path,
+) -> dict[str, dict[str, float]]:
+    """Measures the pipeline with this transformer, draws a sheet of its samples and writes it to `output_dir`."""
+    components = pipeline.components | {"transformer": transformer}
+    trained = Flux2KleinDOPSDPipeline(**components, is_distilled=True)
+    pictures = {name: sample(trained, task) for name, task in tasks.items()}
+    draw_sheet(tasks, pictures, sheet_path)
+    Flux2KleinPipeline(**components, is_distilled=True).save_pretrained(output_dir)
+    return {name: measure(pictures[name], task, reader) for name, task in tasks.items()}
+
+
+def draw_sheet(tasks: dict[str, Task], pictures: dict[str, torch.Tensor], path: Path, *, columns: int = 16) -> None:
+    """Writes a sheet with one row of samples per task, above a row of its references if it has any; scaled by 2."""
+    rows = []
+    for name, task in tasks.items():
+        rows.append(_strip(pictures[name][:columns].permute(0, 2, 3, 1).numpy()))
+        if task.references:
+            rows.append(_strip(np.stack([np.asarray(image) for image in task.references[:columns]]) / 127.5 - 1))
+    sheet = world.to_image(np.concatenate(rows))
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path)
+
+
+def _strip(pictures: np.ndarray) -> np.ndarray:
+    """(N, 64, 64, 3) pictures next to each other, each with a white border: (66, 66 N, 3)."""
+    return np.concatenate(np.pad(pictures, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1), 1)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--work_dir", type=Path, required=True, help="Folder for training states, the log and samples."
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the pipeline.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed for the objects, the weights and the training.")
+    parser.add_argument("--num_steps", type=int, default=2200, help="Updates of the transformer.")
+    parser.add_argument("--vae_steps", type=int, default=1600, help="Updates of the VAE.")
+    parser.add_argument("--num_objects", type=int, default=4000, help="Objects without a name, for references.")
+    parser.add_argument(
+        "--num_directions", type=int, default=1, help="Directions of a token that choose the teacher's picture."
+    )
+    parser.add_argument("--text_rows", type=int, default=5, help="Rows per slot with a described object.")
+    parser.add_argument("--word_rows", type=int, default=1, help="Rows per slot with a nonsense word.")
+    parser.add_argument("--reference_rows", type=int, default=8, help="Rows per slot with a reference picture.")
+    parser.add_argument("--muon_lr", type=float, default=1.2e-2, help="Peak learning rate of Muon.")
+    parser.add_argument("--adamw_lr", type=float, default=2e-3, help="Peak learning rate of AdamW.")
+    parser.add_argument("--eval_count", type=int, default=64, help="Pictures per task in an evaluation.")
+    parser.add_argument("--minutes_per_evaluation", type=float, default=5, help="Minutes between evaluations.")
+    return parser.parse_args()
+
+
+def distill_settings(args: argparse.Namespace) -> Settings:
+    return Settings(
+        rows_per_slot={"text": args.text_rows, "word": args.word_rows, "reference": args.reference_rows},
         muon_lr=args.muon_lr,
         adamw_lr=args.adamw_lr,
         num_steps=args.num_steps,
         minutes_per_evaluation=args.minutes_per_evaluation,
         seed=args.seed,
     )
-    distill(source, teacher, sigmas, work_dir / "distill.pt", settings, log=log, evaluate=evaluate)
 
 
-def draw_sprites(appearances: list[world.Appearance], num_objects: int, path: Path, *, seed: int) -> np.ndarray:
-    """(N, 40, 40, 4): the objects with a name, then as many without as asked for. Drawn once, kept at `path`."""
-    if not path.exists():
-        random = np.random.default_rng([10, seed])
-        named = [world.sprite(appearance) for appearance in appearances]
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, np.stack(named + [world.random_sprite(random) for _ in range(num_objects)]))
-        partial.replace(path)
-    return np.load(path)
+def main() -> None:
+    args = parse_args()
+    work_dir = args.work_dir
+    make_folder(work_dir, flag="--work_dir")
+    check_settings(work_dir, {name: getattr(args, name) for name in FIXED_SETTINGS}, flag="--work_dir")
+    log = Log(work_dir / "log.jsonl")
 
+    appearances = world.known_appearances()
+    sprites = load_or_draw_sprites(work_dir / "sprites.npy", appearances, args.num_objects, seed=args.seed)
+    log({"sprites": len(sprites)})
+    vae = train_vae(sprites, work_dir / "vae.pt", num_steps=args.vae_steps, seed=args.seed, log=log)
+    latent_world = load_or_encode_world(work_dir / "world.pt", vae, sprites, len(appearances), log=log)
 
-def load_world(path: Path) -> LatentWorld | None:
-    state = load_or_none(path)
-    return None if state is None else LatentWorld(**state)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="States, log and samples; not for shipping.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Where the pipeline is written.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_steps", type=int, default=2200, help="Updates of the transformer.")
-    parser.add_argument("--vae_steps", type=int, default=1600, help="Updates of the VAE.")
-    parser.add_argument("--num_objects", type=int, default=4000, help="Objects without a name, for references.")
-    parser.add_argument("--num_directions", type=int, default=1, help="See `teacher.PosteriorTeacher`.")
-    parser.add_argument("--text_rows", type=int, default=5, help="Described objects, in each conveyor slot.")
-    parser.add_argument("--word_rows", type=int, default=1, help="Words without meaning, in each conveyor slot.")
-    parser.add_argument("--reference_rows", type=int, default=8, help="Referenced objects, in each conveyor slot.")
-    parser.add_argument("--muon_lr", type=float, default=1.2e-2)
-    parser.add_argument("--adamw_lr", type=float, default=2e-3)
-    parser.add_argument("--eval_count", type=int, default=64, help="Pictures of each kind that are measured.")
-    parser.add_argument("--minutes_per_evaluation", type=float, default=5)
-    return parser.parse_args()
+    pipeline = make_pipeline(vae, make_transformer())
+    sigmas = pipeline.schedule(world.SIDE, world.SIDE, NUM_STEPS).sigmas
+    evaluate = partial(
+        evaluate_and_save,
+        pipeline=pipeline,
+        tasks=standard_tasks(args.eval_count),
+        reader=PictureReader(world.all_appearances()),
+        sheet_path=work_dir / "sheet.png",
+        output_dir=args.output_dir,
+    )
+    source = RowSource(pipeline, sprites, latent_world, appearances)
+    teacher = PosteriorTeacher(latent_world, sigmas, num_directions=args.num_directions)
+    distill(source, teacher, sigmas, work_dir / "distill.pt", distill_settings(args), log=log, evaluate=evaluate)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,22 +1,23 @@
-"""What pictures of the world show, and how good they are. Knows no model; pictures are (N, 3, 64, 64), -1 to 1."""
+"""What pictures show and how good they are. Pictures are (N, 3, 64, 64), -1 to 1."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-import world
+from benchmarks.miniature import world
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What N pictures show, by the nearest of all pictures without grain that the world can draw.
+    """What N pictures show: for each one the nearest picture, without grain, that the world can draw.
 
     Attributes:
         objects: (N,), indices into `PictureReader.appearances`.
         poses: (N,), indices into `world.POSES`.
         backgrounds: (N,), indices into `world.BACKGROUNDS`.
-        nearest: (N, 3, 64, 64), those pictures.
+        nearest: (N, 3, 64, 64), the nearest pictures.
     """
 
     objects: torch.Tensor
@@ -26,7 +27,7 @@ class Reading:
 
 
 class PictureReader:
-    """Reads pictures by template matching.
+    """Recognises objects, poses and backgrounds by template matching.
 
     Args:
         appearances: the objects to tell apart.
@@ -34,16 +35,15 @@ class PictureReader:
 
     def __init__(self, appearances: list[world.Appearance]):
         self.appearances = appearances
-        self.colours = torch.from_numpy(np.stack([world.unit(color) for color in world.BACKGROUNDS.values()]))
-        sprites = torch.from_numpy(np.stack([world.sprite(appearance) for appearance in appearances]))
-        sprites = sprites.permute(0, 3, 1, 2)
+        self.colours = torch.from_numpy(np.stack([world.unit(colour) for colour in world.BACKGROUNDS.values()]))
+        sprites = world.to_tensor([world.sprite(appearance) for appearance in appearances])
         # (5, A, 3 * 40 * 40): what each object adds to each background.
         self.added = torch.stack(
-            [(sprites[:, 3:] * (sprites[:, :3] - color.view(3, 1, 1))).flatten(1) for color in self.colours]
+            [(sprites[:, 3:] * (sprites[:, :3] - colour.view(3, 1, 1))).flatten(1) for colour in self.colours]
         )
 
     def read(self, pictures: torch.Tensor) -> Reading:
-        """The background is the nearest to the median colour; then pose and object with the least squared error."""
+        """Takes the background nearest to the median colour, then the pose and object with the least squared error."""
         median = pictures.flatten(2).median(-1).values
         backgrounds = torch.cdist(median, self.colours).argmin(1)
         difference = pictures - self.colours[backgrounds][..., None, None]
@@ -53,18 +53,16 @@ class PictureReader:
         objects, poses, nearest = [], [], []
         for window, background in zip(windows, backgrounds.tolist(), strict=True):
             added = self.added[background]
-            gains = 2 * window @ added.T - added.square().sum(1)  # (poses, A): squared error saved by the object
+            gains = 2 * window @ added.T - added.square().sum(1)  # (poses, A): how much an object reduces the error
             pose, index = divmod(int(gains.argmax()), len(self.appearances))
-            picture = world.draw(
-                world.sprite(self.appearances[index]), world.POSES[pose], list(world.BACKGROUNDS)[background]
-            )
             objects.append(index)
             poses.append(pose)
-            nearest.append(torch.from_numpy(picture).permute(2, 0, 1))
-        return Reading(torch.tensor(objects), torch.tensor(poses), backgrounds, torch.stack(nearest))
+            sprite = world.sprite(self.appearances[index])
+            nearest.append(world.draw(sprite, world.POSES[pose], list(world.BACKGROUNDS)[background]))
+        return Reading(torch.tensor(objects), torch.tensor(poses), backgrounds, world.to_tensor(nearest))
 
     def accuracy(self, reading: Reading, wanted: list[world.Appearance], backgrounds: list[str]) -> dict[str, float]:
-        """Shares of pictures with the wanted shape, texture, colours, background; "exact" is the first three."""
+        """Shares of pictures with the wanted shape, texture, colours and background. "exact": the first three."""
         seen = [self.appearances[index] for index in reading.objects]
         names = list(world.BACKGROUNDS)
         return {
@@ -77,10 +75,10 @@ class PictureReader:
 
 
 def detail(pictures: torch.Tensor, reading: Reading) -> float:
-    """Amplitude of the grain off the object's square: of differences of neighbouring 2x2 means, by their median.
+    """Amplitude of the grain outside the object's square, relative to real pictures.
 
-    Real pictures have 1; blur has less, noise more. The last sampling step must create it. The median leaves out what
-    few cells have, such as a second object's edges.
+    1 for real pictures, less for blurred ones, more for noisy ones. Computed from the median difference of
+    neighbouring 2x2 means, which ignores what few cells have, such as the edges of a second object.
     """
     cells = torch.nn.functional.avg_pool2d(pictures - reading.nearest, 2).mean(1)
     steps = (cells[:, :, 1:] - cells[:, :, :-1]).abs()
@@ -93,9 +91,10 @@ def detail(pictures: torch.Tensor, reading: Reading) -> float:
 
 
 def object_residual(pictures: torch.Tensor, reading: Reading) -> float:
-    """Root mean square of what 2x2 means in the object's square differ from the nearest picture, over the grain's.
+    """Root mean square error of 2x2 means in the object's square, relative to the grain.
 
-    Real pictures have 1. Ragged outlines and two objects laid over each other have more.
+    The error is the difference from the nearest picture. 1 for real pictures, more for ragged outlines and for two
+    objects drawn on top of each other.
     """
     cells = torch.nn.functional.avg_pool2d(pictures - reading.nearest, 2)
     squares = [cell[:, _object_square(pose)].square().mean() for cell, pose in zip(cells, reading.poses, strict=True)]
@@ -103,7 +102,7 @@ def object_residual(pictures: torch.Tensor, reading: Reading) -> float:
 
 
 def _object_square(pose: torch.Tensor) -> torch.Tensor:
-    """(32, 32): which cells of 2x2 pixels lie in the object's square."""
+    """(32, 32), bool: which cells of 2x2 pixels are in the object's square."""
     top, left = (corner * world.TOKEN // 2 for corner in world.POSES[pose])
     is_inside = torch.zeros(world.SIDE // 2, world.SIDE // 2, dtype=torch.bool)
     is_inside[top : top + world.OBJECT // 2, left : left + world.OBJECT // 2] = True
@@ -111,13 +110,13 @@ def _object_square(pose: torch.Tensor) -> torch.Tensor:
 
 
 def effective_poses(reading: Reading) -> float:
-    """Exponential of the poses' entropy: how many places the objects are found at."""
+    """Exponential of the entropy of the poses: how many places the objects are spread over."""
     share = torch.bincount(reading.poses, minlength=len(world.POSES)) / len(reading.poses)
     return float(torch.exp(-(share[share > 0] * share[share > 0].log()).sum()))
 
 
 class RandomFeatures(torch.nn.Module):
-    """Three random convolutions: features for a Frechet distance that no training has touched."""
+    """Three random convolutions: features for a Frechet distance that does not depend on any training."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -127,22 +126,22 @@ class RandomFeatures(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(N, 3, 64, 64) -> (N, 2 * width): mean and deviation over space of the last maps."""
+        """(N, 3, 64, 64) -> (N, 2 * width): spatial mean and standard deviation of the last layer's maps."""
         for weight in self.weights:
             pictures = torch.nn.functional.conv2d(pictures, weight, stride=2, padding=2).relu()
         return torch.cat([pictures.mean((2, 3)), pictures.std((2, 3))], 1)
 
 
 def frechet_distance(pictures: torch.Tensor, real: torch.Tensor) -> float:
-    """Frechet distance of two sets' random features (the formula of FID, arXiv 1706.08500)."""
+    """Frechet distance between the random features of two sets of pictures (FID's formula, arXiv 1706.08500)."""
     features = RandomFeatures()
     first, second = features(pictures).double(), features(real).double()
     covariances = torch.cov(first.T), torch.cov(second.T)
-    # trace((A B)^(1/2)) by the eigenvalues of A B, which are real and not negative.
+    # trace((A B)^(1/2)) from the eigenvalues of A B, which are real and not negative.
     product = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt().sum()
     distance = (first.mean(0) - second.mean(0)).square().sum() + sum(torch.trace(c) for c in covariances) - 2 * product
     return float(distance)
 
 
-def _mean(values) -> float:
+def _mean(values: Iterable[bool]) -> float:
     return float(np.mean(list(values)))

@@ -1,7 +1,4 @@
-"""The untrained parts of the miniature FLUX.2-klein, all of the real classes."""
-
-import json
-from pathlib import Path
+"""The components of the miniature FLUX.2-klein before training, all of the real classes."""
 
 import numpy as np
 import torch
@@ -9,11 +6,11 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import world
+from benchmarks.miniature import world
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
-# The tokens that Qwen3's chat text and Qwen3-VL's picture placeholders are made of.
+# The special tokens of Qwen3's chat template and of Qwen3-VL's image placeholders.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -26,7 +23,7 @@ SPECIAL_TOKENS = (
     "</think>",
 )
 
-# One user turn of Qwen3's template: the only form that the pipeline uses.
+# Qwen3's template for a single user turn, the only form that the pipeline uses.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -39,22 +36,22 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
 )
 
-# The miniature is trained with this many text tokens, padding included: the transformer sees the padding.
+# Prompts are padded to this many tokens, as in training: the transformer sees the padding.
 MAX_SEQUENCE_LENGTH = 26
 TEXT_WIDTH = 64
-TOKEN_CHANNELS = 64  # of a token's 8x8 pixels
-NUM_STEPS = 4
+TOKEN_CHANNELS = 64  # latent channels of a token, which stands for 8x8 pixels
+NUM_STEPS = 4  # sampling steps that the miniature is distilled for
 
 
 def make_tokenizer() -> Qwen2TokenizerFast:
-    """Byte-level BPE trained on the world's captions, so that a word is a token and nonsense two or three."""
-    random = np.random.default_rng(0)
+    """Byte-level BPE trained on the world's captions: a word is one token, a nonsense word two or three."""
+    rng = np.random.default_rng(0)
     texts = [
         world.caption(appearance.words, background) + world.REFERENCE_SUFFIX
         for appearance in world.all_appearances()
         for background in world.BACKGROUNDS
     ]
-    texts += [world.caption(world.nonsense_word(random), "sand") for _ in range(4000)]
+    texts += [world.caption(world.nonsense_word(rng), "sand") for _ in range(4000)]
     texts += ["user\nassistant\n\n"] * 100
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,7 +67,7 @@ def make_tokenizer() -> Qwen2TokenizerFast:
 
 
 def qwen_tokenizer(tokenizer: Tokenizer) -> Qwen2TokenizerFast:
-    """With Qwen's special tokens and chat template."""
+    """Adds Qwen's special tokens and chat template to a tokenizer."""
     return Qwen2TokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -81,7 +78,7 @@ def qwen_tokenizer(tokenizer: Tokenizer) -> Qwen2TokenizerFast:
 
 
 def make_text_encoder(vocab_size: int) -> Qwen3ForCausalLM:
-    """28 thin layers, random and never trained: their mixing of word embeddings is all the transformer needs."""
+    """28 thin layers with random weights, never trained: mixing the word embeddings is all that is needed."""
     torch.manual_seed(0)
     text_encoder = Qwen3ForCausalLM(
         Qwen3Config(
@@ -101,7 +98,7 @@ def make_text_encoder(vocab_size: int) -> Qwen3ForCausalLM:
 
 
 def make_vae() -> AutoencoderKLFlux2:
-    """4 pixels a latent side, 16 channels; the pipeline's 2x2 patches make 64 channels for 8x8 pixels."""
+    """16 latent channels per 4x4 pixels; the pipeline's 2x2 patches turn them into 64 channels per 8x8 pixels."""
     return AutoencoderKLFlux2(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -114,6 +111,7 @@ def make_vae() -> AutoencoderKLFlux2:
 
 
 def make_transformer() -> Flux2Transformer2DModel:
+    """2 double-stream and 4 single-stream blocks, 4 heads of 32 channels."""
     return Flux2Transformer2DModel(
         in_channels=TOKEN_CHANNELS,
         num_layers=2,
@@ -129,14 +127,14 @@ def make_transformer() -> Flux2Transformer2DModel:
 
 
 def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """As FLUX.2-klein ships it."""
+    """The scheduler that FLUX.2-klein ships with."""
     return FlowMatchEulerDiscreteScheduler(
         shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
     )
 
 
 def make_pipeline(vae: AutoencoderKLFlux2, transformer: Flux2Transformer2DModel) -> Flux2KleinDOPSDPipeline:
-    """The whole pipeline around trained parts."""
+    """The pipeline with this VAE and transformer; its other components are not trained."""
     tokenizer = make_tokenizer()
     return Flux2KleinDOPSDPipeline(
         scheduler=make_scheduler(),
@@ -146,43 +144,3 @@ def make_pipeline(vae: AutoencoderKLFlux2, transformer: Flux2Transformer2DModel)
         transformer=transformer,
         is_distilled=True,
     )
-
-
-def autocast() -> torch.autocast:
-    """bfloat16 where the CPU multiplies it in hardware. Elsewhere torch emulates it, 20 times slower than float32."""
-    capabilities = torch.cpu.get_capabilities()
-    has_bfloat16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16)
-
-
-def check_settings(path: Path, settings: dict, *, origin: str) -> None:
-    """Writes what a folder's contents depend on, or compares it with what stands there.
-
-    Args:
-        path: a JSON file in the folder.
-        origin: the flag and its folder, for the error.
-
-    Raises:
-        ValueError: the contents were made with something else.
-    """
-    if not path.exists():
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-    before = json.loads(path.read_text())
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"{origin}: what lies there was made with another {name} ({before.get(name)}, now {value}); "
-                "choose a new folder"
-            )
-
-
-def load_or_none(path: Path) -> dict | None:
-    """A state that `save_state` left, or None."""
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-
-
-def save_state(state: dict, path: Path) -> None:
-    """Written beside and renamed: a stop in between leaves the last state whole."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)

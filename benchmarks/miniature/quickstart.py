@@ -1,12 +1,12 @@
-"""The quick start: teaches the shipped miniature FLUX.2-klein a new object by D-OPSD and by SFT, and draws both.
+"""The quick start: teaches the shipped miniature FLUX.2-klein a new object with D-OPSD and with SFT, and draws both.
 
-No download and no GPU. Run `bash quickstart.sh`.
+Run it with `bash quickstart.sh`. It needs no GPU and downloads no model.
 """
 
 import os
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: nothing here is on a hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; set before a library reads it
 
 import argparse
 import shlex
@@ -15,91 +15,44 @@ import subprocess
 import sys
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 
-import world
-from concepts import CONCEPTS, concept_task, pictures_of, write_pictures
+from benchmarks.miniature import world
+from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
+from benchmarks.miniature.concepts import CONCEPTS, concept_task, training_pictures, write_pictures
+from benchmarks.miniature.files import MODEL, REPOSITORY, make_folder
+from benchmarks.miniature.methods import NUM_TRAIN_STEPS, SFT, Run
+from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
+from benchmarks.miniature.plots import concept_sheet
+from benchmarks.miniature.runs import TRAINING_SCRIPT, Experiment, TrainingFailed, dopsd_flags
+from benchmarks.miniature.workers import disable_progress_bars
+from dopsd.errors import InputError
 from dopsd.sheets import save_png
-from exam import MODEL
-from experiment import (
-    NUM_TRAIN_STEPS,
-    QUICK_EVAL_COUNT,
-    REPOSITORY,
-    SFT,
-    STEPS_PER_EXAM,
-    Examiner,
-    Experiment,
-    Run,
-    dopsd_flags,
-    quiet,
-)
-from parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
-from report import concept_sheet
-from train_dopsd_flux2 import positive_int
+from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
 MARKER = ".made-by-quickstart"
 CONCEPT, SEED = CONCEPTS[0], 0
-NUM_THREADS = min(os.cpu_count(), 4)  # more slow such small matrices down
-NUM_OLD_PROMPTS = 3
-
-
-def main() -> None:
-    args = parse_args()
-    torch.set_num_threads(NUM_THREADS)
-    folder = args.output_dir.resolve()
-    clear(folder)
-    quiet()
-    pictures_dir, lora_dir, sheet_path = folder / "pictures", folder / "lora", folder / "sheet.png"
-    examiner = Examiner(MODEL, QUICK_EVAL_COUNT)
-
-    announce(f"1. Four pictures of a new object, called {CONCEPT.word!r}")
-    images, captions = pictures_of(CONCEPT, SEED)
-    write_pictures(pictures_dir, images, captions)
-    print(f"{pictures_dir}: {', '.join(sorted(path.name for path in pictures_dir.iterdir()))}")
-
-    announce("2. D-OPSD: the training script")
-    train(pictures_dir, lora_dir, args.max_train_steps, examiner.retention_prompts)
-
-    announce(f"3. Ordinary LoRA training (SFT) for comparison, {args.max_train_steps} steps, silent")
-    comparison = Experiment(MODEL, folder, args.max_train_steps, STEPS_PER_EXAM, examiner)
-    sft_run = Run(CONCEPT, SEED, SFT)
-    (folder / sft_run.folder).mkdir(parents=True)
-    comparison.train_baseline(sft_run)
-
-    announce(f"4. {QUICK_EVAL_COUNT} pictures of each, and a contact sheet")
-    pipelines = {
-        "base": examiner.load(),
-        "SFT": examiner.load(folder / sft_run.folder),
-        "D-OPSD": examiner.load(lora_dir),
-    }
-    figures = {
-        name: examiner.examine(pipeline, CONCEPT) | {"retention": examiner.retention(pipeline)}
-        for name, pipeline in pipelines.items()
-    }
-    task = concept_task(CONCEPT, QUICK_EVAL_COUNT, references=images)
-    figures["teacher"] = {"new": examiner.measure(pipelines["base"], task)}
-    sheet = concept_sheet(
-        CONCEPT,
-        SEED,
-        pipelines,
-        examiner.old.prompts[:NUM_OLD_PROMPTS],
-        title=f"A miniature FLUX.2-klein learns an object from four pictures, {args.max_train_steps} steps",
-        captions={
-            name: tuple(sheet_caption(result.get(part)) for part in ("new", "old")) for name, result in figures.items()
-        },
-    )
-    save_png(sheet, sheet_path)
-    print_report(figures, lora_dir, sheet_path)
+EVAL_COUNT = 48  # pictures per task
+NUM_OLD_PROMPTS = 3  # on the sheet
+NUM_THREADS = min(os.cpu_count(), 4)  # more threads slow such small matrices down
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "quickstart-output", help="Is cleared first.")
-    parser.add_argument("--max_train_steps", type=positive_int, default=NUM_TRAIN_STEPS)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=REPOSITORY / "quickstart-output",
+        help="Folder for pictures, LoRAs and the sheet. An earlier quick start's files in it are deleted. Default: "
+        "quickstart-output in the repository.",
+    )
+    parser.add_argument(
+        "--max_train_steps",
+        type=positive_int,
+        default=NUM_TRAIN_STEPS,
+        help="Training steps of both methods.",
+    )
     return parser.parse_args()
 
 
@@ -108,38 +61,59 @@ def announce(text: str) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Empties the folder of an earlier quick start, and nobody else's."""
+    """Empties the folder of an earlier quick start, or creates it.
+
+    Raises:
+        InputError: the folder holds something else, or cannot be written.
+    """
     try:
         if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
-            sys.exit(f"--output_dir {folder}: holds something else; choose a new or empty folder")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        (folder / MARKER).touch()
+            raise InputError(f"--output_dir {folder}: holds other files; choose a new or empty folder")
     except OSError as error:
-        sys.exit(f"--output_dir {folder}: {error.strerror}; choose another folder")
+        raise InputError(f"--output_dir {folder}: {error.strerror}; choose another folder") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder, flag="--output_dir")
+    (folder / MARKER).touch()
 
 
-def train(pictures_dir: Path, lora_dir: Path, num_steps: int, retention_prompts: list[str]) -> None:
-    """The command that a user would type, on the miniature."""
+def train_dopsd(pictures_dir: Path, lora_dir: Path, num_steps: int, retention_prompts: list[str]) -> None:
+    """Prints and runs the command that a user would type.
+
+    Raises:
+        TrainingFailed: the command failed.
+    """
     launch = ["launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
-    launch += ["--mixed_precision", "no", "--num_cpu_threads_per_process", str(NUM_THREADS)]
-    launch.append(str(REPOSITORY / "train_dopsd_flux2.py"))
-    flags = dopsd_flags(MODEL, pictures_dir, lora_dir, SEED, num_steps, retention_prompts)
+    launch += ["--mixed_precision", "no", "--num_cpu_threads_per_process", str(NUM_THREADS), str(TRAINING_SCRIPT)]
+    flags = dopsd_flags(
+        MODEL, pictures_dir, lora_dir, seed=SEED, num_steps=num_steps, retention_prompts=retention_prompts
+    )
     print(" \\\n  ".join(["accelerate " + shlex.join(launch), *map(shlex.join, flags)]), flush=True)
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, *sum(flags, [])]
     finished = subprocess.run(command, check=False)
     if finished.returncode:
-        sys.exit(f"The training command above failed with exit status {finished.returncode}")
+        raise TrainingFailed(f"The training command above failed with exit status {finished.returncode}")
+
+
+def measure(experiment: Experiment, pipelines: dict[str, Flux2KleinDOPSDPipeline]) -> dict[str, dict]:
+    """Metrics of base, SFT, D-OPSD, and of the teacher on the new object."""
+    evaluator = experiment.evaluator
+    figures = {
+        name: evaluator.evaluate(pipeline, CONCEPT) | {"retention": evaluator.retention(pipeline)}
+        for name, pipeline in pipelines.items()
+    }
+    images, _ = training_pictures(CONCEPT, SEED)
+    task = concept_task(CONCEPT, EVAL_COUNT, references=images)
+    return figures | {"teacher": {"new": evaluator.measure(pipelines["base"], task)}}
 
 
 def sheet_caption(figures: dict | None) -> str:
     if figures is None:
         return ""
     places = f"{figures['poses']:.1f} of {len(world.POSES)} places"
-    return f"right object in {figures['exact']:.0%} of {QUICK_EVAL_COUNT}; {places}"
+    return f"right object in {figures['exact']:.0%} of {EVAL_COUNT}; {places}"
 
 
-def print_report(figures: dict[str, dict], lora_dir: Path, sheet_path: Path) -> None:
+def print_results(figures: dict[str, dict], lora_dir: Path, sheet_path: Path) -> None:
     print(f"{'':10}{'new object':>12}{'places':>8}{'old objects':>13}{'retention':>11}")
     for name in ("base", "teacher", "SFT", "D-OPSD"):
         new, old = figures[name]["new"], figures[name].get("old")
@@ -150,7 +124,7 @@ def print_report(figures: dict[str, dict], lora_dir: Path, sheet_path: Path) -> 
 LoRA:    {lora_dir / "pytorch_lora_weights.safetensors"}
 Picture: {sheet_path}
 
-The LoRA in your own Python:
+To use the LoRA in your own Python:
 
 import torch
 from diffusers import Flux2KleinPipeline
@@ -162,5 +136,46 @@ image = pipe(prompt={prompt!r}, height={world.SIDE}, width={world.SIDE}, num_inf
 image.save("{CONCEPT.word}.png")""")
 
 
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(NUM_THREADS)
+    disable_progress_bars()
+    folder, num_steps = args.output_dir.resolve(), args.max_train_steps
+    pictures_dir, lora_dir, sheet_path = folder / "pictures", folder / "lora", folder / "sheet.png"
+    clear(folder)
+    experiment = Experiment(MODEL, folder, num_steps, steps_per_evaluation=num_steps, eval_count=EVAL_COUNT)
+    evaluator = experiment.evaluator
+
+    announce(f"1. Four pictures of a new object, called {CONCEPT.word!r}")
+    write_pictures(pictures_dir, *training_pictures(CONCEPT, SEED))
+    print(f"{pictures_dir}: {', '.join(sorted(path.name for path in pictures_dir.iterdir()))}")
+
+    announce("2. D-OPSD: the training script")
+    train_dopsd(pictures_dir, lora_dir, num_steps, evaluator.retention_prompts)
+
+    announce(f"3. Ordinary LoRA training (SFT) for comparison: {num_steps} steps, without progress messages")
+    sft_run = Run(CONCEPT, SEED, SFT)
+    (folder / sft_run.folder).mkdir(parents=True)
+    experiment.train_baseline(sft_run)
+
+    announce(f"4. {EVAL_COUNT} pictures for each measurement, and a contact sheet")
+    pipelines = {
+        "base": evaluator.load(),
+        "SFT": experiment.load(sft_run),
+        "D-OPSD": evaluator.load(lora_dir),
+    }
+    figures = measure(experiment, pipelines)
+    sheet = concept_sheet(
+        CONCEPT,
+        SEED,
+        pipelines,
+        evaluator.old.prompts[:NUM_OLD_PROMPTS],
+        title=f"A miniature FLUX.2-klein learns an object from four pictures, {num_steps} steps",
+        captions={name: (sheet_caption(f["new"]), sheet_caption(f.get("old"))) for name, f in figures.items()},
+    )
+    save_png(sheet, sheet_path)
+    print_results(figures, lora_dir, sheet_path)
+
+
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,8 +1,8 @@
 """The world in latent space, and the closed-form teacher that the miniature is distilled from.
 
-The pictures that a caption allows are known: every pose of the object it names, plus grain. In latent space they are
-a mixture of Gaussians with known means and one covariance, so the posterior mean E[x0 | x_sigma] and with it the
-probability-flow ODE need no network. Conventions as everywhere: x_sigma = (1 - sigma) x0 + sigma noise.
+The pictures that a caption allows are known: every pose of the object that it names, plus grain. Their latents form a
+mixture of Gaussians with known means and a shared covariance, so neither the posterior mean E[x0 | x_sigma] nor the
+probability-flow ODE needs a network. Convention: x_sigma = (1 - sigma) x0 + sigma noise.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,21 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2
 
-import world
-from vae import encode, to_tensor
+from benchmarks.miniature import world
+from benchmarks.miniature.vae import encode
 
 
-GRAIN_PICTURES = 1024  # from which the grain's covariance is measured
+NUM_GRAIN_PICTURES = 1024  # for measuring the grain's covariance
 
 
 @dataclass(frozen=True)
 class LatentWorld:
-    """Latents of the world's pictures without grain. A scene is an object on a background.
+    """Latents of S scenes without grain. A scene is an object on a background.
 
     Attributes:
-        objects, backgrounds: (S,), each scene's, indices into the sprites and into `world.BACKGROUNDS`.
-        means: (S, P, 8, 8, 64), float16: each scene at every pose.
-        covariance: (64, 64): of what grain adds, within a token.
+        objects, backgrounds: (S,), indices into the sprites and into `world.BACKGROUNDS`.
+        means: (S, P, 8, 8, 64), float16: every scene at each of the P poses.
+        covariance: (64, 64), of what grain adds to a token.
     """
 
     objects: torch.Tensor
@@ -36,19 +36,20 @@ class LatentWorld:
 
 
 def encode_world(
-    vae: AutoencoderKLFlux2, sprites: np.ndarray, scenes: list[tuple[int, int]], *, log: Callable
+    vae: AutoencoderKLFlux2, sprites: np.ndarray, scenes: list[tuple[int, int]], *, log: Callable[[dict], None]
 ) -> LatentWorld:
-    """Encodes scenes, (index of a sprite, index of a background) each, at every pose.
+    """Encodes every scene at every pose.
 
     Args:
         sprites: (N, 40, 40, 4).
-        log: takes a dict of figures.
+        scenes: (index of a sprite, index of a background) of each scene.
+        log: called with a dict of metrics.
     """
     names = list(world.BACKGROUNDS)
     means = []
     for index, (sprite, background) in enumerate(scenes):
-        pictures = np.stack([world.draw(sprites[sprite], pose, names[background]) for pose in world.POSES])
-        means.append(encode(vae, to_tensor(pictures)).half())
+        pictures = [world.draw(sprites[sprite], pose, names[background]) for pose in world.POSES]
+        means.append(encode(vae, world.to_tensor(pictures)).half())
         if index % 1000 == 999:
             log({"scenes_encoded": index + 1})
     objects, backgrounds = torch.tensor(scenes).unbind(1)
@@ -56,40 +57,40 @@ def encode_world(
 
 
 def grain_covariance(vae: AutoencoderKLFlux2, sprites: np.ndarray) -> torch.Tensor:
-    """(64, 64): of the tokens of random pictures with grain less those without."""
-    random = np.random.default_rng(4)
+    """(64, 64): covariance of the difference between tokens of random pictures with and without grain."""
+    rng = np.random.default_rng(4)
     clean = np.stack(
         [
-            world.draw(
-                sprites[random.integers(len(sprites))],
-                world.POSES[random.integers(len(world.POSES))],
-                random.choice(list(world.BACKGROUNDS)),
-            )
-            for _ in range(GRAIN_PICTURES)
+            world.draw(sprites[rng.integers(len(sprites))], world.random_pose(rng), world.random_background(rng))
+            for _ in range(NUM_GRAIN_PICTURES)
         ]
     )
-    grain = np.stack([world.grain(random) for _ in range(GRAIN_PICTURES)])
-    tokens = (encode(vae, to_tensor(clean + grain)) - encode(vae, to_tensor(clean))).flatten(0, 2)
+    grain = np.stack([world.grain(rng) for _ in range(NUM_GRAIN_PICTURES)])
+    difference = encode(vae, world.to_tensor(clean + grain)) - encode(vae, world.to_tensor(clean))
+    tokens = difference.flatten(0, 2)
     return tokens.T @ tokens / len(tokens)
 
 
 class PosteriorTeacher:
-    """Walks the probability-flow ODE from one deployed sigma to the next.
+    """Follows the probability-flow ODE from one deployed sigma to the next.
 
-    Between two points of a fine grid the posterior mean m of the mixture's centres is held, and the Gaussian part is
-    integrated exactly: x' = (1 - sigma') m + (C' / C)^(1/2) (x - (1 - sigma) m), where
-    C = (1 - sigma)^2 covariance + sigma^2 is the state's covariance around a centre.
+    Each of the K segments is divided into substeps. Within a substep the posterior mean m of the mixture's centres is
+    held constant and the Gaussian part is integrated exactly:
 
-    Which centre a state belongs to is judged in a few directions of each token (`pose_directions`): the posterior
-    given that part of the state. There the flow is exact; the other directions follow the centre that this part has
-    chosen. With all 64 directions it is the full posterior, which decides in the first segment by details of the
-    noise that a small student cannot read.
+        x' = (1 - sigma') m + (C' / C)^(1/2) (x - (1 - sigma) m)
+
+    where C = (1 - sigma)^2 covariance + sigma^2 is the covariance of the states around a centre.
+
+    The posterior over the centres is computed from a few directions of each token only (`pose_directions`). In these
+    directions the flow is exact; in the others, states follow the centre that these have chosen. With all 64
+    directions it is the full posterior, which makes the choice in the first segment, by details of the noise that a
+    small student cannot read.
 
     Args:
-        latent_world: for the grain's covariance and the directions.
+        latent_world: provides the grain's covariance and the directions.
         sigmas: (K + 1,), the deployed schedule.
-        num_directions: how many directions of a token judge the centre.
-        num_substeps: points of the fine grid in each of the K segments.
+        num_directions: D, the directions of a token from which the posterior is computed, 1 to 64.
+        num_substeps: substeps per segment.
     """
 
     def __init__(self, latent_world: LatentWorld, sigmas: torch.Tensor, *, num_directions: int, num_substeps: int = 6):
@@ -110,12 +111,15 @@ class PosteriorTeacher:
         self.whitening = torch.linalg.cholesky(torch.linalg.inv(state)).float()  # (K, substeps, D, D)
 
     def advance(self, states: torch.Tensor, segments: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-        """The states at the end of their segments.
+        """Takes states from the start of their segments to the end.
 
         Args:
-            states: (B, 8, 8, 64), any states: a teacher's or a student's.
+            states: (B, 8, 8, 64), on the teacher's trajectory or off it.
             segments: (B,), 0 to K - 1.
             means: (B, M, 8, 8, 64), the pictures that each caption allows, all equally likely.
+
+        Returns:
+            (B, 8, 8, 64).
         """
         shape = states.shape
         states, means = states.flatten(1, 2), means.flatten(2, 3)
@@ -131,7 +135,7 @@ class PosteriorTeacher:
 
 
 def pose_directions(latent_world: LatentWorld, count: int) -> torch.Tensor:
-    """(count, 64): the orthonormal directions of a token in which the poses of a scene differ most."""
+    """(count, 64): orthonormal directions of a token along which the poses of a scene differ most."""
     means = latent_world.means[::7].float()
     tokens = (means - means.mean(1, keepdim=True)).flatten(0, 3)
     return torch.linalg.eigh(tokens.T @ tokens).eigenvectors[:, -count:].T

@@ -5,45 +5,45 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLFlux2
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
 
-import world
-from optimizer import MuonAdamW, trapezoid
-from parts import autocast, load_or_none, make_vae, save_state
+from benchmarks.miniature import world
+from benchmarks.miniature.parts import make_vae
+from benchmarks.miniature.training import MuonAdamW, autocast, load_or_none, save_state, trapezoid
 
 
 BATCH_SIZE = 16
-KL_WEIGHT = 1e-5  # a hint of noise on the latents smooths the decoder; the pictures' detail survives
+KL_WEIGHT = 1e-5  # so small that pictures keep their detail; a little noise on the latents smooths the decoder
 STEPS_PER_SAVE = 200
+GRAIN_SHARE = 0.75  # of the training pictures; the others have no grain, like those that the teacher is made from
 
 
-def random_pictures(sprites: np.ndarray, random: np.random.Generator, count: int) -> torch.Tensor:
-    """(count, 3, 64, 64): objects anywhere; one picture in four without grain, as the teacher needs them."""
-    pictures = [
-        world.draw(
-            sprites[random.integers(len(sprites))],
-            world.POSES[random.integers(len(world.POSES))],
-            random.choice(list(world.BACKGROUNDS)),
-            random if random.random() < 0.75 else None,
-        )
-        for _ in range(count)
-    ]
-    return to_tensor(np.stack(pictures))
-
-
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
-    """(N, 64, 64, 3) -> (N, 3, 64, 64)."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+def random_pictures(sprites: np.ndarray, rng: np.random.Generator, count: int) -> torch.Tensor:
+    """(count, 3, 64, 64): random objects at random poses on random backgrounds, three in four with grain."""
+    return world.to_tensor(
+        [
+            world.draw(
+                sprites[rng.integers(len(sprites))],
+                world.random_pose(rng),
+                world.random_background(rng),
+                rng if rng.random() < GRAIN_SHARE else None,
+            )
+            for _ in range(count)
+        ]
+    )
 
 
 def train_vae(
-    sprites: np.ndarray, state_path: Path, *, num_steps: int, seed: int, log: Callable
+    sprites: np.ndarray, state_path: Path, *, num_steps: int, seed: int, log: Callable[[dict], None]
 ) -> AutoencoderKLFlux2:
-    """Mean squared error and a little KL divergence; resumes from `state_path`.
+    """Minimises the squared error of decoded pictures and a little KL divergence. Resumes from `state_path`.
 
     Args:
-        sprites: (N, 40, 40, 4), what the pictures show.
-        log: takes a dict of figures.
+        sprites: (N, 40, 40, 4), the objects in the pictures.
+        log: called with a dict of metrics.
+
+    Returns:
+        The VAE in evaluation mode, frozen.
     """
     torch.manual_seed(seed)
     vae = make_vae()
@@ -73,7 +73,7 @@ def train_vae(
 
 @torch.no_grad()
 def set_latent_statistics(vae: AutoencoderKLFlux2, sprites: np.ndarray) -> None:
-    """Mean and variance of the patchified latents, which the pipeline normalises by and training never updates."""
+    """Sets mean and variance of the patchified latents, by which the pipeline normalises. Training does not."""
     latents = encode_raw(vae, random_pictures(sprites, np.random.default_rng(2), 512))
     vae.bn.running_mean.copy_(latents.mean((0, 1, 2)))
     vae.bn.running_var.copy_(latents.var((0, 1, 2)))
@@ -81,19 +81,18 @@ def set_latent_statistics(vae: AutoencoderKLFlux2, sprites: np.ndarray) -> None:
 
 @torch.no_grad()
 def encode_raw(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> torch.Tensor:
-    """(N, 3, 64, 64) -> (N, 8, 8, 64): a token's channels in the pipeline's order (`_patchify_latents`)."""
+    """(N, 3, 64, 64) -> (N, 8, 8, 64), patchified as in the pipeline, not normalised."""
     latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in pictures.split(32)])
-    rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
-    return latents.unflatten(3, (columns, 2)).unflatten(2, (rows, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    return Flux2KleinPipeline._patchify_latents(latents).permute(0, 2, 3, 1).contiguous()
 
 
 def latent_scale(vae: AutoencoderKLFlux2) -> tuple[torch.Tensor, torch.Tensor]:
-    """(64,), (64,): mean and standard deviation that the pipeline normalises by."""
+    """(64,), (64,): mean and standard deviation by which the pipeline normalises."""
     return vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
 
 
 def encode(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> torch.Tensor:
-    """(N, 3, 64, 64) -> (N, 8, 8, 64), normalised, as the pipeline encodes a reference."""
+    """(N, 3, 64, 64) -> (N, 8, 8, 64), normalised like the latents of a reference in the pipeline."""
     mean, std = latent_scale(vae)
     return (encode_raw(vae, pictures) - mean) / std
 
@@ -102,27 +101,28 @@ def encode(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> torch.Tensor:
 def decode(vae: AutoencoderKLFlux2, tokens: torch.Tensor) -> torch.Tensor:
     """(N, 8, 8, 64), normalised -> (N, 3, 64, 64)."""
     mean, std = latent_scale(vae)
-    latents = (tokens * std + mean).unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    latents = Flux2KleinPipeline._unpatchify_latents((tokens * std + mean).permute(0, 3, 1, 2))
     return torch.cat([vae.decode(batch).sample for batch in latents.split(32)])
 
 
 def held_out_psnr(vae: AutoencoderKLFlux2) -> float:
-    """Of the objects that no training picture shows, with grain."""
-    random = np.random.default_rng(3)
-    objects = [appearance for appearance in world.all_appearances() if appearance.is_held_out]
-    pictures = [
-        world.draw(
-            world.sprite(objects[random.integers(len(objects))]),
-            world.POSES[random.integers(len(world.POSES))],
-            random.choice(list(world.BACKGROUNDS)),
-            random,
-        )
-        for _ in range(128)
-    ]
-    pictures = to_tensor(np.stack(pictures))
+    """PSNR in dB on pictures, with grain, of objects that training does not show."""
+    rng = np.random.default_rng(3)
+    objects = world.held_out_appearances()
+    pictures = world.to_tensor(
+        [
+            world.draw(
+                world.sprite(objects[rng.integers(len(objects))]),
+                world.random_pose(rng),
+                world.random_background(rng),
+                rng,
+            )
+            for _ in range(128)
+        ]
+    )
     return psnr((decode(vae, encode(vae, pictures)) - pictures).square().mean().item())
 
 
 def psnr(error: float) -> float:
-    """In dB, for pixels from -1 to 1."""
+    """Peak signal-to-noise ratio in dB of a mean squared error, for pixels from -1 to 1."""
     return 10 * float(np.log10(4 / error))

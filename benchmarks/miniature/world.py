@@ -1,30 +1,33 @@
-"""The miniature's world: 64x64 pictures of one object on a plain background, and their captions. Knows no model.
+"""The miniature's world: 64x64 pictures of one object on a plain background, and their captions.
 
-An object has a shape, a texture and one or two colours ("a striped red and blue diamond on sand"). Fine grain lies
-over everything: one brightness offset per 2x2 pixels, which no caption tells and the last sampling step must create.
+An object has a shape, a texture and one or two colours ("a striped red and blue diamond on sand"). Fine grain covers
+the whole picture: one brightness offset per 2x2 pixels. No caption mentions it, so the last sampling step has to
+create it.
 
-A simplification to know of: objects move on the grid of the models' tokens (8 pixels), neither turn nor scale, and
-textures repeat every token. To draw a referenced object elsewhere is therefore to copy tokens by an offset.
+The world is simpler than it looks: objects move on the grid of the model's tokens (8 pixels), never turn or scale, and
+their textures repeat with every token. Drawing a referenced object in another place amounts to copying its tokens.
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+import torch
+from PIL import Image, ImageDraw
 
 
 SIDE = 64  # pixels
-TOKEN = 8  # pixels: the grid on which objects move
-OBJECT = 40  # pixels: side of the square that holds an object
-# (row, column) of the object's upper left corner, in tokens. Neighbours are a diagonal apart: nearer places are told
-# apart so late in sampling that a small model lays two of them over each other.
+TOKEN = 8  # pixels; objects move on a grid of this size
+OBJECT = 40  # pixels, side of the square that holds an object
+# (row, column) of the object's upper left corner, in tokens. Neighbours are a diagonal apart: sampling decides so late
+# between closer ones that a small model draws both on top of each other.
 POSES = tuple((row, column) for row, column in product(range(4), range(4)) if (row + column) % 2 == 0)
-GRAIN_STD = 0.08  # of the brightness offsets; pixels run from -1 to 1
+GRAIN_STD = 0.08  # of the brightness offsets; pixels range from -1 to 1
 OUTLINE = 2  # pixels
-SUPERSAMPLING = 4  # sub-pixels a pixel and side, for smooth edges
+SUPERSAMPLING = 4  # sub-pixels per pixel and axis, for smooth edges
 
 COLOURS = {
     "red": (206, 36, 40),
@@ -44,23 +47,23 @@ BACKGROUNDS = {
 }
 SHAPES = ("disc", "square", "triangle", "diamond", "cross", "ring", "heart")
 TEXTURES = ("plain", "striped", "dotted", "checked", "slanted")
-# No training caption names these and no reference shows the shape: a new object and a new texture for the experiment.
-# (About one in a hundred of the nameless objects' random textures comes out slanted.)
+# Never named in a training caption, and the shape never shown in a reference: they are new in the experiment.
+# (About one in a hundred of the random textures of unnamed objects looks slanted.)
 HELD_OUT_SHAPE, HELD_OUT_TEXTURE = "heart", "slanted"
-# One in so many of the other combinations is held out as well.
-HELD_OUT_SHARE = 8
+# One in this many of the other combinations is held out as well.
+HELD_OUT_EVERY = 8
 
-# What a prompt may end with where a reference shows the object.
+# Ends a prompt whose reference shows the object.
 REFERENCE_SUFFIX = " like the picture"
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
 @dataclass(frozen=True)
 class Appearance:
-    """What a caption tells of an object: all but its place and its background.
+    """What a caption says about an object: everything but its place and its background.
 
     Attributes:
-        colours: one for "plain"; two, in the order of `COLOURS`, for every other texture.
+        colours: one colour for "plain", two for every other texture, in the order of `COLOURS`.
     """
 
     shape: str
@@ -76,7 +79,7 @@ class Appearance:
         """Whether no training picture shows it."""
         if self.shape == HELD_OUT_SHAPE or self.texture == HELD_OUT_TEXTURE:
             return True
-        return zlib.crc32(self.words.encode()) % HELD_OUT_SHARE == 0
+        return zlib.crc32(self.words.encode()) % HELD_OUT_EVERY == 0
 
 
 def all_appearances() -> list[Appearance]:
@@ -89,94 +92,141 @@ def all_appearances() -> list[Appearance]:
     ]
 
 
+def known_appearances() -> list[Appearance]:
+    """The objects that training pictures show."""
+    return [appearance for appearance in all_appearances() if not appearance.is_held_out]
+
+
+def held_out_appearances() -> list[Appearance]:
+    """The objects that no training picture shows."""
+    return [appearance for appearance in all_appearances() if appearance.is_held_out]
+
+
 def caption(words: str, background: str) -> str:
     """The prompt for an object called `words`."""
     return f"a {words} on {background}"
 
 
-def nonsense_word(random: np.random.Generator) -> str:
+def nonsense_word(rng: np.random.Generator) -> str:
     """A word without meaning, such as "dazu" or "mip"."""
-    letters = [random.choice(list(CONSONANTS)), random.choice(list(VOWELS)), random.choice(list(CONSONANTS))]
-    if random.random() < 0.5:
-        letters.append(random.choice(list(VOWELS)))
+    letters = [rng.choice(list(CONSONANTS)), rng.choice(list(VOWELS)), rng.choice(list(CONSONANTS))]
+    if rng.random() < 0.5:
+        letters.append(rng.choice(list(VOWELS)))
     return "".join(letters)
 
 
 @cache
 def sprite(appearance: Appearance) -> np.ndarray:
-    """The object alone: (40, 40, 4), float32, colours -1 to 1 and coverage 0 to 1. Read only."""
+    """The object without a background.
+
+    Returns:
+        (40, 40, 4), float32: colours from -1 to 1, coverage from 0 to 1. Cached: do not write to it.
+    """
     colours = [COLOURS[name] for name in appearance.colours]
     return _paint(_shape_mask(appearance.shape), _texture_mask(appearance.texture), colours[0], colours[-1])
 
 
-def random_sprite(random: np.random.Generator) -> np.ndarray:
-    """An object without a name: random outline, pattern and colours; (40, 40, 4) as `sprite` gives it."""
+def random_sprite(rng: np.random.Generator) -> np.ndarray:
+    """An object without a name, with random outline, pattern and colours: (40, 40, 4), as `sprite` returns it."""
     palette = list(COLOURS.values())
-    if random.random() < 0.5:
-        first, second = (palette[index] for index in random.choice(len(palette), 2, replace=False))
+    if rng.random() < 0.5:
+        first, second = (palette[index] for index in rng.choice(len(palette), 2, replace=False))
     else:
-        first, second = (tuple(color) for color in random.integers(30, 240, (2, 3)))
-    return _paint(_random_mask(random), _random_texture(random), first, second)
+        first, second = (tuple(colour) for colour in rng.integers(30, 240, (2, 3)))
+    return _paint(_random_mask(rng), _random_texture(rng), first, second)
+
+
+def random_pose(rng: np.random.Generator) -> tuple[int, int]:
+    return POSES[rng.integers(len(POSES))]
+
+
+def random_background(rng: np.random.Generator) -> str:
+    return str(rng.choice(list(BACKGROUNDS)))
 
 
 def draw(
-    sprite: np.ndarray, pose: tuple[int, int], background: str, random: np.random.Generator | None = None
+    sprite: np.ndarray, pose: tuple[int, int], background: str, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """A picture: (64, 64, 3), float32, -1 to 1. With `random` it has grain, without it none."""
+    """Draws a picture, with grain from `rng` or without grain.
+
+    Args:
+        sprite: (40, 40, 4), see `sprite`.
+        pose: one of `POSES`.
+        background: a name in `BACKGROUNDS`.
+
+    Returns:
+        (64, 64, 3), float32, -1 to 1 without grain, which can exceed that range.
+    """
     pixels = np.empty((SIDE, SIDE, 3), np.float32)
     pixels[:] = unit(BACKGROUNDS[background])
     top, left = pose[0] * TOKEN, pose[1] * TOKEN
     place = pixels[top : top + OBJECT, left : left + OBJECT]
     place += sprite[..., 3:] * (sprite[..., :3] - place)
-    if random is not None:
-        pixels += grain(random)
+    if rng is not None:
+        pixels += grain(rng)
     return pixels
 
 
-def grain(random: np.random.Generator) -> np.ndarray:
+def grain(rng: np.random.Generator) -> np.ndarray:
     """(64, 64, 1): one brightness offset per 2x2 pixels."""
-    cells = random.normal(0.0, GRAIN_STD, (SIDE // 2, SIDE // 2)).astype(np.float32)
+    cells = rng.normal(0.0, GRAIN_STD, (SIDE // 2, SIDE // 2)).astype(np.float32)
     return cells.repeat(2, 0).repeat(2, 1)[..., None]
 
 
-def unit(color: tuple[int, int, int]) -> np.ndarray:
-    """(3,), 0..255 to -1..1."""
-    return np.asarray(color, np.float32) / 127.5 - 1
+def unit(colour: tuple[int, int, int]) -> np.ndarray:
+    """(3,), from 0..255 to -1..1."""
+    return np.asarray(colour, np.float32) / 127.5 - 1
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
+    """(H, W, 3) pixels from -1 to 1, clipped, as an 8-bit image."""
     return Image.fromarray(np.uint8((pixels.clip(-1, 1) + 1) * 127.5 + 0.5))
+
+
+def to_tensor(pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    """N pictures, (H, W, 3) each, as (N, 3, H, W)."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 def _paint(
     mask: Image.Image, texture: np.ndarray, first: tuple[int, int, int], second: tuple[int, int, int]
 ) -> np.ndarray:
-    """Sprite of a mask (160x160 sub-pixels), a texture (same size, True: second colour) and two colours."""
-    inner = np.asarray(mask.filter(ImageFilter.MinFilter(2 * OUTLINE * SUPERSAMPLING + 1))) > 0
+    """A sprite from a mask (160x160 sub-pixels), a texture of that size (True: second colour) and two colours."""
     outer = np.asarray(mask) > 0
-    color = np.where(texture[..., None], unit(second), unit(first))
-    color = np.where(inner[..., None], color, unit(OUTLINE_COLOUR)) * outer[..., None]
-    layers = np.concatenate([color, outer[..., None]], -1)
+    inner = _erode(outer, OUTLINE * SUPERSAMPLING)
+    colour = np.where(texture[..., None], unit(second), unit(first))
+    colour = np.where(inner[..., None], colour, unit(OUTLINE_COLOUR)) * outer[..., None]
+    layers = np.concatenate([colour, outer[..., None]], -1)
     layers = layers.reshape(OBJECT, SUPERSAMPLING, OBJECT, SUPERSAMPLING, 4).mean((1, 3), dtype=np.float32)
     layers[..., :3] /= np.maximum(layers[..., 3:], 1e-6)
     return layers
 
 
+def _erode(mask: np.ndarray, radius: int) -> np.ndarray:
+    """Where a square of side 2 * radius + 1 lies inside the mask. Much faster than `ImageFilter.MinFilter`."""
+    for axis in (0, 1):
+        padding = [(radius, radius) if axis == padded_axis else (0, 0) for padded_axis in (0, 1)]
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(mask, padding, mode="edge"), 2 * radius + 1, axis)
+        mask = windows.all(-1)
+    return mask
+
+
 def _polygon(points: np.ndarray) -> Image.Image:
-    """A filled polygon of points (N, 2) as (x, y), -1 to 1 across the object's square."""
+    """A filled polygon of points (N, 2): x and y, from -1 to 1 across the object's square."""
     size = OBJECT * SUPERSAMPLING
     mask = Image.new("L", (size, size))
     ImageDraw.Draw(mask).polygon([tuple(point) for point in (points + 1) / 2 * (size - 1)], fill=255)
     return mask
 
 
-def _circle(radius: float, *, count: int = 90, phase: float = 0.0) -> np.ndarray:
-    angle = np.arange(count) / count * 2 * np.pi + phase
+def _circle(radius: float, *, count: int = 90) -> np.ndarray:
+    """(count, 2): x and y of points on a circle, the first at the top."""
+    angle = np.arange(count) / count * 2 * np.pi
     return radius * np.stack([np.sin(angle), -np.cos(angle)], -1)
 
 
 def _shape_mask(shape: str) -> Image.Image:
-    edge = 0.94  # an object stays clear of its square's border
+    edge = 0.94  # keeps objects off the border of their square
     if shape == "disc":
         return _polygon(_circle(edge))
     if shape == "square":
@@ -194,13 +244,15 @@ def _shape_mask(shape: str) -> Image.Image:
         mask = _polygon(_circle(edge))
         mask.paste(0, mask=_polygon(_circle(0.38)))
         return mask
-    angle = np.arange(120) / 120 * 2 * np.pi  # heart
+    assert shape == "heart", shape
+    angle = np.arange(120) / 120 * 2 * np.pi
     x = 16 * np.sin(angle) ** 3
     y = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
     return _polygon(np.stack([x / 16, -(y + 2.5) / 14.5], -1) * edge)
 
 
 def _texture_mask(texture: str) -> np.ndarray:
+    """(160, 160), bool: where the object has its second colour."""
     size = OBJECT * SUPERSAMPLING
     y, x = np.mgrid[:size, :size] / SUPERSAMPLING
     half = TOKEN / 2
@@ -212,42 +264,42 @@ def _texture_mask(texture: str) -> np.ndarray:
         return np.hypot(x % TOKEN - half, y % TOKEN - half) < 2.7
     if texture == "checked":
         return (x % TOKEN >= half) ^ (y % TOKEN >= half)
-    return (x + y) % TOKEN >= half  # slanted
+    assert texture == "slanted", texture
+    return (x + y) % TOKEN >= half
 
 
-def _random_mask(random: np.random.Generator) -> Image.Image:
-    """A blob or a polygon, one in five with a hole."""
-    if random.random() < 0.5:
+def _random_mask(rng: np.random.Generator) -> Image.Image:
+    """A blob or a polygon; one in five has a hole."""
+    if rng.random() < 0.5:
         points = _circle(1.0)
         angle = np.arange(len(points)) / len(points) * 2 * np.pi
         radius = sum(
-            random.normal(0, 0.3 / order) * np.sin(order * angle + random.uniform(0, 2 * np.pi))
-            for order in range(1, 6)
+            rng.normal(0, 0.3 / order) * np.sin(order * angle + rng.uniform(0, 2 * np.pi)) for order in range(1, 6)
         )
         points = points * np.exp(radius)[:, None]
     else:
-        count = random.integers(3, 10)
-        angle = np.sort(np.arange(count) + random.uniform(0, 0.7, count)) / count * 2 * np.pi
-        points = np.stack([np.sin(angle), np.cos(angle)], -1) * random.uniform(0.4, 1, (count, 1))
+        count = rng.integers(3, 10)
+        angle = np.sort(np.arange(count) + rng.uniform(0, 0.7, count)) / count * 2 * np.pi
+        points = np.stack([np.sin(angle), np.cos(angle)], -1) * rng.uniform(0.4, 1, (count, 1))
     low, high = points.min(0), points.max(0)
-    extent = random.uniform(0.75, 0.94, 2)
+    extent = rng.uniform(0.75, 0.94, 2)
     points = ((points - low) / (high - low) * 2 - 1) * extent
     mask = _polygon(points)
-    if random.random() < 0.2:
-        hole = _circle(random.uniform(0.2, 0.45)) + random.uniform(-0.3, 0.3, 2)
+    if rng.random() < 0.2:
+        hole = _circle(rng.uniform(0.2, 0.45)) + rng.uniform(-0.3, 0.3, 2)
         mask.paste(0, mask=_polygon(hole))
     return mask
 
 
-def _random_texture(random: np.random.Generator) -> np.ndarray:
-    """Plain, or waves above a threshold that repeat every token, or every second."""
+def _random_texture(rng: np.random.Generator) -> np.ndarray:
+    """Plain, or thresholded waves that repeat with every token or with every second one; (160, 160), bool."""
     size = OBJECT * SUPERSAMPLING
-    if random.random() < 0.15:
+    if rng.random() < 0.15:
         return np.zeros((size, size), bool)
     y, x = np.mgrid[:size, :size] / SUPERSAMPLING
-    period = TOKEN * random.integers(1, 3)
+    period = TOKEN * rng.integers(1, 3)
     waves = np.zeros((size, size))
-    for _ in range(random.integers(1, 4)):
-        column, row = random.integers(-2, 3, 2)
-        waves += random.normal() * np.cos((column * x + row * y) / period * 2 * np.pi + random.uniform(0, 2 * np.pi))
-    return waves > np.quantile(waves, random.uniform(0.3, 0.7))
+    for _ in range(rng.integers(1, 4)):
+        column, row = rng.integers(-2, 3, 2)
+        waves += rng.normal() * np.cos((column * x + row * y) / period * 2 * np.pi + rng.uniform(0, 2 * np.pi))
+    return waves > np.quantile(waves, rng.uniform(0.3, 0.7))

@@ -1,0 +1,141 @@
+"""Measures how well a miniature follows text and references at the deployed number of sampling steps.
+
+python -m benchmarks.miniature.evaluate      # a table for the shipped model, in about three minutes
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from benchmarks.miniature import world
+from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
+from benchmarks.miniature.concepts import Concept, concept_task, old_task
+from benchmarks.miniature.files import MODEL, check_model
+from benchmarks.miniature.metrics import PictureReader, detail, effective_poses, frechet_distance, object_residual
+from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
+from benchmarks.miniature.tasks import Task, standard_tasks
+from dopsd.gallery import relative_drift
+from dopsd.rollout import seeded_noise
+from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
+
+
+NUM_RETENTION_PROMPTS = 16  # each sampled once
+
+
+@torch.no_grad()
+def final_latents(
+    pipeline: Flux2KleinDOPSDPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    references: Sequence[Image.Image] = (),
+    num_steps: int = NUM_STEPS,
+) -> torch.Tensor:
+    """Samples N prompts, without decoding.
+
+    Args:
+        seeds: one noise seed per prompt.
+        references: one picture per prompt, or none at all.
+
+    Returns:
+        (N, C, h, w), latents for `pipeline.decode`.
+    """
+    context = pipeline.encode_student(prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
+    if references:
+        context = context.with_references(torch.cat([pipeline.encode_reference(image) for image in references]))
+    noise = seeded_noise(pipeline.latent_shape(world.SIDE, world.SIDE), seeds)
+    return pipeline.sample(context, noise, num_steps)
+
+
+@torch.no_grad()
+def sample(pipeline: Flux2KleinDOPSDPipeline, task: Task, *, num_steps: int = NUM_STEPS) -> torch.Tensor:
+    """(N, 3, 64, 64): the pipeline's pictures for a task, from noise of the seeds 0 to N - 1."""
+    seeds = list(range(len(task.prompts)))
+    latents = final_latents(pipeline, task.prompts, seeds, references=task.references, num_steps=num_steps)
+    return pipeline.vae.decode(latents).sample.clamp(-1, 1)
+
+
+def measure(pictures: torch.Tensor, task: Task, reader: PictureReader) -> dict[str, float]:
+    """Accuracies, detail, residual, effective number of poses and Frechet distance of pictures for a task."""
+    reading = reader.read(pictures)
+    figures = reader.accuracy(reading, task.wanted, task.backgrounds)
+    figures |= {"detail": detail(pictures, reading), "residual": object_residual(pictures, reading)}
+    figures["poses"] = effective_poses(reading)
+    figures["fd"] = frechet_distance(pictures, task.real)
+    return {name: round(value, 3) for name, value in figures.items()}
+
+
+class Evaluator:
+    """Measures pipelines on a new concept and on objects that the base model knows.
+
+    Args:
+        model: the miniature's folder.
+        count: pictures per task.
+    """
+
+    def __init__(self, model: Path, count: int):
+        self.model, self.count = model, count
+        self.reader = PictureReader(world.all_appearances())
+        self.old = old_task(count)
+
+    def load(self, lora: Path | None = None) -> Flux2KleinDOPSDPipeline:
+        """The base model, or the base model with a LoRA."""
+        pipeline = Flux2KleinDOPSDPipeline.from_pretrained(self.model)
+        if lora is not None:
+            pipeline.load_lora_weights(lora)
+        return pipeline
+
+    @property
+    def retention_prompts(self) -> list[str]:
+        return self.old.prompts[:NUM_RETENTION_PROMPTS]
+
+    @cached_property
+    def _base_latents(self) -> torch.Tensor:
+        return self._retention_latents(self.load())
+
+    def _retention_latents(self, pipeline: Flux2KleinDOPSDPipeline) -> torch.Tensor:
+        """Sampled with the seeds 0, 1, 2..., like in the training script."""
+        return final_latents(pipeline, self.retention_prompts, list(range(NUM_RETENTION_PROMPTS)))
+
+    def retention(self, pipeline: Flux2KleinDOPSDPipeline) -> float:
+        """Drift from the base model on `retention_prompts`, as the training script logs it. 0: unchanged."""
+        return relative_drift(self._base_latents, self._retention_latents(pipeline))
+
+    def measure(self, pipeline: Flux2KleinDOPSDPipeline, task: Task, num_steps: int = NUM_STEPS) -> dict[str, float]:
+        return measure(sample(pipeline, task, num_steps=num_steps), task, self.reader)
+
+    def evaluate(
+        self, pipeline: Flux2KleinDOPSDPipeline, concept: Concept, num_steps: int = NUM_STEPS
+    ) -> dict[str, dict[str, float]]:
+        """Metrics on the concept ("new") and on known objects ("old")."""
+        return {
+            "new": self.measure(pipeline, concept_task(concept, self.count), num_steps),
+            "old": self.measure(pipeline, self.old, num_steps),
+        }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="Folder of the miniature. Default: the shipped one.")
+    parser.add_argument("--count", type=positive_int, default=192, help="Number of pictures per task.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    check_model(args.model)
+    pipeline = Flux2KleinDOPSDPipeline.from_pretrained(args.model)
+    reader = PictureReader(world.all_appearances())
+    print(f"| {args.count} pictures of each, {NUM_STEPS} steps | exact | residual | detail | places |")
+    print("|---" * 5 + "|")
+    for name, task in standard_tasks(args.count).items():
+        figures = measure(sample(pipeline, task), task, reader)
+        print(f"| {name} | {figures['exact']} | {figures['residual']} | {figures['detail']} | {figures['poses']} |")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,280 @@
+"""Contexts for training and drawing: which encodings a run needs, when they are computed, and where they are kept."""
+
+import itertools
+import math
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers.training_utils import free_memory
+from tqdm.auto import tqdm
+
+from .context_cache import ContextCache, content_key
+from .data.order import Sample
+from .data.pictures import Picture
+from .data.training_data import Crop, TrainingData
+from .errors import InputError
+from .model import Conditioning, Context, Encoder, FewStepPipeline, TokenLimit
+from .settings import TeacherSettings
+
+
+logger = get_logger(__name__)
+
+# Increased when the encoding of the same inputs changes, so that older cache entries are not used.
+ENCODING_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The input of one encoder, which identifies its output: a prompt, a crop, or both."""
+
+    encoder: Encoder
+    prompt: str = ""
+    crop: Crop | None = None
+
+
+class Contexts:
+    """Contexts of student and teacher, read from the cache or, without one, encoded when they are asked for.
+
+    Args:
+        pipeline: with its VAE, without its text encoder.
+        conditioning: what student and teacher are conditioned on.
+        data: the pictures and captions.
+        teacher_prompt_suffix: appended to the caption in the teacher's prompt.
+        load_text_encoder: returns the pipeline's text encoder. Called when an encoding needs it.
+        device: the accelerator.
+    """
+
+    def __init__(
+        self,
+        pipeline: FewStepPipeline,
+        conditioning: Conditioning,
+        data: TrainingData,
+        *,
+        teacher_prompt_suffix: str,
+        load_text_encoder: Callable[[], torch.nn.Module],
+        device: torch.device,
+    ):
+        self.pipeline, self.conditioning, self.data = pipeline, conditioning, data
+        self.teacher_prompt_suffix = teacher_prompt_suffix
+        self.load_text_encoder = load_text_encoder
+        self.device = device
+        self.cache: ContextCache | None = None
+        self.checkpoint_fingerprint = ""
+
+    # What a context is made of
+
+    def student_encodings(self, prompt: str) -> tuple[Encoding, ...]:
+        return tuple(Encoding(encoder, prompt) for encoder in self.conditioning.student)
+
+    def teacher_encodings(self, sample: Sample) -> tuple[Encoding, ...]:
+        prompt = (self.data.picture(sample).teacher_caption or self.data.caption(sample)) + self.teacher_prompt_suffix
+        crop = Crop(sample.example, sample.flip)
+        return tuple(
+            Encoding(encoder, prompt if encoder.reads_prompt else "", crop if encoder.sees_picture else None)
+            for encoder in self.conditioning.teacher
+        )
+
+    def all_teacher_encodings(self) -> Iterator[tuple[Picture, Encoding]]:
+        """Every encoding that some sample's teacher may need, with the sample's picture."""
+        flips = (False, True) if self.data.order.random_flip else (False,)
+        for (index, example), flip in itertools.product(enumerate(self.data.examples), flips):
+            picture = self.data.pictures[example.picture]
+            for caption in range(len(picture.captions)):
+                for encoding in self.teacher_encodings(Sample(index, 0, caption, flip)):
+                    yield picture, encoding
+
+    def all_encodings(self, drawn_prompts: list[str]) -> list[Encoding]:
+        """Every encoding of a run that draws these prompts. May contain duplicates."""
+        prompts = [*self.data.captions, *drawn_prompts]
+        of_students = [encoding for prompt in prompts for encoding in self.student_encodings(prompt)]
+        return of_students + [encoding for _, encoding in self.all_teacher_encodings()]
+
+    def size(self, encoding: Encoding) -> tuple[int, int] | None:
+        """(height, width) in pixels of the encoding's crop."""
+        return None if encoding.crop is None else self.data.bucket(encoding.crop)
+
+    def key(self, encoding: Encoding) -> str:
+        """The cache key: everything that the encoding depends on."""
+        encoder, crop = encoding.encoder, encoding.crop
+        parts = [ENCODING_FORMAT, encoder.name, self.checkpoint_fingerprint, str(self.pipeline.vae.dtype)]
+        if encoder.reads_prompt:
+            parts.append(encoding.prompt)
+        parts += encoder.cache_key()
+        if crop is not None:
+            example = self.data.examples[crop.example]
+            parts += [self.data.digests[example.picture], *example.bucket, *example.centering, crop.flip]
+        return content_key(*parts)
+
+    # Encoding
+
+    def attach_text_encoder(self, encoders: Iterable[Encoder]) -> None:
+        """Loads the pipeline's text encoder onto the accelerator and attaches these encoders to it."""
+        self.pipeline.text_encoder = self.load_text_encoder().to(self.device)
+        for encoder in encoders:
+            encoder.attach()
+
+    def free_text_encoder(self) -> None:
+        for encoder in self.conditioning.encoders:
+            encoder.detach()
+        self.pipeline.text_encoder = None
+        free_memory()
+
+    def encode(self, encoding: Encoding) -> torch.Tensor:
+        """Computes an encoding; its encoder's component is on the accelerator.
+
+        Raises:
+            InputError: the result is not finite.
+        """
+        picture = None if encoding.crop is None else self.data.cropped(encoding.crop)
+        encoded = encoding.encoder.encode(encoding.prompt, picture)
+        if not encoded.isfinite().all():
+            name = reprlib.repr(encoding.prompt)
+            if encoding.crop is not None:
+                name = self.data.picture(encoding.crop).name
+            in_fp16 = self.pipeline.vae.dtype == torch.float16
+            advice = "use --mixed_precision bf16 or no" if in_fp16 else "check the checkpoint's weights"
+            raise InputError(f"{name}: its encoding is not finite; {advice}")
+        return encoded
+
+    def tensor(self, encoding: Encoding) -> torch.Tensor:
+        return self.encode(encoding) if self.cache is None else self.cache.load(self.key(encoding))
+
+    # Contexts of a batch, on the accelerator
+
+    def student(self, prompts: list[str]) -> Context:
+        return self._stack([self.student_encodings(prompt) for prompt in prompts])
+
+    def teacher(self, samples: list[Sample]) -> Context:
+        return self._stack([self.teacher_encodings(sample) for sample in samples])
+
+    def load(self, samples: list[Sample]) -> tuple[Context, Context]:
+        """Contexts of the student and of the teacher for one batch."""
+        return self.student([self.data.caption(sample) for sample in samples]), self.teacher(samples)
+
+    def _stack(self, samples: list[tuple[Encoding, ...]]) -> Context:
+        return self.conditioning.stack([tuple(map(self.tensor, encodings)) for encodings in samples]).to(self.device)
+
+
+def prepare_without_cache(contexts: Contexts) -> None:
+    """Loads all encoders onto the accelerator, where they encode each batch when it is needed."""
+    contexts.attach_text_encoder(contexts.conditioning.encoders)
+    contexts.pipeline.vae.to(contexts.device)
+
+
+def fill_cache(
+    contexts: Contexts,
+    cache: ContextCache,
+    checkpoint_fingerprint: str,
+    drawn_prompts: list[str],
+    accelerator: Accelerator,
+) -> None:
+    """Encodes what the cache does not hold yet, shared among processes. If nothing is missing, no encoder is loaded.
+
+    Args:
+        checkpoint_fingerprint: identifies the encoders' weights.
+        drawn_prompts: prompts for validation, which are encoded along with the captions.
+
+    Raises:
+        InputError, OutputError: something cannot be encoded, or the cache cannot be written.
+    """
+    contexts.cache, contexts.checkpoint_fingerprint = cache, checkpoint_fingerprint
+    needed = contexts.all_encodings(drawn_prompts)
+    encoding_of = {contexts.key(encoding): encoding for encoding in dict.fromkeys(needed)}
+    bar = partial(tqdm, desc="Checking the context cache", disable=not accelerator.is_local_main_process)
+    missing = [encoding_of[key] for key in cache.missing(encoding_of, bar)]
+    accelerator.wait_for_everyone()  # All processes have found the same gaps before the first one is filled.
+    shapes = [encoding.encoder.shape(encoding.prompt, contexts.size(encoding)) for encoding in missing]
+    num_bytes = sum(map(math.prod, shapes)) * contexts.pipeline.vae.dtype.itemsize
+    summary = summarize(missing, encoding_of.values())
+    logger.info(f"Encoding {summary}: {num_bytes / 1e6:,.1f} MB in {cache.folder}")
+    cache.check_space(num_bytes)
+    encode_missing(contexts, missing, accelerator)
+    accelerator.wait_for_everyone()
+
+
+def encode_missing(contexts: Contexts, missing: list[Encoding], accelerator: Accelerator) -> None:
+    """Encodes this process's share into the cache.
+
+    Only one of text encoder and VAE is on the accelerator at a time; afterwards neither is.
+    """
+    encoders = list(dict.fromkeys(encoding.encoder for encoding in missing))
+
+    def encode_with(component: str) -> None:
+        for encoder in (encoder for encoder in encoders if encoder.component == component):
+            share = [encoding for encoding in missing if encoding.encoder is encoder]
+            share = share[accelerator.process_index :: accelerator.num_processes]
+            bar = tqdm(share, desc=f"Encoding {encoder.noun}", disable=not accelerator.is_local_main_process)
+            for encoding in bar:
+                contexts.cache.save(contexts.key(encoding), contexts.encode(encoding))
+
+    components = {encoder.component for encoder in encoders}
+    assert components <= {"text_encoder", "vae"}
+    if "text_encoder" in components:
+        contexts.attach_text_encoder(encoders)
+        encode_with("text_encoder")
+        contexts.free_text_encoder()
+    if "vae" in components:
+        contexts.pipeline.vae.to(accelerator.device)
+        encode_with("vae")
+        contexts.pipeline.vae.to("cpu")
+        free_memory()
+
+
+def summarize(missing: Iterable[Encoding], needed: Iterable[Encoding]) -> str:
+    """How many encodings of each kind are missing: "1 of 2 prompts and 0 of 3 pictures"."""
+    num_missing, num_needed = (Counter(encoding.encoder.noun for encoding in some) for some in (missing, needed))
+    return " and ".join(f"{num_missing[noun]} of {count} {noun}" for noun, count in num_needed.items())
+
+
+def check_prompts(contexts: Contexts, drawn_prompts: list[str], teacher: TeacherSettings) -> None:
+    """Checks every prompt that will be encoded: stock pipelines silently truncate long ones.
+
+    Raises:
+        InputError: a prompt is too long, or student and teacher would see the same.
+    """
+    student_limit, teacher_limit = contexts.conditioning.student_limit, contexts.conditioning.teacher_limit
+    for prompt in drawn_prompts:
+        for encoding in contexts.student_encodings(prompt):
+            check_length(contexts, encoding, student_limit, "--validation_prompt or --retention_prompts", "shorten it")
+    for picture in contexts.data.pictures:
+        for caption in picture.captions:
+            for encoding in contexts.student_encodings(caption):
+                check_length(contexts, encoding, student_limit, picture.name, "shorten the caption")
+    advice = "shorten the caption or --teacher_prompt_suffix"
+    if any(encoder.reads_prompt and encoder.sees_picture for encoder in contexts.conditioning.teacher):
+        advice += ", or lower --vlm_min_pixels and --vlm_max_pixels"
+    checked = set()
+    for picture, encoding in contexts.all_teacher_encodings():
+        inputs = encoding.encoder, encoding.prompt, contexts.size(encoding)
+        if encoding.encoder.reads_prompt and inputs not in checked:
+            checked.add(inputs)
+            check_length(contexts, encoding, teacher_limit, f"{picture.name}, the teacher's prompt", advice)
+    check_teacher_knows_more(contexts, teacher)
+
+
+def check_length(contexts: Contexts, encoding: Encoding, limit: TokenLimit, name: str, advice: str) -> None:
+    count = encoding.encoder.num_tokens(encoding.prompt, contexts.size(encoding))
+    if count > limit.tokens:
+        picture = "the picture and the chat template" if encoding.crop is not None else "the chat template"
+        raise InputError(
+            f"{name}: {reprlib.repr(encoding.prompt)} is {count} tokens long with {picture}; the limit is "
+            f"{limit.tokens} ({limit.flag}): {advice}"
+        )
+
+
+def check_teacher_knows_more(contexts: Contexts, teacher: TeacherSettings) -> None:
+    """Refuses a teacher that sees no picture and reads the student's captions: the loss would always be zero."""
+    sees_picture = any(encoder.sees_picture for encoder in contexts.conditioning.teacher)
+    if sees_picture or teacher.teacher_prompt_suffix:
+        return
+    if all(caption == picture.teacher_caption for picture in contexts.data.pictures for caption in picture.captions):
+        raise InputError(
+            f"--teacher_caption_column {teacher.teacher_caption_column}: the teacher would read the same captions as "
+            "the student, so there is nothing to learn; name a column with longer captions"
+        )

@@ -1,0 +1,105 @@
+"""The training data of a run: pictures with captions, the examples cropped from them, and their order."""
+
+import math
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from ..model import SizeLimits
+from ..settings import Settings
+from .buckets import Example, crop_image, plan_examples
+from .images import check_pictures, picture_digests, read_image
+from .order import Sample, SampleOrder
+from .pictures import Picture
+from .sources import read_pictures
+
+
+NUM_DEFAULT_VALIDATION_PROMPTS = 2
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The crop of one example, possibly mirrored."""
+
+    example: int  # index into the examples
+    flip: bool
+
+
+@dataclass
+class TrainingData:
+    """Pictures, examples and their order.
+
+    Attributes:
+        pictures: sorted by path, or in row order.
+        digests: SHA-256 of each picture's file; "" for captions without a picture.
+        examples: each repeat of each picture, with its bucket and crop.
+        order: the micro-batches of the run.
+    """
+
+    pictures: list[Picture]
+    digests: list[str]
+    examples: list[Example]
+    order: SampleOrder
+    _last_image: tuple[int, Image.Image] | None = field(default=None, repr=False)  # decoded last, with its index
+
+    @property
+    def captions(self) -> list[str]:
+        """Distinct captions, in order."""
+        return list(dict.fromkeys(caption for picture in self.pictures for caption in picture.captions))
+
+    def picture(self, sample: Sample | Crop) -> Picture:
+        return self.pictures[self.examples[sample.example].picture]
+
+    def caption(self, sample: Sample) -> str:
+        return self.picture(sample).captions[sample.caption]
+
+    def bucket(self, sample: Sample | Crop) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.examples[sample.example].bucket
+
+    def cropped(self, crop: Crop) -> Image.Image | None:
+        """The crop's pixels at its bucket's size; None if the caption has no picture."""
+        example = self.examples[crop.example]
+        if self.pictures[example.picture].source is None:
+            return None
+        if self._last_image is None or self._last_image[0] != example.picture:
+            self._last_image = example.picture, read_image(self.pictures[example.picture])
+        return crop_image(self._last_image[1], example, crop.flip)
+
+
+def load_training_data(settings: Settings, limits: SizeLimits, *, disable_progress: bool) -> TrainingData:
+    """Reads captions, decodes every picture once to check it, and plans crops and order.
+
+    Args:
+        settings: with a seed.
+
+    Raises:
+        InputError: a picture, a caption or a flag cannot be used.
+    """
+    data, training = settings.data, settings.training
+    pictures = read_pictures(
+        data,
+        teacher_caption_column=settings.teacher.teacher_caption_column,
+        cache_dir=settings.model.cache_dir,
+    )
+    sizes = check_pictures(pictures, resolution=data.resolution, disable_progress=disable_progress)
+    examples = plan_examples(pictures, sizes, data, limits, training.seed)
+    order = SampleOrder(
+        pictures,
+        examples,
+        batch_size=training.train_batch_size,
+        random_flip=data.random_flip,
+        seed=training.seed,
+    )
+    return TrainingData(pictures, picture_digests(pictures), examples, order)
+
+
+def resolve_data_defaults(settings: Settings, data: TrainingData, num_processes: int) -> Settings:
+    """Fills in the defaults that follow from the data: number of steps, validation prompts."""
+    training, validation = settings.training, settings.validation
+    batches_per_step = num_processes * training.gradient_accumulation_steps
+    num_steps = math.ceil(training.num_train_epochs * data.order.num_batches / batches_per_step)
+    return settings.replace(
+        max_train_steps=training.max_train_steps or num_steps,
+        validation_prompt=validation.validation_prompt or data.captions[:NUM_DEFAULT_VALIDATION_PROMPTS],
+    )

@@ -1,0 +1,141 @@
+"""Encoders and teacher contexts that several models share. Scripts add what their own model does with them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from .context_cache import files_fingerprint
+from .errors import naming_flag
+from .model import Encoder, FewStepPipeline, TeacherContext
+from .settings import Settings, TeacherSettings
+
+
+VLM_FLAG = "--vlm_model_name_or_path"
+
+
+class PromptEncoder(Encoder):
+    """Prompts through the pipeline's text encoder. Subclasses add `encode`.
+
+    Args:
+        pipeline: offers `chat_token_count(prompt)`.
+        width: channels of an encoding.
+        padded_length: tokens that all encodings are padded to; None if they are not padded.
+        options: keyword arguments for the pipeline's encoding, which are part of the cache key.
+    """
+
+    name, noun, component = "text", "prompts", "text_encoder"
+
+    def __init__(
+        self, pipeline: FewStepPipeline, *, width: int, padded_length: int | None = None, options: dict[str, Any]
+    ):
+        self.pipeline, self.width, self.padded_length, self.options = pipeline, width, padded_length, options
+
+    def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
+        return self.padded_length or self.num_tokens(prompt, size), self.width
+
+    def num_tokens(self, prompt: str, size: tuple[int, int] | None) -> int:
+        return self.pipeline.chat_token_count(prompt)
+
+    def cache_key(self) -> list[Any]:
+        return [self.options]
+
+
+class PictureAndPromptEncoder(PromptEncoder):
+    """Prompts after pictures, read by the text encoder together with the vision tower of a vision-language model.
+
+    Args:
+        vision_encoder_class: joins a vision tower to the pipeline's text encoder.
+        text_config: configuration of the pipeline's text encoder.
+        teacher: names the vision-language model and its pixel limits.
+        cache_dir: folder for downloads.
+        prompt_options: arguments of `PromptEncoder`.
+
+    Raises:
+        InputError: the vision-language model cannot be read or does not fit the text encoder.
+    """
+
+    name, noun = "vlm", "prompts with pictures"
+    sees_picture = True
+
+    def __init__(
+        self,
+        pipeline: FewStepPipeline,
+        vision_encoder_class: type,
+        text_config: PretrainedConfig,
+        teacher: TeacherSettings,
+        cache_dir: str | None,
+        **prompt_options: Any,
+    ):
+        super().__init__(pipeline, **prompt_options)
+        self.teacher = teacher
+        with naming_flag(VLM_FLAG):
+            self.vision_encoder = vision_encoder_class(
+                teacher.vlm_model_name_or_path,
+                pipeline.tokenizer,
+                text_config,
+                min_pixels=teacher.vlm_min_pixels,
+                max_pixels=teacher.vlm_max_pixels,
+                rope=teacher.vlm_rope,
+                cache_dir=cache_dir,
+            )
+            self.fingerprint = files_fingerprint(self.vision_encoder.files())
+
+    def num_tokens(self, prompt: str, size: tuple[int, int] | None) -> int:
+        # Counted separately, so that a huge picture does not build a huge string.
+        without_picture = self.vision_encoder.content(prompt, 0)
+        return self.pipeline.chat_token_count(without_picture) + self.vision_encoder.num_image_tokens(*size)
+
+    def cache_key(self) -> list[Any]:
+        teacher = self.teacher
+        return [self.options, self.fingerprint, teacher.vlm_min_pixels, teacher.vlm_max_pixels, teacher.vlm_rope]
+
+    def identity(self) -> dict[str, str]:
+        return {VLM_FLAG: self.fingerprint[:16]}
+
+    def attach(self) -> None:
+        with naming_flag(VLM_FLAG):
+            self.vision_encoder.load(self.pipeline.text_encoder)
+
+    def detach(self) -> None:
+        self.vision_encoder.unload()
+
+
+# The `caption` teacher: it reads more than the student, and needs no picture.
+CAPTION_CONTEXT = TeacherContext(
+    "it reads --teacher_caption_column, and sees no picture",
+    sees_picture=False,
+    flags={"teacher_caption_column": None},
+)
+
+
+def vlm_context(vlm: str, *, min_pixels: int, max_pixels: int) -> TeacherContext:
+    """The `vlm` teacher, whose text encoder sees the picture through the vision tower of `vlm`.
+
+    Args:
+        min_pixels, max_pixels: defaults of the flags; pictures are scaled to an area between them.
+    """
+    return TeacherContext(
+        f"its text encoder sees the picture through {vlm}'s vision tower",
+        flags={
+            "vlm_model_name_or_path": None,
+            "vlm_min_pixels": min_pixels,
+            "vlm_max_pixels": max_pixels,
+            "vlm_rope": "vlm",
+        },
+    )
+
+
+def resolve_vlm(
+    settings: Settings, default_vlm: Callable[[PretrainedConfig], str], text_config: PretrainedConfig
+) -> Settings:
+    """Fills in the vision-language model that fits the text encoder, if the `vlm` teacher needs one.
+
+    Raises:
+        InputError: `default_vlm` knows none.
+    """
+    teacher = settings.teacher
+    if teacher.vlm_max_pixels is None or teacher.vlm_model_name_or_path is not None:
+        return settings
+    with naming_flag(VLM_FLAG):
+        return settings.replace(vlm_model_name_or_path=default_vlm(text_config))

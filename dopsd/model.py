@@ -1,0 +1,218 @@
+"""The interface between `dopsd/` and a model: all that `dopsd/` knows of one.
+
+A training script subclasses `Model` and `Encoder`; a pipeline in `pipelines/` offers the verbs of `FewStepPipeline`.
+docs/add_a_model.md explains how.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from transformers import PretrainedConfig
+
+from .model_card import CardInfo
+from .rollout import Schedule
+from .settings import ModelSettings, Settings
+
+
+class Context(Protocol):
+    """What the transformer is conditioned on, for a batch of samples."""
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+class FewStepPipeline(Protocol):
+    """A stock diffusers pipeline plus the methods that D-OPSD needs. (C, h, w) are the transformer's own latents.
+
+    Attributes:
+        latents_dtype: dtype in which the stock pipeline takes its steps.
+    """
+
+    transformer: torch.nn.Module
+    text_encoder: torch.nn.Module | None
+    vae: torch.nn.Module
+    latents_dtype: torch.dtype
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of one sample's latents for an image of that many pixels."""
+
+    def schedule(self, height: int, width: int, num_steps: int, device: torch.device | None = None) -> Schedule:
+        """The steps that the stock pipeline takes at that image size."""
+
+    def predict_velocity(self, latents: torch.Tensor, timestep: torch.Tensor, context: Any) -> torch.Tensor:
+        """noise - x0, (B, C, h, w), at a scalar timestep of the schedule."""
+
+    def sample(self, context: Any, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
+        """What the stock pipeline returns for `output_type="latent"`, from (B, C, h, w) noise."""
+
+    def image_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents for `decode` from (B, C, h, w)."""
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """One image per sample, decoded on the VAE's device."""
+
+
+class Encoder:
+    """Turns a prompt, a picture, or both into one tensor of a context.
+
+    Attributes:
+        name: identifies the encoder in cache keys, so it is unique among a run's encoders.
+        noun: what it encodes, in the plural, for progress bars and log lines.
+        component: the model that it needs on the accelerator.
+        reads_prompt, sees_picture: what its encodings depend on.
+    """
+
+    name: ClassVar[str]
+    noun: ClassVar[str]
+    component: ClassVar[Literal["text_encoder", "vae"]]
+    reads_prompt: ClassVar[bool] = True
+    sees_picture: ClassVar[bool] = False
+
+    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
+        """The encoding of one sample, on the component's device."""
+        raise NotImplementedError
+
+    def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
+        """Shape of `encode`'s result for a picture of that (height, width) in pixels, without encoding it."""
+        raise NotImplementedError
+
+    def num_tokens(self, prompt: str, size: tuple[int, int] | None) -> int:
+        """Tokens of the text with chat template and picture, before truncation. Called if it reads prompts."""
+        raise NotImplementedError
+
+    def cache_key(self) -> list[Any]:
+        """What encodings depend on besides the checkpoint, prompt and picture (see `context_cache.content_key`)."""
+        return []
+
+    def identity(self) -> dict[str, str]:
+        """`--flag` -> fingerprint of the files that it names, which a resumed run must share with its checkpoint."""
+        return {}
+
+    def attach(self) -> None:
+        """Called after the pipeline's text encoder is loaded and on the accelerator."""
+
+    def detach(self) -> None:
+        """Called before the pipeline's text encoder is freed."""
+
+
+@dataclass(frozen=True)
+class TokenLimit:
+    """Longest text in tokens, and the flag that sets it."""
+
+    flag: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What student and teacher are conditioned on in one run.
+
+    Attributes:
+        student, teacher: the encoders whose tensors make up a sample's context. The student's read prompts only.
+        stack: a batch's context from its samples' tensors, one tuple per sample, one tensor per encoder.
+        student_limit, teacher_limit: longer texts are refused.
+    """
+
+    student: tuple[Encoder, ...]
+    teacher: tuple[Encoder, ...]
+    stack: Callable[[list[tuple[torch.Tensor, ...]]], Context]
+    student_limit: TokenLimit
+    teacher_limit: TokenLimit
+
+    def __post_init__(self) -> None:
+        names = [encoder.name for encoder in self.encoders]
+        assert len(names) == len({*names}), f"two encoders share a name, and so their cache entries: {names}"
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        return tuple(dict.fromkeys(self.student + self.teacher))
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """One choice of `--teacher_context`.
+
+    Attributes:
+        description: continues the sentence "the teacher: ...".
+        prompt_suffix: default of `--teacher_prompt_suffix`.
+        sees_picture: False if the teacher only reads captions of its own, from `--teacher_caption_column`.
+        flags: the flags that only this choice uses, with their defaults. None is resolved later.
+    """
+
+    description: str
+    prompt_suffix: str = ""
+    sees_picture: bool = True
+    flags: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SizeLimits:
+    """Image sizes that a model can be trained at.
+
+    Attributes:
+        pixels_per_token: side of the square of pixels behind one image token.
+        min_side: smallest height and width, in pixels.
+        max_tokens: most image tokens.
+    """
+
+    pixels_per_token: int
+    min_side: int
+    max_tokens: int
+
+
+class Model(ABC):
+    """A few-step model, as its training script describes it.
+
+    Attributes:
+        name, example: what to call it in messages, and a hub id of it.
+        pipeline_class: a `FewStepPipeline`.
+        stock_pipeline_class: the diffusers pipeline that it extends, which loads the saved LoRA.
+        transformer_class, text_encoder_class: of its components.
+        sizes: the sizes it can be trained at.
+        teacher_contexts: choices of `--teacher_context`; the first is the default.
+        settings_class: `ModelSettings`, or a subclass with flags that only this model has.
+        default_settings: flag -> default, where it depends on the model.
+        card: what the model card says of it.
+        tracker_name: project name for the trackers.
+    """
+
+    name: ClassVar[str]
+    example: ClassVar[str]
+    pipeline_class: ClassVar[type]
+    stock_pipeline_class: ClassVar[type[DiffusionPipeline]]
+    transformer_class: ClassVar[type]
+    text_encoder_class: ClassVar[type]
+    sizes: ClassVar[SizeLimits]
+    teacher_contexts: ClassVar[dict[str, TeacherContext]]
+    settings_class: ClassVar[type[ModelSettings]] = ModelSettings
+    default_settings: ClassVar[dict[str, Any]]
+    card: ClassVar[CardInfo]
+    tracker_name: ClassVar[str]
+
+    @abstractmethod
+    def is_distilled(self, index: dict, scheduler: dict) -> bool:
+        """Whether the checkpoint is a few-step model, by its model_index.json and scheduler configuration."""
+
+    @abstractmethod
+    def resolve_settings(
+        self, settings: Settings, transformer_config: dict, text_config: PretrainedConfig
+    ) -> Settings:
+        """The settings with the defaults that follow from the checkpoint.
+
+        Raises:
+            InputError: a setting does not fit the checkpoint, or its components do not fit each other.
+        """
+
+    @abstractmethod
+    def conditioning(
+        self, pipeline: FewStepPipeline, text_config: PretrainedConfig, settings: Settings
+    ) -> Conditioning:
+        """What student and teacher are conditioned on.
+
+        Args:
+            pipeline: without its text encoder and transformer, which are loaded later.
+        """

@@ -1,0 +1,302 @@
+"""The model card of a finished run."""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from huggingface_hub import ModelCard, ModelCardData
+
+from .output import reporting_write_errors
+from .settings import Settings
+
+
+logger = get_logger(__name__)
+
+CARD_FILE = "README.md"
+
+PAPER = "https://arxiv.org/abs/2605.05204"
+TAGS = ("text-to-image", "diffusers", "diffusers-training", "lora", "d-opsd", "template:sd-lora")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub")
+
+# Left out of the card: secrets, local paths, and settings that do not affect the weights.
+HIDDEN_PREFIXES = ("hub_", "push_")
+HIDDEN_SUFFIXES = ("_dir", "_path", "_token")
+HIDDEN_SETTINGS = ("resume_from_checkpoint", "report_to", "local_rank", "preview_only")
+PATH_OR_HUB_ID = ("dataset_name", "init_lora", "vlm_model_name_or_path")
+
+
+@dataclass(frozen=True)
+class License:
+    """License of some base models. It also applies to a LoRA that was trained from one of them.
+
+    Attributes:
+        hub_ids: regular expression that matches the complete hub ids of these base models, in upper or lower case.
+        title: what to call the license on the card.
+        id: the Hub's identifier, such as "apache-2.0", or "other".
+        name: what the Hub shows for the identifier "other".
+        file: path of the license in the base model's repository, if the card must link to it and call the LoRA a
+            derivative.
+        notice: Markdown that the license requires on derivatives.
+    """
+
+    hub_ids: str
+    title: str
+    id: str
+    name: str | None = None
+    file: str | None = None
+    notice: str | None = None
+
+    def link(self, base_model: str) -> str | None:
+        """URL of the license file in the repository `base_model`."""
+        return f"https://huggingface.co/{base_model}/blob/main/{self.file}" if self.file else None
+
+    def metadata(self, base_model: str) -> dict[str, str]:
+        """The license fields of the card's metadata."""
+        fields = {"license": self.id, "license_name": self.name, "license_link": self.link(base_model)}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class CardInfo:
+    """What a model card says about the kind of model that was trained.
+
+    Attributes:
+        pipeline: class name of the stock pipeline.
+        tags: tags for this kind of model, in addition to `TAGS`.
+        guidance_scale: guidance scale of few-step sampling.
+        sampling_defaults: flag without dashes -> the stock pipeline's default for this argument. The card's example
+            passes the argument if the run had another value, because the LoRA needs the same one.
+        licenses: licenses of the known base models. For other base models, folders included, the card only says that
+            their own license applies.
+    """
+
+    pipeline: str
+    tags: tuple[str, ...]
+    guidance_scale: float
+    sampling_defaults: dict[str, Any]
+    licenses: tuple[License, ...] = ()
+
+    def license_of(self, base_model: str) -> License | None:
+        """The license of a base model; None if it is not known."""
+        if not is_hub_id(base_model):
+            return None
+        known = (license for license in self.licenses if re.fullmatch(license.hub_ids, base_model, re.IGNORECASE))
+        return next(known, None)
+
+
+def write_run_card(
+    settings: Settings, info: CardInfo, gallery: list[tuple[str, str]], retention: float | None
+) -> None:
+    """Writes the model card of a finished run, unless its output folder has a README.md that is not such a card.
+
+    Args:
+        settings: of the run.
+        info, gallery, retention: see `write_card`.
+
+    Raises:
+        OutputError: the card cannot be written.
+    """
+    folder = Path(settings.training.output_dir)
+    card = folder / CARD_FILE
+    if card.exists() and "d-opsd" not in card.read_text(encoding="utf-8", errors="replace"):
+        logger.warning(f"{card} is not a model card of a D-OPSD run and is kept; --push_to_hub would publish it")
+        return
+    with reporting_write_errors(folder, card.name):
+        write_card(
+            folder,
+            info=info,
+            repo_id=settings.publishing.hub_model_id or folder.resolve().name,
+            base_model=settings.model.pretrained_model_name_or_path,
+            instance_prompt=settings.data.instance_prompt,
+            gallery=gallery,
+            settings=settings.flat(),
+            retention=retention,
+        )
+
+
+def write_card(
+    folder: Path,
+    *,
+    info: CardInfo,
+    repo_id: str,
+    base_model: str,
+    instance_prompt: str | None,
+    gallery: list[tuple[str, str]],
+    settings: dict[str, Any],
+    retention: float | None,
+) -> Path:
+    """Writes a model card. Replaces an existing one.
+
+    Args:
+        folder: output folder of the run. The card shows its story.png and curves.png if they exist.
+        info: what the card says about this kind of model.
+        repo_id: the repository that the card is for. If it has no account, the card's example says ACCOUNT instead.
+        base_model: hub id, or a folder, of which only the last part is shown.
+        instance_prompt: caption of all training pictures, if they share one.
+        gallery: (prompt, path of the image relative to the folder, such as "images/validation_0.png").
+        settings: flag without dashes -> value. Must contain `num_inference_steps`. None and False are left out, and so
+            are hub flags, tokens, folders and paths.
+        retention: last measured retention, as defined in `measured`, or None.
+
+    Returns:
+        The path of the card.
+    """
+    license = info.license_of(base_model)
+    data = ModelCardData(
+        base_model=base_model if is_hub_id(base_model) else None,
+        base_model_relation="adapter" if is_hub_id(base_model) else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[*TAGS, *info.tags],
+        instance_prompt=instance_prompt,
+        widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None,
+        **(license.metadata(base_model) if license else {"license": "other"}),
+    )
+    text = "\n\n".join(
+        [
+            *introduction(repo_id, base_model, instance_prompt, settings),
+            *pictures(folder, gallery),
+            *usage(info, repo_id, base_model, instance_prompt, gallery, settings),
+            *measured(retention),
+            *training(settings),
+            *licensing(license, base_model),
+        ]
+    )
+    path = folder / CARD_FILE
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(path)
+    return path
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether `model` is the name of a repository on the Hub rather than a folder."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) is not None and not Path(model).exists()
+
+
+def public_name(model: str) -> str:
+    """A hub id unchanged, or the last part of a path."""
+    return model if is_hub_id(model) else Path(model).resolve().name
+
+
+def introduction(repo_id: str, base_model: str, instance_prompt: str | None, settings: dict[str, Any]) -> list[str]:
+    prompt = [f"Trained with the prompt: {escape(instance_prompt)}"] if instance_prompt else []
+    return [
+        f"# {escape(repo_id.rpartition('/')[2])}",
+        f"A LoRA for {link_to(base_model)}, trained by on-policy self-distillation (D-OPSD, "
+        f"[arXiv 2605.05204]({PAPER})): on what the model itself draws in few steps, so that it goes on drawing in "
+        f"{settings['num_inference_steps']}.",
+        *prompt,
+    ]
+
+
+def link_to(base_model: str) -> str:
+    """A Markdown link to the base model's repository, or the name of a folder."""
+    name = escape(public_name(base_model))
+    return f"[{name}](https://huggingface.co/{base_model})" if is_hub_id(base_model) else name
+
+
+def pictures(folder: Path, gallery: list[tuple[str, str]]) -> list[str]:
+    """The Hub replaces `<Gallery />` with the images of the card's metadata."""
+    shown = [("The run on one sheet", "story.png"), ("Loss, cosine and retention over steps", "curves.png")]
+    return [
+        *(["<Gallery />"] if gallery else []),
+        *(f"![{title}]({name})" for title, name in shown if (folder / name).is_file()),
+    ]
+
+
+def usage(
+    info: CardInfo,
+    repo_id: str,
+    base_model: str,
+    instance_prompt: str | None,
+    gallery: list[tuple[str, str]],
+    settings: dict[str, Any],
+) -> list[str]:
+    """Example code that loads the LoRA and generates an image."""
+    prompt = instance_prompt or next((prompt for prompt, _ in gallery), "your prompt")
+    source = base_model if is_hub_id(base_model) else f"path/to/{public_name(base_model)}"
+    target = repo_id if "/" in repo_id else f"ACCOUNT/{repo_id}"
+    defaults = info.sampling_defaults
+    values = {name: settings.get(name, default) for name, default in defaults.items()}
+    lines = [
+        "```python",
+        "import torch",
+        f"from diffusers import {info.pipeline}",
+        "",
+        f'pipe = {info.pipeline}.from_pretrained({quoted(source)}, dtype=torch.bfloat16).to("cuda")',
+        f"pipe.load_lora_weights({quoted(target)})",
+        "image = pipe(",
+        f"    prompt={quoted(prompt)},",
+        f"    num_inference_steps={settings['num_inference_steps']},",
+        f"    guidance_scale={info.guidance_scale},",
+        *(f"    {name}={value}," for name, value in values.items() if value != defaults[name]),
+        ").images[0]",
+        'image.save("image.png")',
+        "```",
+    ]
+    return ["## Use it", "\n".join(lines)]
+
+
+def quoted(text: str) -> str:
+    """A Python string literal on one line. JSON escapes line breaks, so a prompt cannot end the code block."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def measured(retention: float | None) -> list[str]:
+    if retention is None:
+        return []
+    return [
+        "## Retention",
+        f"**{retention:.3f}** after the last step: on prompts that have nothing to do with the training pictures, how "
+        "far the LoRA's final latents lie from the base's, from the same noise, over how far the base's lie from one "
+        "another. 0 is unchanged, 1 is as unlike as another prompt's picture.",
+    ]
+
+
+def training(settings: dict[str, Any]) -> list[str]:
+    shown = {name: value for name, value in settings.items() if is_shown(name, value)}
+    shown |= {name: public_name(shown[name]) for name in PATH_OR_HUB_ID if name in shown}
+    return [
+        "## Training",
+        table("flag", "value", [(f"`--{name}`", formatted(value)) for name, value in shown.items()]),
+        table("package", "version", [(name, version(name)) for name in PACKAGES]),
+    ]
+
+
+def is_shown(name: str, value: Any) -> bool:
+    """Whether the card shows this setting."""
+    hidden = name.startswith(HIDDEN_PREFIXES) or name.endswith(HIDDEN_SUFFIXES) or name in HIDDEN_SETTINGS
+    return (not hidden or name in PATH_OR_HUB_ID) and value is not None and value is not False
+
+
+def formatted(value: Any) -> str:
+    if value is True:
+        return "yes"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def table(left: str, right: str, rows: list[tuple[str, str]]) -> str:
+    return "\n".join([f"| {left} | {right} |", "|---|---|", *(f"| {name} | {escape(text)} |" for name, text in rows)])
+
+
+def escape(text: str) -> str:
+    """Markdown that shows `text` literally on one line, also in a table cell."""
+    return re.sub(r"([\\`*_\[\]<>&|~$])", r"\\\1", " ".join(text.split()))
+
+
+def licensing(license: License | None, base_model: str) -> list[str]:
+    if license is None:
+        paragraphs = [f"The licence of the base model, {link_to(base_model)}, applies."]
+    elif license.file is None:
+        paragraphs = [f"{license.title}, as {link_to(base_model)}."]
+    else:
+        paragraphs = [
+            f"A derivative of {link_to(base_model)}, modified by training this LoRA, and under the same licence: the "
+            f"[{license.title}]({license.link(base_model)})."
+        ]
+    if license is not None and license.notice:
+        paragraphs.append(license.notice)
+    return ["## Licence", *paragraphs]

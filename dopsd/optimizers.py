@@ -1,0 +1,58 @@
+"""Optimizer and learning rate schedule of the LoRA."""
+
+import torch
+from accelerate.logging import get_logger
+from diffusers.optimization import get_scheduler
+
+from .settings import OptimizerSettings
+
+
+logger = get_logger(__name__)
+
+
+def build_optimizer(
+    settings: OptimizerSettings, parameters: list[torch.nn.Parameter], pictures_per_step: int
+) -> torch.optim.Optimizer:
+    """The optimizer that the settings name.
+
+    Args:
+        pictures_per_step: over all processes; what `--scale_lr` multiplies by.
+    """
+    options = {
+        "lr": settings.learning_rate * (pictures_per_step if settings.scale_lr else 1),
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "weight_decay": settings.adam_weight_decay,
+        "eps": settings.adam_epsilon,
+    }
+    if settings.optimizer == "prodigy":
+        import prodigyopt
+
+        if settings.learning_rate <= 0.1:
+            logger.warning(f"--learning_rate {settings.learning_rate}: Prodigy multiplies its own rate by it; use 1.0")
+        return prodigyopt.Prodigy(
+            parameters,
+            beta3=settings.prodigy_beta3,
+            decouple=settings.prodigy_decouple,
+            use_bias_correction=settings.prodigy_use_bias_correction,
+            safeguard_warmup=settings.prodigy_safeguard_warmup,
+            **options,
+        )
+    if settings.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options)
+
+
+def build_lr_scheduler(
+    settings: OptimizerSettings, optimizer: torch.optim.Optimizer, num_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate schedule over `num_steps` optimizer steps."""
+    return get_scheduler(
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=num_steps,
+        num_cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
+    )

@@ -1,0 +1,391 @@
+"""Settings of a run: one frozen dataclass per group, one field per flag.
+
+Each field says next to its type whether a resumed run must keep it: `MustMatch` for what changes the trained weights,
+`MayDiffer` for everything else and for the number of steps, so that a run can be extended. Defaults that depend on the
+model come from the script (`Model.default_settings`).
+"""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+
+from diffusers.optimization import SchedulerType
+
+from .errors import InputError
+
+
+T = TypeVar("T")
+MUST_MATCH, MAY_DIFFER = "must match on resuming", "may differ on resuming"
+MustMatch = Annotated[T, MUST_MATCH]
+MayDiffer = Annotated[T, MAY_DIFFER]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a flag accepts.
+
+    Attributes:
+        description: completes "must be ..." in the error.
+        low, high: the bounds; NaN and infinity are in no range.
+        open_low, open_high: whether the bound itself is excluded.
+    """
+
+    description: str
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and math.isfinite(value)
+
+
+Count = Annotated[int, Range("a whole number of at least 1", 1)]
+CountOrZero = Annotated[int, Range("a whole number of at least 0", 0)]
+Seed = Annotated[int, Range("a whole number from 0 to 4294967295", 0, 2**32 - 1)]
+Positive = Annotated[float, Range("a number above 0", 0, open_low=True)]
+NotNegative = Annotated[float, Range("a number of at least 0", 0)]
+Fraction = Annotated[float, Range("a number from 0 to 1", 0, 1)]
+BelowOne = Annotated[float, Range("a number of at least 0 and below 1", 0, 1, open_high=True)]
+
+# Unlike one another and unlike what people train on: what the base model draws for them should stay the same.
+RETENTION_PROMPTS = (
+    "a lighthouse on a cliff at sunset, oil painting",
+    "a bowl of ramen on a wooden table, top view",
+    "an astronaut riding a horse through a snowy forest",
+    "a city street at night in the rain, neon signs",
+)
+
+SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field with its default and its line in `--help`."""
+    metadata = {"help": help.replace("%", "%%")}
+    if isinstance(default, (list, tuple)):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    _argument_group_name = "model"
+
+    # Checkpoints keep the model's identity (`pretrained.model_identity`) rather than its path.
+    pretrained_model_name_or_path: MayDiffer[str | None] = flag(
+        None, "Hub id or folder of the few-step model. Default: none, it is required."
+    )
+    revision: MayDiffer[str | None] = flag(None, "Branch, tag or commit of the hub checkpoint. Default: main.")
+    variant: MustMatch[str | None] = flag(
+        None, "Variant of the checkpoint's files, such as fp16. Default: the files without a variant."
+    )
+    cache_dir: MayDiffer[str | None] = flag(None, "Folder for downloads. Default: the Hugging Face cache.")
+    bnb_quantization_config_path: MustMatch[str | None] = flag(
+        None,
+        "JSON file with a bitsandbytes configuration: loads the frozen transformer quantized. Needs a GPU. "
+        "Default: not quantized.",
+    )
+    max_sequence_length: MustMatch[Count] = flag(512, "Maximum number of tokens in a prompt.")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    _argument_group_name = "data"
+
+    # Checkpoints keep what was read (names, contents and captions of the pictures) rather than from where.
+    instance_data_dir: MayDiffer[str | None] = flag(
+        None,
+        "Folder of training pictures: with --instance_prompt, with a .txt file beside each picture, or with a "
+        "metadata.jsonl or metadata.csv. Default: none, this or --dataset_name is required.",
+    )
+    dataset_name: MayDiffer[str | None] = flag(
+        None,
+        "Data set on the Hub or on disk, read by `datasets`. Default: none, this or --instance_data_dir is required.",
+    )
+    dataset_config_name: MayDiffer[str | None] = flag(None, "Configuration of the data set. Default: its only one.")
+    image_column: MayDiffer[str] = flag("image", "Column with the pictures.")
+    caption_column: MayDiffer[list[str] | None] = flag(
+        None,
+        "Column with the captions. If several are given, one is drawn each time a picture is used. "
+        "Default: --instance_prompt is every picture's caption.",
+    )
+    instance_prompt: MayDiffer[str | None] = flag(
+        None, "Caption of every picture without a caption of its own. Default: every picture needs one."
+    )
+    repeats: MustMatch[Count] = flag(1, "Number of times each picture is used per epoch.")
+    resolution: MustMatch[Count] = flag(1024, "Side, in pixels, of the square that pictures are resized to.")
+    use_aspect_ratio_buckets: MustMatch[bool] = flag(
+        False,
+        "Keep each picture close to its own aspect ratio, at about resolution x resolution pixels. Smaller pictures "
+        "are not enlarged.",
+    )
+    aspect_ratio_buckets: MustMatch[str | None] = flag(
+        None,
+        "Buckets to use with --use_aspect_ratio_buckets: 'height,width;height,width'. Default: computed from "
+        "--resolution.",
+    )
+    center_crop: MustMatch[bool] = flag(False, "Crop at the center instead of at a random position.")
+    random_flip: MustMatch[bool] = flag(False, "Flip pictures horizontally half of the time.")
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """What the teacher is conditioned on. Choices and defaults depend on the model's teacher contexts."""
+
+    _argument_group_name = "teacher"
+
+    teacher_context: MustMatch[str] = flag("", "What the teacher sees of the target picture.")
+    teacher_prompt_suffix: MustMatch[str | None] = flag(None, "Text appended to the caption in the teacher's prompt.")
+    # Checkpoints keep the captions themselves.
+    teacher_caption_column: MayDiffer[str | None] = flag(
+        None, "Column with the teacher's captions, for --teacher_context caption. Default: none, it is required there."
+    )
+    # Checkpoints keep the content of the vision tower's files.
+    vlm_model_name_or_path: MayDiffer[str | None] = flag(
+        None,
+        "Hub id or folder of the vision-language model whose vision tower is used. Only the tower's weights are read. "
+        "Default: the model whose language model has the text encoder's size.",
+    )
+    vlm_min_pixels: MustMatch[Count | None] = flag(
+        None, "Smaller pictures are enlarged to this area, in pixels, for the vision tower."
+    )
+    vlm_max_pixels: MustMatch[Count | None] = flag(
+        None, "Larger pictures are shrunk to this area, in pixels, for the vision tower."
+    )
+    vlm_rope: MustMatch[Literal["vlm", "text_encoder"] | None] = flag(
+        None,
+        "RoPE base of the text encoder when it reads a picture: the vision-language model's (as in the published "
+        "runs) or the text encoder's own.",
+    )
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    _argument_group_name = "D-OPSD"
+
+    teacher: MustMatch[Literal["ema", "base", "student"]] = flag(
+        "ema",
+        "Weights of the teacher: an exponential moving average of the student's, the base model's, or the student's "
+        "current ones.",
+    )
+    ema_decay: MustMatch[Fraction] = flag(0.9999, "Decay of the exponential moving average.")
+    num_rollout_steps: MustMatch[Count] = flag(4, "Sampling steps of the student's rollout; each one is trained on.")
+    loss_space: MustMatch[Literal["x0", "velocity"]] = flag(
+        "x0",
+        "Compare the predicted clean latents (as in the published runs) or the velocities (Eq. 7 of the paper).",
+    )
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    _argument_group_name = "LoRA"
+
+    rank: MustMatch[Count] = flag(64, "Rank of the LoRA.")
+    lora_alpha: MustMatch[Positive | None] = flag(
+        None, "Scale of the LoRA: the update is multiplied by alpha / rank. Default: twice the rank."
+    )
+    lora_dropout: MustMatch[BelowOne] = flag(0.0, "Dropout probability in the student's training forward pass.")
+    lora_layers: MustMatch[str] = flag(
+        "",
+        "Modules to train: names or endings of names, separated by commas, or a regular expression that matches whole "
+        "names. The default covers attention and feed-forward layers of all blocks.",
+    )
+    init_lora: MustMatch[str | None] = flag(
+        None, "LoRA file, folder or hub id from which student and teacher start. Default: a new LoRA."
+    )
+    upcast_before_saving: MayDiffer[bool] = flag(
+        False, "Save the LoRA in float32. By default it is saved in the precision of the frozen model."
+    )
+
+    def adapter_options(self, target_modules: list[str]) -> dict[str, Any]:
+        """Keyword arguments of `roles.StudentTeacherLoRA`."""
+        return {
+            "target_modules": target_modules,
+            "rank": self.rank,
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout,
+        }
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    _argument_group_name = "training"
+
+    output_dir: MayDiffer[str] = flag("dopsd-lora", "Folder for the LoRA, checkpoints, sheets and logs.")
+    seed: MustMatch[Seed | None] = flag(None, "Random seed. Default: drawn, logged and kept in the checkpoints.")
+    train_batch_size: MustMatch[Count] = flag(1, "Batch size per device.")
+    num_train_epochs: MayDiffer[Count] = flag(1, "Number of epochs. Ignored if --max_train_steps is given.")
+    max_train_steps: MayDiffer[Count | None] = flag(
+        None, "Number of optimizer steps. Default: as many as --num_train_epochs takes."
+    )
+    # Checkpoints keep the number of micro-batches per step over all processes.
+    gradient_accumulation_steps: MayDiffer[Count] = flag(1, "Micro-batches per optimizer step and device.")
+    gradient_checkpointing: MayDiffer[bool] = flag(
+        False, "Recompute activations in the backward pass: less memory, slower."
+    )
+    mixed_precision: MustMatch[Literal["no", "fp16", "bf16"] | None] = flag(
+        None,
+        "Precision of the frozen model; LoRA weights are always float32. Default: what accelerate is configured for.",
+    )
+    allow_tf32: MayDiffer[bool] = flag(False, "Allow TF32 matrix products on Ampere and later GPUs.")
+    checkpointing_steps: MayDiffer[Count] = flag(500, "Steps between checkpoints.")
+    checkpoints_total_limit: MayDiffer[Count | None] = flag(
+        None, "Maximum number of checkpoints to keep. Default: all are kept."
+    )
+    resume_from_checkpoint: MayDiffer[str | None] = flag(
+        None, "Name of a checkpoint in --output_dir, its path, or latest. Default: start a new run."
+    )
+    logging_dir: MayDiffer[str] = flag("logs", "Folder for tracker files, in --output_dir.")
+    report_to: MayDiffer[Literal["tensorboard", "wandb", "comet_ml", "all", "none"]] = flag(
+        "tensorboard", "Tracker for scalars; tensorboard and wandb get the sheets too."
+    )
+    context_cache_dir: MayDiffer[str | None] = flag(
+        None, "Folder for encoded prompts and pictures. Default: context_cache in --output_dir."
+    )
+    no_context_cache: MayDiffer[bool] = flag(
+        False, "Keep the encoders in memory and encode every batch when it is needed."
+    )
+    cache_latents: MayDiffer[bool] = flag(
+        False, "Accepted for compatibility and has no effect: pictures are always encoded in advance."
+    )
+    offload: MayDiffer[bool] = flag(
+        False, "Accepted for compatibility and has no effect: encoders are always moved off the accelerator."
+    )
+    local_rank: MayDiffer[int] = flag(-1, "Accepted for compatibility and has no effect: the launcher sets the rank.")
+
+    def pictures_per_step(self, num_processes: int) -> int:
+        """Pictures per optimizer step over all processes, if every micro-batch is full."""
+        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    _argument_group_name = "optimizer"
+
+    optimizer: MustMatch[Literal["adamw", "prodigy"]] = flag("adamw", "Optimizer; upper and lower case are the same.")
+    use_8bit_adam: MustMatch[bool] = flag(False, "Use AdamW from bitsandbytes, which keeps its states in 8 bits.")
+    learning_rate: MustMatch[Positive] = flag(1e-4, "Learning rate. Prodigy expects 1.")
+    scale_lr: MustMatch[bool] = flag(
+        False, "Multiply the learning rate by the number of processes, accumulation steps and the batch size."
+    )
+    lr_scheduler: MustMatch[Literal[SCHEDULERS]] = flag("constant", "Learning rate schedule.")
+    lr_warmup_steps: MustMatch[CountOrZero] = flag(0, "Number of warm-up steps.")
+    lr_num_cycles: MustMatch[Count] = flag(1, "Number of restarts of the cosine_with_restarts schedule.")
+    lr_power: MustMatch[Positive] = flag(1.0, "Power of the polynomial schedule.")
+    max_grad_norm: MustMatch[Positive] = flag(1.0, "Maximum gradient norm; larger gradients are clipped.")
+    adam_beta1: MustMatch[BelowOne] = flag(0.9, "First beta of Adam and Prodigy.")
+    adam_beta2: MustMatch[BelowOne] = flag(0.999, "Second beta of Adam and Prodigy.")
+    adam_weight_decay: MustMatch[NotNegative] = flag(0.0, "Weight decay.")
+    adam_epsilon: MustMatch[Positive] = flag(1e-8, "Epsilon of Adam and Prodigy.")
+    prodigy_beta3: MustMatch[BelowOne | None] = flag(
+        None, "Beta for Prodigy's step size. Default: the square root of --adam_beta2."
+    )
+    prodigy_decouple: MustMatch[bool] = flag(True, "Use AdamW-style decoupled weight decay in Prodigy.")
+    prodigy_use_bias_correction: MustMatch[bool] = flag(True, "Use Adam's bias correction in Prodigy.")
+    prodigy_safeguard_warmup: MustMatch[bool] = flag(
+        True, "Leave the learning rate out of Prodigy's step size estimate, which helps with warm-up."
+    )
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    _argument_group_name = "preview and validation"
+
+    validation_prompt: MayDiffer[list[str] | None] = flag(
+        None, "Prompts to draw with the base model and with the student. Default: the first two captions."
+    )
+    final_validation_prompt: MayDiffer[str | None] = flag(
+        None, "One more prompt to draw after the last step. Default: none."
+    )
+    num_validation_images: MayDiffer[Count] = flag(4, "Number of images per validation prompt, from seed 0 upwards.")
+    validation_steps: MayDiffer[CountOrZero] = flag(250, "Steps between validations. 0 turns all drawing off.")
+    num_inference_steps: MayDiffer[Count] = flag(4, "Sampling steps for preview and validation.")
+    validation_height: MayDiffer[Count | None] = flag(
+        None, "Height of the drawn images, in pixels. Default: --resolution."
+    )
+    validation_width: MayDiffer[Count | None] = flag(
+        None, "Width of the drawn images, in pixels. Default: --resolution."
+    )
+    retention_prompts: MayDiffer[list[str]] = flag(
+        RETENTION_PROMPTS, "At least two prompts unrelated to the training pictures, whose images should not change."
+    )
+    preview_only: MayDiffer[bool] = flag(False, "Draw the preview of what the teacher sees, then stop.")
+
+
+@dataclass(frozen=True)
+class PublishingSettings:
+    _argument_group_name = "publishing"
+
+    push_to_hub: MayDiffer[bool] = flag(
+        False, "Publish the LoRA, its model card and its sheets on the Hugging Face Hub after training."
+    )
+    push_only: MayDiffer[bool] = flag(False, "Publish the finished run in --output_dir without training anything.")
+    hub_model_id: MayDiffer[str | None] = flag(
+        None, "Hub repository, ACCOUNT/NAME. Default: the name of the output folder, in your account."
+    )
+    hub_private_repo: MayDiffer[bool] = flag(False, "Make the hub repository private.")
+    hub_token: MayDiffer[str | None] = flag(None, "Hub token. Default: the one stored by `hf auth login`.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run. A stage receives the group that it needs."""
+
+    model: ModelSettings
+    data: DataSettings
+    teacher: TeacherSettings
+    distillation: DistillationSettings
+    validation: ValidationSettings
+    lora: LoRASettings
+    training: TrainingSettings
+    publishing: PublishingSettings
+    optimizer: OptimizerSettings
+
+    def flat(self) -> dict[str, Any]:
+        """Flag name without dashes -> value, for all groups."""
+        groups = [getattr(self, group.name) for group in fields(self)]
+        return {item.name: getattr(group, item.name) for group in groups for item in fields(group)}
+
+    def replace(self, **values: Any) -> "Settings":
+        """The settings with other values for these flags; each goes to its group."""
+        changed = {}
+        for group in fields(self):
+            own = getattr(self, group.name)
+            names = {item.name for item in fields(own)} & values.keys()
+            changed[group.name] = replace(own, **{name: values[name] for name in names})
+        assert values.keys() <= self.flat().keys()
+        return replace(self, **changed)
+
+    def must_match(self) -> dict[str, Any]:
+        """`--flag` -> value of every setting that a resumed run must share with its checkpoint."""
+        groups = [getattr(self, group.name) for group in fields(self)]
+        return {
+            f"--{name}": getattr(group, name)
+            for group in groups
+            for name, markers in annotations(type(group)).items()
+            if MUST_MATCH in markers
+        }
+
+
+def annotations(group: type) -> dict[str, list[Any]]:
+    """Field name -> markers in its type: `MUST_MATCH` or `MAY_DIFFER`, and a `Range` if there is one."""
+    hints = get_type_hints(group, include_extras=True)
+    return {item.name: _markers(hints[item.name]) for item in fields(group)}
+
+
+def _markers(hint: Any) -> list[Any]:
+    found = list(getattr(hint, "__metadata__", ()))
+    for part in get_args(hint):
+        found += _markers(part)
+    return found
+
+
+def check_ranges(group: Any) -> None:
+    """Raises `InputError` for a number outside the range in its field's type."""
+    for name, markers in annotations(type(group)).items():
+        value = getattr(group, name)
+        for marker in markers:
+            if isinstance(marker, Range) and value is not None and value not in marker:
+                raise InputError(f"--{name} {value}: must be {marker.description}")

@@ -1,0 +1,54 @@
+"""Ending a run early without losing work: signals, and launchers that die."""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+
+logger = get_logger(__name__)
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or the launcher's death. The run finishes its step, saves a checkpoint and ends.
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self):
+        self.reason: str | None = None
+        self.exit_code = 1
+        self._launcher = os.getppid()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        for handled in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(handled, signal.SIG_DFL)
+        self.reason, self.exit_code = signal.Signals(number).name, 128 + number
+
+    @property
+    def is_set(self) -> bool:
+        # With one process, `accelerate launch` dies on SIGTERM and leaves its child training.
+        if self.reason is None and os.getppid() != self._launcher:
+            self.reason = "its launcher has ended"
+        return self.reason is not None
+
+    def is_set_on_any(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked to stop. All processes get the same answer, and must all ask."""
+        asked = torch.tensor(float(self.is_set), device=accelerator.device)
+        return accelerator.reduce(asked, reduction="sum").item() > 0
+
+    def end_run(self, accelerator: Accelerator, step: int) -> None:
+        """Exits after checkpoint-`step` was saved."""
+        accelerator.wait_for_everyone()  # The launcher ends all processes when the first one exits.
+        logger.info(
+            f"Stopped after step {step} ({self.reason or 'another process was asked to'}); checkpoint-{step} is "
+            "saved. Continue with the same command and --resume_from_checkpoint latest"
+        )
+        accelerator.end_training()
+        sys.exit(self.exit_code)

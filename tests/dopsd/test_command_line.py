@@ -1,0 +1,187 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import train_dopsd_flux2
+import train_dopsd_zimage
+from dopsd.command_line import parse_settings, run_script
+from dopsd.errors import InputError, OutputError
+
+
+ROOT = Path(train_dopsd_flux2.__file__).parent
+KLEIN, ZIMAGE = train_dopsd_flux2.MODEL, train_dopsd_zimage.MODEL
+NEEDED = ["--pretrained_model_name_or_path", "a/model"]
+
+
+def parse(*arguments, model=KLEIN):
+    return parse_settings(model, "", [*NEEDED, *map(str, arguments)])
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a configuration file and returns its flag."""
+
+    def write(text) -> list[str]:
+        path = tmp_path / "run.yaml"
+        path.write_text(text if isinstance(text, str) else yaml.safe_dump(text, allow_unicode=True), encoding="utf-8")
+        return ["--config", str(path)]
+
+    return write
+
+
+def test_a_config_sets_any_flag(config):
+    flags = {
+        "pretrained_model_name_or_path": "another/model",
+        "rank": 16,
+        "learning_rate": 3e-5,
+        "center_crop": True,
+        "random_flip": False,
+        "prodigy_decouple": False,
+        "caption_column": ["short", "long"],
+        "instance_prompt": "-- 100% größe: a 'dog'",
+        "seed": 0,
+        "optimizer": "AdamW",
+        "variant": None,
+    }
+    settings = parse_settings(KLEIN, "", config(flags))
+    expected = flags | {"optimizer": "adamw"}
+    assert {name: settings.flat()[name] for name in flags} == expected
+
+
+def test_values_in_a_config_mean_what_they_mean_on_the_command_line(config):
+    text = (
+        "mixed_precision: no\nlearning_rate: 1e-5\ninstance_prompt: 007\ncenter_crop: yes\n"
+        "variant: null\nrevision:\nteacher_prompt_suffix: ''\nvalidation_prompt: ['null', no]\n"
+    )
+    settings = parse(*config(text)).flat()
+    assert settings["teacher_prompt_suffix"] == "" and settings["validation_prompt"] == ["null", "no"]
+    assert (settings["mixed_precision"], settings["learning_rate"]) == ("no", 1e-5)
+    assert (settings["instance_prompt"], settings["center_crop"]) == ("007", True)
+    assert settings["variant"] is None and settings["revision"] is None
+
+
+def test_the_command_line_wins_over_the_config(config):
+    flags = config({"rank": 16, "center_crop": True, "caption_column": ["a", "b"], "seed": 3})
+    settings = parse("--rank", 4, *flags, "--center_crop", "false", "--caption_column", "c")
+    assert settings.lora.rank == 4
+    assert settings.data.center_crop is False and settings.data.caption_column == ["c"]
+    assert settings.training.seed == 3
+
+
+def test_a_config_gives_the_same_settings_as_its_flags(config):
+    flags = {"rank": 16, "teacher_context": "vlm", "vlm_min_pixels": 4096, "use_aspect_ratio_buckets": True}
+    arguments = [f"--{name}={value}" for name, value in flags.items()]
+    assert parse(*config(flags)) == parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ({"ranc": 16}, ["run.yaml", "'ranc'", "did you mean rank?"]),
+        ({"config": "x"}, ["run.yaml", "'config'"]),
+        ({"rank": {"a": 1}}, ["run.yaml", "rank", "nested"]),
+        ({"validation_prompt": [["a"], "b"]}, ["run.yaml", "validation_prompt", "nested"]),
+        ({"validation_prompt": ["a", {"b": 1}]}, ["run.yaml", "validation_prompt", "nested"]),
+        ("- rank\n- 16\n", ["run.yaml", "flag: value"]),
+        ("rank: [16\n", ["run.yaml", "YAML"]),
+        ({"rank": 0}, ["--rank 0", "at least 1"]),
+    ],
+)
+def test_a_bad_config_is_one_line_that_names_it(config, text, parts):
+    with pytest.raises(InputError) as error:
+        parse(*config(text))
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
+
+
+def test_a_config_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="--config missing.yaml: .*No such file"):
+        parse("--config", "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranc", "3"], "unrecognized arguments: --ranc 3; did you mean --rank?"),
+        (["--rank", "x"], "argument --rank: invalid int value: 'x'"),
+        (["--teacher_context", "x"], "argument --teacher_context: invalid choice: 'x' (choose from "),
+        (["--learning_rate", "1e"], "argument --learning_rate: invalid float value: '1e'"),
+    ],
+)
+def test_what_argparse_reports_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(*arguments)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package"),
+    [
+        (["--optimizer", "prodigy"], "prodigyopt"),
+        (["--use_8bit_adam"], "bitsandbytes"),
+        (["--report_to", "wandb"], "wandb"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_before_anything_is_read(monkeypatch, arguments, package):
+    monkeypatch.setattr("dopsd.command_line.find_spec", lambda name: None if name == package else True)
+    with pytest.raises(InputError, match=f"{arguments[0]}.*: run pip install {package} first"):
+        parse(*arguments)
+
+
+def test_a_flag_that_no_teacher_context_uses_is_refused():
+    class OnlyEdit(type(KLEIN)):
+        teacher_contexts = {"edit": KLEIN.teacher_contexts["edit"]}
+
+    for flag, value in (("vlm_rope", "vlm"), ("teacher_caption_column", "long")):
+        with pytest.raises(InputError, match=f"^--{flag}: drop it$"):
+            parse(f"--{flag}", value, model=OnlyEdit())
+        with pytest.raises(InputError, match=f"^--{flag}: goes with --teacher_context "):
+            parse(f"--{flag}", value)
+
+
+def test_flags_may_be_spelled_with_hyphens_and_booleans_with_values():
+    settings = parse("--center-crop", "--random_flip", "true", "--prodigy_decouple", "no", "--lora-alpha", 3)
+    assert settings.data.center_crop and settings.data.random_flip
+    assert not settings.optimizer.prodigy_decouple and settings.lora.lora_alpha == 3.0
+
+
+def test_the_defaults_follow_the_model_and_the_teacher_context():
+    klein, zimage = parse(), parse(model=ZIMAGE)
+    assert (klein.teacher.teacher_context, zimage.teacher.teacher_context) == ("edit", "vlm")
+    assert (klein.optimizer.learning_rate, zimage.optimizer.learning_rate) == (2e-5, 1e-4)
+    assert klein.teacher.teacher_prompt_suffix.startswith(" Reproduce") and klein.teacher.vlm_max_pixels is None
+    assert zimage.teacher.teacher_prompt_suffix == "" and zimage.teacher.vlm_max_pixels == 768**2
+    vlm = parse("--teacher_context", "vlm").teacher
+    assert (vlm.teacher_prompt_suffix, vlm.vlm_min_pixels, vlm.vlm_rope) == ("", 512**2, "vlm")
+
+
+@pytest.mark.parametrize("script", ["train_dopsd_flux2.py", "train_dopsd_zimage.py"])
+def test_help_runs_as_a_user_runs_it(script):
+    finished = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0 and "--teacher_context" in finished.stdout
+
+
+def end_of(raised: Exception) -> str:
+    def main(settings):
+        raise raised
+
+    with pytest.raises(SystemExit) as end:
+        run_script("train.py", lambda: None, main)
+    return end.value.code
+
+
+def test_errors_that_end_a_run_are_one_line():
+    assert end_of(InputError("--rank 0: no")) == "train.py: error: --rank 0: no"
+    assert end_of(OutputError("full")) == "train.py: error: full"
+    assert end_of(torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")).startswith(
+        "train.py: error: out of GPU memory (CUDA out of memory. Tried); pass --gradient_checkpointing"
+    )
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_script("train.py", lambda: None, lambda settings: 1 / 0)

@@ -1,0 +1,239 @@
+"""The contact sheets of whole runs, compared with pictures that the stock pipeline draws, and retention."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+
+from command_line import LORA_FILE, same_weights, succeed
+from dopsd.gallery import drawn_prompts, evenly_spaced, relative_drift
+from dopsd.history import read_history
+from dopsd.settings import RETENTION_PROMPTS, ValidationSettings
+from models import ONE_MODEL, SLOW, both_models, every_context
+
+
+DRAWN = {
+    "validation_steps": 2,
+    "num_validation_images": 2,
+    "max_train_steps": 4,
+    "validation_prompt": ["a ball", "a box"],
+}
+
+
+# Reading sheets
+
+
+@lru_cache(maxsize=2)
+def pixels_of(sheet: Path) -> np.ndarray:
+    with Image.open(sheet) as opened:
+        return np.asarray(opened.convert("RGB"))
+
+
+def place(sheet: Path, image: Image.Image, cell_pixels: int = 320) -> tuple[int, int] | None:
+    """(top, left) of exactly this picture on a contact sheet, enlarged by an integer factor, or None."""
+    factor = cell_pixels // max(image.size)
+    enlarged = np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
+    pixels = pixels_of(sheet)
+    height, width, _ = enlarged.shape
+    corners = (pixels[: -height + 1, : -width + 1] == enlarged[0, 0]).all(axis=2)
+    corners &= (pixels[height - 1 :, width - 1 :] == enlarged[-1, -1]).all(axis=2)
+    for top, left in np.argwhere(corners):
+        if np.array_equal(pixels[top : top + height, left : left + width], enlarged):
+            return int(top), int(left)
+    return None
+
+
+def are_in_a_row(sheet: Path, *images: Image.Image) -> bool:
+    """Whether all are on the sheet, at one height, from left to right."""
+    places = [place(sheet, image) for image in images]
+    return None not in places and len({top for top, _ in places}) == 1 and places == sorted(places)
+
+
+def are_in_a_column(sheet: Path, *images: Image.Image) -> bool:
+    """Whether all are on the sheet, below each other from top to bottom."""
+    places = [place(sheet, image) for image in images]
+    return None not in places and len({left for _, left in places}) == 1 and places == sorted(places)
+
+
+# Sheets
+
+
+@every_context(quick="zimage")
+def test_the_sheets_show_what_the_stock_pipeline_draws(train, model, photos, tmp_path):
+    succeed(train(**DRAWN, center_crop=True, checkpointing_steps=2))
+    run = tmp_path / "run"
+    stock = model.pipeline()
+    retained = RETENTION_PROMPTS[:2]
+    asked = [("a ball", 0), ("a ball", 1), ("a box", 0), ("a box", 1)]
+    base = {pair: model.draw(stock, *pair) for pair in [*asked, (retained[0], 0), (retained[1], 1)]}
+    with Image.open(photos / "1.png") as opened:
+        picture = ImageOps.fit(opened.convert("RGB"), (64, 64), Image.Resampling.LANCZOS)
+    teacher = model.draw(stock, seed=1, **model.as_teacher(picture))
+    assert are_in_a_row(run / "preview.png", base["a ball", 1], teacher, picture)
+
+    drawn_at = {}
+    for step in (2, 4):
+        stock = model.pipeline()
+        stock.load_lora_weights(run / f"checkpoint-{step}")
+        student = {pair: model.draw(stock, *pair) for pair in base}
+        assert all(student[pair] != base[pair] for pair in base)
+        validation, retention = run / f"validation-{step}.png", run / f"retention-{step}.png"
+        for seed in (0, 1):
+            drawn = [images[prompt, seed] for prompt in ("a ball", "a box") for images in (base, student)]
+            assert are_in_a_column(validation, *drawn)
+            assert are_in_a_column(retention, base[retained[seed], seed], student[retained[seed], seed])
+        for images in (base, student):
+            assert are_in_a_row(validation, images["a ball", 0], images["a ball", 1])
+            assert are_in_a_row(retention, images[retained[0], 0], images[retained[1], 1])
+        drawn_at[step] = student
+    for pair in (("a ball", 0), ("a box", 0), (retained[1], 1)):
+        assert are_in_a_row(run / "story.png", base[pair], drawn_at[2][pair], drawn_at[4][pair])
+    assert place(run / "story.png", picture)
+    assert (run / "curves.png").stat().st_size > 10_000
+
+
+@every_context(quick="flux2")
+def test_the_rollout_sheet_shows_the_students_x0_above_the_teachers(train, model, photos, tmp_path):
+    flags = {"validation_steps": 3, "max_train_steps": 3, "checkpointing_steps": 3, "num_validation_images": 1}
+    succeed(train(**flags, center_crop=True, ema_decay=0))  # the teacher's weights are the student's
+    pipeline = model.script.MODEL.pipeline_class.from_pretrained(model.path)
+    pipeline.load_lora_weights(tmp_path / "run")
+    with Image.open(photos / "0.png") as opened:
+        picture = opened.convert("RGB")
+    student = pipeline.encode_student(["a ball"], max_sequence_length=80)
+    teacher = model.teacher_context(picture)
+    schedule = pipeline.schedule(64, 64, 4)
+    latents = torch.randn(1, *pipeline.latent_shape(64, 64), generator=torch.Generator().manual_seed(0))
+    columns = []
+    with torch.no_grad():
+        for index, timestep in enumerate(schedule.timesteps):
+            sigma = schedule.sigmas[index]
+            velocities = [pipeline.predict_velocity(latents, timestep, context) for context in (student, teacher)]
+            x0 = [pipeline.decode(pipeline.image_latents(latents - sigma * velocity))[0] for velocity in velocities]
+            columns.append(x0)
+            latents = latents + (schedule.sigmas[index + 1] - sigma) * velocities[0]
+    sheet = tmp_path / "run/rollout-3.png"
+    assert all(are_in_a_column(sheet, *column) for column in columns)
+    assert are_in_a_row(sheet, *[student_x0 for student_x0, _ in columns])
+
+
+@ONE_MODEL
+@SLOW
+def test_the_story_of_many_validations_spans_the_run(train, model, tmp_path):
+    flags = {"validation_steps": 1, "max_train_steps": 6, "num_validation_images": 1, "checkpointing_steps": 1}
+    succeed(train(**flags, final_validation_prompt="a box"))
+    images = []
+    for step in (1, 6):
+        stock = model.pipeline()
+        stock.load_lora_weights(tmp_path / f"run/checkpoint-{step}")
+        images.append(model.draw(stock, "a ball", 0))
+    assert are_in_a_row(tmp_path / "run/story.png", *images)
+    last = model.draw(stock, "a box", 0)
+    assert place(tmp_path / "run/validation-6.png", last)
+    heights = [Image.open(tmp_path / f"run/validation-{step}.png").height for step in (1, 5, 6)]
+    assert heights[0] == heights[1] < heights[2]  # the final prompt comes at the end only
+
+
+@ONE_MODEL
+def test_without_validation_prompts_the_first_captions_are_drawn(train, tmp_path, model):
+    succeed(train(validation_steps=2, num_validation_images=1))
+    assert place(tmp_path / "run/validation-2.png", model.draw(model.pipeline(), "a ball", 0))
+
+
+@ONE_MODEL
+def test_images_have_the_validation_size(train, tmp_path, model):
+    succeed(train(validation_steps=2, num_validation_images=1, validation_height=64, validation_width=96))
+    drawn = model.draw(model.pipeline(), "a ball", 0, height=64, width=96)
+    assert drawn.size == (96, 64) and place(tmp_path / "run/validation-2.png", drawn)
+
+
+# Retention
+
+
+@both_models(quick="flux2")
+def test_retention_is_the_relative_distance_of_stock_latents(train, model, tmp_path):
+    prompts = ["a red ball", "a blue box", "a green tree"]
+    succeed(train(**DRAWN | {"retention_prompts": prompts}))
+    history = read_history(tmp_path / "run")
+    assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in history if "retention" in line] == [2, 4]
+
+    stock = model.pipeline()
+    pairs = list(enumerate(prompts))
+    base = [model.sample(stock, prompt, seed) for seed, prompt in pairs]
+    stock.load_lora_weights(tmp_path / "run")
+    student = [model.sample(stock, prompt, seed) for seed, prompt in pairs]
+    moved = sum((s - b).norm() for s, b in zip(student, base, strict=True)) / 3
+    apart = ((base[0] - base[1]).norm() + (base[0] - base[2]).norm() + (base[1] - base[2]).norm()) / 3
+    assert history[-1]["retention"] == pytest.approx((moved / apart).item(), rel=1e-4)
+    assert history[-1]["retention"] > 0.01
+
+
+def test_relative_drift():
+    base = torch.tensor([[[0.0, 0.0]], [[3.0, 4.0]], [[6.0, 8.0]]])  # distances 5, 5 and 10
+    moved = base + torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]], [[0.0, 1.0]]])
+    assert relative_drift(base, base) == 0
+    assert relative_drift(base, moved) == pytest.approx(2 / (20 / 3))
+    assert relative_drift(base.bfloat16(), moved.bfloat16()) == pytest.approx(2 / (20 / 3))
+
+
+# What is drawn, and when
+
+
+def test_evenly_spaced_items():
+    assert evenly_spaced([1, 2, 3], 4) == [1, 2, 3]
+    assert evenly_spaced(list(range(10)), 4) == [0, 3, 6, 9]
+    assert evenly_spaced([1, 2, 3, 4, 5], 2) == [1, 5]
+
+
+def test_nothing_is_drawn_without_validation():
+    settings = {"validation_prompt": ["a"], "retention_prompts": ["b", "c"]}
+    assert drawn_prompts(ValidationSettings(**settings, validation_steps=0)) == []
+    assert drawn_prompts(ValidationSettings(**settings)) == ["a", "b", "c"]
+    assert drawn_prompts(ValidationSettings(**settings, final_validation_prompt="d")) == ["a", "d", "b", "c"]
+
+
+@both_models(quick="zimage")
+def test_drawing_changes_no_weight(train, tmp_path):
+    flags = {"max_train_steps": 4, "lora_dropout": 0.3, "random_flip": True, "checkpointing_steps": 4}
+    succeed(train("without", **flags))
+    succeed(train("with", **flags, validation_steps=1, num_validation_images=1, retention_prompts=["a", "b"]))
+    for folder in ("", "checkpoint-4"):
+        assert same_weights(tmp_path / "without" / folder, tmp_path / "with" / folder)
+    first, second = (load_file(tmp_path / name / "checkpoint-4/adapters.safetensors") for name in ("without", "with"))
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@ONE_MODEL
+def test_preview_only_stops_before_the_first_step(train, tmp_path):
+    log = succeed(train(validation_steps=1, preview_only=True)).log
+    assert "Steps:" not in log
+    assert (tmp_path / "run/preview.png").exists()
+    assert not (tmp_path / "run" / LORA_FILE).exists()
+
+
+@ONE_MODEL
+def test_drawings_that_fail_lose_no_weights(train, tmp_path):
+    for sheet in ("preview.png", "validation-1.png", "story.png"):
+        (tmp_path / "run" / sheet).mkdir(parents=True)  # a folder, which a picture cannot replace
+    log = succeed(train(**DRAWN | {"validation_steps": 1, "max_train_steps": 2})).log
+    for message in (
+        "The preview failed; training continues",
+        "Validation at step 1 failed; training continues",
+        "The story could not be drawn; the LoRA is saved",
+    ):
+        assert message in log
+    assert (tmp_path / "run/validation-2.png").is_file()
+    succeed(train("undisturbed", max_train_steps=2))
+    assert same_weights(tmp_path / "run", tmp_path / "undisturbed")
+
+
+@ONE_MODEL
+def test_a_failed_preview_ends_a_preview_only_run(train, tmp_path):
+    (tmp_path / "run/preview.png").mkdir(parents=True)
+    error = train(validation_steps=1, preview_only=True).error
+    assert "preview.png could not be written" in error

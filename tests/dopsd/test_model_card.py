@@ -1,0 +1,257 @@
+"""The model card, parsed like the Hub does."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import train_dopsd_flux2
+import train_dopsd_zimage
+from dopsd.model_card import escape, write_card
+from loopback_hub import TOKEN
+
+
+FLUX2, ZIMAGE = train_dopsd_flux2.MODEL.card, train_dopsd_zimage.MODEL.card
+KLEIN_4B = "black-forest-labs/FLUX.2-klein-4B"
+KLEIN_9B = "black-forest-labs/FLUX.2-klein-9B"
+DIFFICULT_PROMPTS = [
+    "plain",
+    "it's \"quoted\" \\ and 'so on'",
+    "first line\nsecond line\r\nthird\n\n\n# fifth",
+    "a: b, c: [d, {e: f}] # g & *h !i %j @k",
+    "---\nlicense: mit\n---\n",
+    "x\n---\ny",
+    "| a | b |\n|---|---|\n\\| c",
+    "```python\n<script>alert(1)</script> </details> [x](y) ![x](y) `code` **bold** $x$ ~~s~~ &amp;",
+    "'''\n\"\"\"",
+    "- item",
+    "null",
+    "2024-01-01",
+    " padded ",
+    "柯基犬 🐕 ünï \u2028 \x85 \ufeff",
+]
+
+
+def write(folder: Path, **changed) -> ModelCard:
+    """Writes a card and parses it like the Hub."""
+    arguments = {
+        "info": FLUX2,
+        "repo_id": "someone/corgi",
+        "base_model": KLEIN_4B,
+        "instance_prompt": "a photo of sks corgi",
+        "gallery": [("a corgi on the moon", "images/validation_0.png")],
+        "settings": {"num_inference_steps": 4, "max_sequence_length": 512, "learning_rate": 2e-5},
+        "retention": 0.1234,
+    }
+    path = write_card(folder, **(arguments | changed))
+    assert path == folder / "README.md"
+    return ModelCard.load(path)
+
+
+def test_card_of_klein_4b(tmp_path):
+    card = write(tmp_path)
+    assert card.data.to_dict() == {
+        "base_model": KLEIN_4B,
+        "base_model_relation": "adapter",
+        "library_name": "diffusers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-to-image",
+        "tags": [
+            "text-to-image",
+            "diffusers",
+            "diffusers-training",
+            "lora",
+            "d-opsd",
+            "template:sd-lora",
+            "flux2",
+            "flux2-klein",
+        ],
+        "instance_prompt": "a photo of sks corgi",
+        "widget": [{"text": "a corgi on the moon", "output": {"url": "images/validation_0.png"}}],
+    }
+    for text in ("# corgi", "arxiv.org/abs/2605.05204", "<Gallery />", "**0.123**", "| `--learning_rate` | 2e-05 |"):
+        assert text in card.text
+    for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub"):
+        assert re.search(rf"^\| {package} \| \d+\.\d+", card.text, re.MULTILINE)
+    assert "story.png" not in card.text and "Non-Commercial" not in card.text
+
+
+def test_card_of_klein_9b_links_to_its_license(tmp_path):
+    card = write(tmp_path, base_model=KLEIN_9B)
+    assert card.data.base_model == KLEIN_9B
+    link = f"https://huggingface.co/{KLEIN_9B}/blob/main/LICENSE.md"
+    assert (card.data.license, card.data.license_name, card.data.license_link) == (
+        "other",
+        "flux-non-commercial-license",
+        link,
+    )
+    assert link in card.text and "apache" not in str(card).lower()
+
+
+@pytest.mark.parametrize(
+    ("script", "base_model", "license"),
+    [
+        (train_dopsd_flux2, KLEIN_4B, "apache-2.0"),
+        (train_dopsd_flux2, "black-forest-labs/FLUX.2-klein-base-4B", "apache-2.0"),
+        (train_dopsd_flux2, "black-forest-labs/flux.2-klein-4b-fp8", "apache-2.0"),
+        (train_dopsd_flux2, KLEIN_9B, "flux-non-commercial-license"),
+        (train_dopsd_flux2, "black-forest-labs/FLUX.2-klein-base-9B", "flux-non-commercial-license"),
+        (train_dopsd_flux2, "black-forest-labs/FLUX.2-klein-40B", None),
+        (train_dopsd_flux2, "black-forest-labs/FLUX.2-dev", None),
+        (train_dopsd_flux2, "someone/FLUX.2-klein-4B", None),
+        (train_dopsd_flux2, "/models/black-forest-labs/FLUX.2-klein-4B", None),
+        (train_dopsd_zimage, "Tongyi-MAI/Z-Image-Turbo", "apache-2.0"),
+        (train_dopsd_zimage, "Tongyi-MAI/Z-Image", "apache-2.0"),
+        (train_dopsd_zimage, "Tongyi-MAI/Z-Image-Other", None),
+    ],
+)
+def test_the_license_is_that_of_the_base_model(tmp_path, script, base_model, license):
+    data = write(tmp_path, info=script.MODEL.card, base_model=base_model).data
+    assert (data.license_name or data.license) == (license or "other")
+    assert (data.license_link is not None) == (license == "flux-non-commercial-license")
+
+
+def test_a_folder_with_the_name_of_a_hub_repository_has_an_unknown_license(tmp_path, monkeypatch):
+    (tmp_path / KLEIN_9B).mkdir(parents=True)
+    assert FLUX2.license_of(KLEIN_9B).notice in write(tmp_path, base_model=KLEIN_9B).text
+    monkeypatch.chdir(tmp_path)
+    assert FLUX2.license_of(KLEIN_9B) is None
+    assert "The licence of the base model, FLUX.2-klein-9B, applies." in write(tmp_path, base_model=KLEIN_9B).text
+
+
+def test_only_the_name_of_a_local_base_model_is_on_the_card(tmp_path, monkeypatch):
+    model = tmp_path / "secret_place" / "my-klein"
+    model.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for path in (str(model), "secret_place/my-klein", "./secret_place/my-klein/"):
+        card = write(tmp_path, base_model=path)
+        assert card.data.base_model is None and "base_model_relation" not in card.data
+        assert card.data.license == "other" and card.data.license_name is None
+        assert "The licence of the base model, my-klein, applies." in card.text
+        assert '"path/to/my-klein"' in card.text
+        assert "secret" not in str(card)
+
+
+def test_secrets_and_paths_are_not_on_the_card(tmp_path):
+    settings = {
+        "num_inference_steps": 4,
+        "hub_token": TOKEN,
+        "hub_model_id": "private-name",
+        "push_to_hub": True,
+        "pretrained_model_name_or_path": "/private/klein",
+        "instance_data_dir": "/private/photos",
+        "output_dir": "/private/out",
+        "cache_dir": "/private/cache",
+        "context_cache_dir": "/private/context_cache",
+        "logging_dir": "private-logs",
+        "bnb_quantization_config_path": "/private/bnb.json",
+        "resume_from_checkpoint": "/private/out/checkpoint-5",
+        "dataset_name": "/private/my_pictures",
+        "init_lora": "someone/earlier-lora",
+        "center_crop": False,
+        "random_flip": True,
+        "revision": None,
+        "rank": 64,
+        "retention_prompts": ["a | b", "c"],
+    }
+    card = write(tmp_path, settings=settings)
+    assert TOKEN not in str(card) and "private" not in str(card)
+    rows = re.findall(r"^\| `--(\w+)` \| (.*) \|$", card.text, re.MULTILINE)
+    assert rows == [
+        ("num_inference_steps", "4"),
+        ("dataset_name", r"my\_pictures"),
+        ("init_lora", "someone/earlier-lora"),
+        ("random_flip", "yes"),
+        ("rank", "64"),
+        ("retention_prompts", r'\["a \| b", "c"\]'),
+    ]
+
+
+@pytest.mark.parametrize("prompt", DIFFICULT_PROMPTS)
+def test_any_prompt_is_kept_and_cannot_break_the_card(tmp_path, prompt):
+    gallery = [(prompt, "images/validation_0.png"), ("a: b", "images/validation_1.png")]
+    settings = {"num_inference_steps": 4, "validation_prompt": [prompt], "teacher_prompt_suffix": prompt, "rank": 8}
+    card = write(tmp_path, instance_prompt=prompt, gallery=gallery, settings=settings)
+    assert card.data.instance_prompt == prompt
+    assert [(entry["text"], entry["output"]["url"]) for entry in card.data.widget] == gallery
+    assert card.data.license == "apache-2.0"
+    assert [line for line in card.text.splitlines() if line.startswith("#")] == [
+        "# corgi",
+        "## Use it",
+        "## Retention",
+        "## Training",
+        "## Licence",
+    ]
+    # The table continues after the prompt, and each of its rows has two cells.
+    rows = re.findall(r"^\| `--\w+`.*$", card.text, re.MULTILINE)
+    assert len(rows) == 4 and "--rank" in rows[-1]
+    assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3 for row in rows)
+    assert prompt_of(card) == prompt
+
+
+def example(card: ModelCard) -> ast.Module:
+    return ast.parse(re.search(r"^```python\n(.*?)^```$", card.text, re.MULTILINE | re.DOTALL)[1])
+
+
+def pipe_arguments(card: ModelCard) -> dict:
+    calls = [node for node in ast.walk(example(card)) if isinstance(node, ast.Call)]
+    call = next(call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "pipe")
+    return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+
+
+def prompt_of(card: ModelCard) -> str:
+    return pipe_arguments(card)["prompt"]
+
+
+def test_escape_gives_one_line_without_markup():
+    assert escape("a\n | b\\|  <i>*x*_y_`z`[u](v)") == r"a \| b\\\| \<i\>\*x\*\_y\_\`z\`\[u\](v)"
+
+
+def test_the_example_passes_what_differs_from_the_defaults(tmp_path):
+    usual = {"num_inference_steps": 4, "max_sequence_length": 512, "text_encoder_out_layers": [9, 18, 27]}
+    expected = {"prompt": "a photo of sks corgi", "num_inference_steps": 4, "guidance_scale": 1.0}
+    assert pipe_arguments(write(tmp_path, settings=usual)) == expected
+    other = {"num_inference_steps": 8, "max_sequence_length": 128, "text_encoder_out_layers": [1, 2, 3]}
+    assert pipe_arguments(write(tmp_path, settings=other)) == expected | other
+    card = write(tmp_path)
+    assert f'from_pretrained("{KLEIN_4B}", dtype=torch.bfloat16)' in card.text
+    assert 'load_lora_weights("someone/corgi")' in card.text
+    assert 'load_lora_weights("ACCOUNT/corgi")' in write(tmp_path, repo_id="corgi").text
+
+
+@pytest.mark.parametrize("script", [train_dopsd_flux2, train_dopsd_zimage])
+def test_sampling_defaults_are_those_of_the_stock_pipeline(script):
+    parameters = inspect.signature(script.MODEL.stock_pipeline_class.__call__).parameters
+    assert script.MODEL.card.pipeline == script.MODEL.stock_pipeline_class.__name__
+    for name, expected in script.MODEL.card.sampling_defaults.items():
+        default = parameters[name].default
+        assert (list(default) if isinstance(default, tuple) else default) == expected
+
+
+def test_card_of_z_image(tmp_path):
+    settings = {"num_inference_steps": 8, "max_sequence_length": 512, "vlm_model_name_or_path": "/home/me/Qwen3-VL-4B"}
+    card = write(tmp_path, info=ZIMAGE, base_model="Tongyi-MAI/Z-Image-Turbo", settings=settings)
+    assert card.data.license == "apache-2.0" and card.data.base_model == "Tongyi-MAI/Z-Image-Turbo"
+    assert "z-image" in card.data.tags and "flux2" not in card.data.tags
+    expected = {"prompt": "a photo of sks corgi", "num_inference_steps": 8, "guidance_scale": 0.0}
+    assert pipe_arguments(card) == expected
+    assert 'ZImagePipeline.from_pretrained("Tongyi-MAI/Z-Image-Turbo", dtype=torch.bfloat16)' in card.text
+    assert "| `--vlm_model_name_or_path` | Qwen3-VL-4B |" in card.text
+    assert "klein" not in str(card).lower() and "/home" not in card.text
+
+
+def test_a_card_has_no_empty_sections(tmp_path):
+    (tmp_path / "README.md").write_text("an earlier card")
+    card = write(tmp_path, instance_prompt=None, gallery=[], retention=None)
+    assert "instance_prompt" not in card.data and "widget" not in card.data
+    assert "Gallery" not in card.text and "Retention" not in card.text and "Trained with the prompt" not in card.text
+    assert prompt_of(card) == "your prompt"
+
+
+def test_sheets_are_shown_if_they_exist(tmp_path):
+    (tmp_path / "story.png").touch()
+    text = write(tmp_path).text
+    assert "](story.png)" in text and "curves.png" not in text

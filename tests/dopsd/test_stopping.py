@@ -1,0 +1,99 @@
+"""Each test runs in processes of its own: signal handlers belong to a whole process."""
+
+import logging
+import os
+import signal
+import sys
+import time
+
+import pytest
+from accelerate import Accelerator
+
+from dopsd.stopping import StopRequest
+
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.fixture
+def run(forkserver):
+    """Runs a function of this file in a process and returns its exit code and its output."""
+
+    def call(function, *arguments):
+        log = forkserver.new_log()
+        process = forkserver.start(logged, str(log), function, *arguments)
+        process.join(timeout=60)
+        return process.exitcode, log.read_text()
+
+    return call
+
+
+def logged(log: str, function, *arguments) -> None:
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    logging.basicConfig(level=logging.INFO)
+    function(*arguments)
+
+
+def stop_on(number: int) -> None:
+    accelerator = Accelerator(cpu=True)
+    stop = StopRequest()
+    assert not stop.is_set and not stop.is_set_on_any(accelerator)
+    os.kill(os.getpid(), number)
+    assert stop.is_set and stop.is_set_on_any(accelerator)
+    stop.end_run(accelerator, step=7)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_a_request(run, number):
+    code, log = run(stop_on, number)
+    assert code == 128 + number, log
+    assert f"Stopped after step 7 ({number.name}); checkpoint-7 is saved. Continue with the same command and " in log
+    assert "--resume_from_checkpoint latest" in log
+
+
+def signal_twice(first: int, second: int) -> None:
+    stop = StopRequest()
+    os.kill(os.getpid(), first)
+    assert stop.reason == signal.Signals(first).name
+    os.kill(os.getpid(), second)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
+def test_a_second_signal_ends_the_process_at_once(run, first, second):
+    code, log = run(signal_twice, first, second)
+    # Python's own handler for SIGINT is not back: the process dies of the signal without a traceback.
+    assert code == -second and not log
+
+
+def outlive_the_launcher(file: str) -> None:
+    """Writes, in a child of this process, whether a stop is requested: before and after this process has ended."""
+    reading, writing = os.pipe()
+    if os.fork():
+        os.read(reading, 1)
+        os._exit(0)
+    launcher = os.getppid()
+    stop = StopRequest()
+    before = stop.is_set
+    os.write(writing, b"x")
+    while os.getppid() == launcher:
+        time.sleep(0.01)
+    with open(file + ".tmp", "w") as opened:
+        opened.write(f"{before} {stop.is_set} {stop.reason} {stop.exit_code}")
+    os.rename(file + ".tmp", file)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def test_the_launchers_end_is_a_request(forkserver, tmp_path):
+    process = forkserver.start(outlive_the_launcher, str(tmp_path / "said"))
+    process.join(timeout=60)
+    assert process.exitcode == 0
+    end = time.monotonic() + 60
+    while not (tmp_path / "said").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert (tmp_path / "said").read_text() == "False True its launcher has ended 1"

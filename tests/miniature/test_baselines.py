@@ -1,0 +1,143 @@
+import pytest
+import torch
+
+from benchmarks.miniature.baselines import (
+    EncodedPictures,
+    batch_indices,
+    encode_pictures,
+    flow_matching_loss,
+    off_policy_losses,
+    step_losses,
+    train_baseline,
+)
+from benchmarks.miniature.concepts import CONCEPTS, training_pictures
+from benchmarks.miniature.methods import SharedSettings
+from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH
+from dopsd.roles import StudentTeacherLoRA, lora_target_modules
+from dopsd.rollout import Schedule, distillation_loss, few_step_sample, rollout, seeded_noise
+from pipelines.flux2_klein import DEFAULT_LORA_LAYERS
+
+
+SIGMAS = torch.tensor([1.0, 0.8, 0.5, 0.0])
+SCHEDULE = Schedule(sigmas=SIGMAS, timesteps=1000 * SIGMAS[:-1])
+
+
+def encode(pipeline, count: int) -> EncodedPictures:
+    images, captions = training_pictures(CONCEPTS[0], 0)
+    return encode_pictures(
+        pipeline, images[:count], captions[:count], prompt_suffix=" so", max_sequence_length=MAX_SEQUENCE_LENGTH
+    )
+
+
+def test_flow_matching_has_no_loss_at_the_true_velocity():
+    x0 = torch.randn(3, 4, 2, 2)
+
+    def true_velocity(latents, timestep):
+        sigma = (timestep / 1000).view(-1, 1, 1, 1)
+        return (latents - x0) / sigma  # x_sigma = (1 - sigma) x0 + sigma noise
+
+    assert flow_matching_loss(true_velocity, x0, torch.Generator().manual_seed(0)) < 1e-6
+    assert flow_matching_loss(lambda x, t: torch.zeros_like(x), x0, torch.Generator().manual_seed(0)) > 1
+
+
+def test_off_policy_visits_the_teachers_states_and_on_policy_the_students():
+    noise = seeded_noise((4, 2, 2), [0, 1])
+    visited = []
+
+    def teacher(latents, timestep):
+        return 0.3 * latents
+
+    def student(latents, timestep):
+        visited.append(latents)
+        return 0.5 * latents
+
+    losses = list(off_policy_losses(student, teacher, noise, SCHEDULE))
+    state = noise
+    for index, sigma in enumerate(SIGMAS[:-1]):
+        assert torch.allclose(visited[index], state)
+        expected = distillation_loss(0.5 * state, 0.3 * state, sigma, loss_space="x0")
+        assert losses[index] == pytest.approx(expected.item())
+        state = state + (SIGMAS[index + 1] - sigma) * 0.3 * state
+    assert torch.allclose(few_step_sample(teacher, noise, SCHEDULE), state)
+    on_policy = [step.latents for step in rollout(student, teacher, noise, SCHEDULE)]
+    assert not torch.allclose(on_policy[-1], visited[len(losses) - 1])
+
+
+@pytest.mark.parametrize("method", ["sft", "sft_deployed", "sft_teacher", "off_policy"])
+def test_each_method_trains_at_its_own_states(method):
+    x0 = torch.full((32, 4, 2, 2), 5.0)
+    visited = {"student": [], "teacher": []}
+
+    def velocity(role: str):
+        def predict(latents, timestep):
+            visited[role].append((latents, timestep / 1000))
+            return latents  # the teacher's samples end at 0
+
+        return predict
+
+    generator = torch.Generator().manual_seed(0)
+    losses = list(step_losses(method, velocity("student"), velocity("teacher"), x0, SCHEDULE, generator))
+    assert len(losses) == len(visited["student"]) == 3
+    assert len(visited["teacher"]) == (0 if method in ("sft", "sft_deployed") else 3)
+    sigmas = {round(sigma, 6) for _, all_sigmas in visited["student"] for sigma in all_sigmas.flatten().tolist()}
+    latents = torch.stack([latents for latents, _ in visited["student"]])
+    if method == "off_policy":
+        assert sigmas == {1.0, 0.8, 0.5}
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(visited["student"], visited["teacher"], strict=True))
+    elif method == "sft_deployed":
+        assert sigmas == {1.0, 0.8, 0.5} and latents.mean() > 0.3
+    else:
+        assert len(sigmas) > 30
+        assert latents.mean() > 2 if method == "sft" else latents.mean().abs() < 0.3
+
+
+def test_an_epoch_of_batches_has_every_picture_once():
+    batches = batch_indices(5, 2, seed=0)
+    epochs = [[next(batches).tolist() for _ in range(3)] for _ in range(4)]
+    for epoch in epochs:
+        assert [len(indices) for indices in epoch] == [2, 2, 1]
+        assert sorted(sum(epoch, [])) == [0, 1, 2, 3, 4]
+        assert all(indices == sorted(indices) for indices in epoch)
+    assert len({str(epoch) for epoch in epochs}) > 1
+
+
+def test_a_selected_picture_has_its_own_caption_reference_and_latents(miniature):
+    both = encode(miniature, 2)
+    assert both.student.references == () and torch.equal(both.x0, both.teacher.references[0])
+    selected = both.select(torch.tensor([0]))
+    alone = encode(miniature, 1)
+    for first, second in (
+        (selected.x0, alone.x0),
+        (selected.student.prompt_embeds, alone.student.prompt_embeds),
+        (selected.teacher.prompt_embeds, alone.teacher.prompt_embeds),
+        (selected.teacher.references[0], alone.teacher.references[0]),
+    ):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(selected.student.prompt_embeds, selected.teacher.prompt_embeds)
+
+
+def test_a_baseline_trains_student_and_teacher_until_it_is_stopped(miniature, monkeypatch):
+    pictures = encode(miniature, 2)
+    targets = lora_target_modules(miniature.transformer, DEFAULT_LORA_LAYERS)
+    roles = StudentTeacherLoRA(miniature.transformer, targets, rank=2, alpha=4)
+    before = {name: weight.clone() for name, weight in roles.state_dict().items()}
+    batches, steps = [], []
+    select = pictures.select
+    monkeypatch.setattr(
+        EncodedPictures, "select", lambda self, indices: batches.append(indices.tolist()) or select(indices)
+    )
+    num_steps = train_baseline(
+        "off_policy",
+        miniature,
+        roles,
+        pictures,
+        miniature.schedule(64, 64, 2),
+        SharedSettings(train_batch_size=1, ema_decay=0.5, lr_warmup_steps=0),
+        num_steps=5,
+        seed=0,
+        should_stop=lambda step: steps.append(step) or step == 2,
+    )
+    assert num_steps == 2 and steps == [1, 2]
+    assert sorted(batches) == [[0], [1]]
+    changed = {name for name, weight in roles.state_dict().items() if not torch.equal(weight, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"student", "teacher"}

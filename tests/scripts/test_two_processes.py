@@ -1,0 +1,95 @@
+"""Runs of two processes on a CPU, as torchrun and accelerate start them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from command_line import LORA_FILE, assert_close_weights, succeed
+from dopsd.context_cache import ContextCache
+from dopsd.history import read_history
+from dopsd.output import checkpoint_step, list_checkpoints
+from models import ONE_MODEL, SLOW
+from waiting import wait_until
+
+
+pytestmark = SLOW
+
+
+@pytest.fixture
+def torchrun(model, tmp_path):
+    """Starts the script as two processes on a free port; returns torchrun's process and the file with its output."""
+
+    def start(arguments: list[str]) -> tuple[subprocess.Popen, Path]:
+        launcher = [Path(sys.executable).parent / "torchrun", "--standalone", "--local-addr", "127.0.0.1"]
+        launcher += ["--nproc-per-node", "2"]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+        log = tmp_path / "torchrun.log"
+        with open(log, "wb") as file:
+            process = subprocess.Popen(
+                [*launcher, model.script_path, *arguments], stdout=file, stderr=file, env=environment
+            )
+        return process, log
+
+    return start
+
+
+def test_two_processes_give_the_lora_of_one_with_twice_the_accumulation(torchrun, command, arguments, tmp_path):
+    flags = {"learning_rate": 1e-3, "max_train_steps": 3, "lora_dropout": 0.1}
+    process, log = torchrun(arguments("two", **flags, gradient_accumulation_steps=2))
+    succeed(command(*arguments("one", **flags, gradient_accumulation_steps=4)))
+    assert process.wait(timeout=240) == 0, log.read_text()
+    assert_close_weights(tmp_path / "one", tmp_path / "two", atol=1e-5, rtol=1e-3)
+    one, two = ([line["loss"] for line in read_history(tmp_path / name)] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+@ONE_MODEL
+def test_sigterm_under_torchrun_saves_and_another_number_of_processes_continues(
+    torchrun, command, arguments, tmp_path
+):
+    flags = {"learning_rate": 1e-3, "max_train_steps": 60, "lora_dropout": 0.1, "lr_scheduler": "cosine"}
+    flags |= {"checkpointing_steps": 9999, "resume_from_checkpoint": "latest"}
+    folder = tmp_path / "two"
+    process, log = torchrun(arguments("two", **flags))
+    wait_until(lambda: len(read_history(folder)) >= 3, process, log)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    (checkpoint,) = list_checkpoints(folder)
+    step = checkpoint_step(checkpoint)
+    assert 3 <= step < 60 and f"Stopped after step {step}" in log.read_text()
+    succeed(command(*arguments("undisturbed", **flags, gradient_accumulation_steps=2)))
+    succeed(command(*arguments("two", **flags, gradient_accumulation_steps=2)))
+    assert_close_weights(tmp_path / "undisturbed", folder, atol=1e-3, rtol=1e-2)
+
+
+@ONE_MODEL
+def test_a_loss_that_is_not_finite_on_one_process_stops_both(torchrun, command, arguments, tmp_path):
+    succeed(command(*arguments("first", context_cache_dir=tmp_path / "cache")))
+    entries = sorted((tmp_path / "cache").glob("*/*.safetensors"))
+    cache = ContextCache(tmp_path / "cache")
+    references = [path for path in entries if next(iter(load_file(path).values())).ndim == 4]
+    tensor = next(iter(load_file(references[0]).values()))
+    cache.save(references[0].stem, torch.full_like(tensor, float("nan")))
+    process, log = torchrun(arguments("two", context_cache_dir=tmp_path / "cache", max_train_steps=20))
+    assert process.wait(timeout=240) != 0
+    assert "the loss is nan" in log.read_text()
+    assert not (tmp_path / "two" / LORA_FILE).exists()
+    history = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    assert len(history) < 2  # three pictures, two per step: the damaged one is in step 1 or 2
+
+
+@ONE_MODEL
+def test_accelerate_launch_starts_the_script(model, arguments, tmp_path):
+    launcher = [Path(sys.executable).parent / "accelerate", "launch", "--cpu", "--num_processes", "1"]
+    done = subprocess.run(
+        [*launcher, model.script_path, *arguments()], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / LORA_FILE).exists()

@@ -1,0 +1,68 @@
+"""A third training script, for the toy model in toy_pipeline.py: what docs/add_a_model.md asks for."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import Qwen3Model
+
+from dopsd.command_line import parse_settings, run_script
+from dopsd.encoders import PromptEncoder
+from dopsd.model import Conditioning, Encoder, Model, SizeLimits, TeacherContext, TokenLimit
+from dopsd.model_card import CardInfo
+from toy_pipeline import ToyContext, ToyPipeline, ToyTransformer
+from train_dopsd_flux2 import main
+
+
+# What student and teacher are conditioned on
+
+
+class Prompts(PromptEncoder):
+    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
+        return self.pipeline.encode_prompt(prompt)
+
+    def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
+        return 1, self.width
+
+
+class Colours(Encoder):
+    name, noun, component = "colours", "pictures", "vae"
+    reads_prompt, sees_picture = False, True
+
+    def __init__(self, pipeline: ToyPipeline):
+        self.pipeline = pipeline
+
+    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
+        return self.pipeline.vae.encode(picture).detach()
+
+    def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
+        return self.pipeline.latent_shape(*size)
+
+
+# The model's settings and limits
+
+
+class Toy(Model):
+    name, example, tracker_name = "Toy", "someone/toy", "dopsd-toy"
+    pipeline_class = stock_pipeline_class = ToyPipeline
+    transformer_class, text_encoder_class = ToyTransformer, Qwen3Model
+    sizes = SizeLimits(pixels_per_token=16, min_side=16, max_tokens=100)
+    default_settings = {"lora_layers": "linear_in,linear_out", "learning_rate": 1e-2}
+    teacher_contexts = {"colours": TeacherContext("it sees the picture's colours")}
+    card = CardInfo(pipeline="ToyPipeline", tags=("toy",), guidance_scale=1.0, sampling_defaults={})
+
+    def is_distilled(self, index, scheduler):
+        return True
+
+    def resolve_settings(self, settings, transformer_config, text_config):
+        return settings
+
+    def conditioning(self, pipeline, text_config, settings):
+        limit = TokenLimit("--max_sequence_length", settings.model.max_sequence_length)
+        prompts = Prompts(pipeline, width=text_config.hidden_size, options={})
+        return Conditioning((prompts,), (prompts, Colours(pipeline)), ToyContext.stack, limit, limit)
+
+
+if __name__ == "__main__":
+    run_script(Path(__file__).name, partial(parse_settings, Toy(), "Trains the toy."), partial(main, model=Toy()))
