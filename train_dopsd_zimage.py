@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, Qwen3Model
 
-from dopsd.checkpoints import Checkpoints, check_settings, find_checkpoint, resume_settings
+from dopsd.checkpoints import Checkpoints, check_resumable, find_checkpoint, resume_contract
 from dopsd.command_line import parse_settings, run_script
 from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, check_prompts, fill_cache, prepare_without_cache
@@ -45,7 +45,7 @@ from dopsd.model_card import CardInfo, License, write_run_card
 from dopsd.optimizers import build_lr_scheduler, build_optimizer
 from dopsd.output import make_output_dir, remove_unfinished_checkpoints
 from dopsd.pretrained import (
-    check_checkpoint,
+    check_pretrained,
     check_quantization,
     encoders_fingerprint,
     load_skeleton,
@@ -202,7 +202,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     # Everything that a user can get wrong is checked before any weight is loaded.
     check_quantization(settings.model)
     data = load_training_data(settings, model.sizes, disable_progress=not accelerator.is_local_main_process)
-    check_checkpoint(model, settings.model)
+    check_pretrained(model, settings.model)
     dtype = weight_dtype(settings.training.mixed_precision)
     skeleton = load_skeleton(model, settings.model)
     lora_options = settings.lora.adapter_options(lora_target_modules(skeleton, settings.lora.lora_layers))
@@ -220,9 +220,9 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         device=accelerator.device,
     )
     check_prompts(contexts, drawn_prompts(settings.validation), settings.teacher)
-    fixed_settings = resume_settings(settings, conditioning, data, accelerator.num_processes)
+    contract = resume_contract(settings, conditioning, data, accelerator.num_processes)
     if checkpoint is not None:
-        check_settings(checkpoint, fixed_settings)
+        check_resumable(checkpoint, contract)
 
     # The encoders are freed before the transformer is loaded, so that they are never in memory together.
     if settings.training.no_context_cache:
@@ -264,7 +264,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         lr_scheduler=lr_scheduler,
         stock_pipeline_class=model.stock_pipeline_class,
         save_dtype=save_dtype,
-        settings=fixed_settings,
+        contract=contract,
     )
     first_step = 0 if checkpoint is None else checkpoints.load(checkpoint)
     log_plan(settings, accelerator, data, roles, first_step)

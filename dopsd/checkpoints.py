@@ -33,7 +33,7 @@ logger = get_logger(__name__)
 PICTURES = "pictures and captions"
 
 
-def resume_settings(
+def resume_contract(
     settings: Settings, conditioning: Conditioning, data: TrainingData, num_processes: int
 ) -> dict[str, Any]:
     """Everything that a resumed run must share with its checkpoint to end with the same weights, as JSON holds it."""
@@ -100,10 +100,10 @@ def read_state(checkpoint: Path) -> dict:
         raise InputError(f"--resume_from_checkpoint {checkpoint}: state.json is damaged; remove the folder") from error
 
 
-def check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Raises `InputError` if `resume_settings` differ from those in the checkpoint."""
+def check_resumable(checkpoint: Path, contract: dict[str, Any]) -> None:
+    """Raises `InputError` if the run's contract differs from the checkpoint's."""
     for name, saved in read_state(checkpoint)["settings"].items():
-        now = settings.get(name)
+        now = contract.get(name)
         if name == PICTURES and saved != now:
             changed = sorted(
                 picture for picture in saved.keys() | now.keys() if saved.get(picture) != now.get(picture)
@@ -131,7 +131,7 @@ class Checkpoints:
         roles, optimizer, lr_scheduler: whose state is saved.
         stock_pipeline_class: writes the LoRA file.
         save_dtype: of the LoRA file.
-        settings: `resume_settings`.
+        contract: what a resumed run must share, from `resume_contract`.
     """
 
     def __init__(
@@ -144,13 +144,13 @@ class Checkpoints:
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         stock_pipeline_class: type[DiffusionPipeline],
         save_dtype: torch.dtype,
-        settings: dict[str, Any],
+        contract: dict[str, Any],
     ):
         self.folder, self.total_limit = Path(training.output_dir), training.checkpoints_total_limit
         self.accelerator, self.roles = accelerator, roles
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.stock_pipeline_class, self.save_dtype = stock_pipeline_class, save_dtype
-        self.settings = settings
+        self.contract = contract
 
     def load(self, checkpoint: Path) -> int:
         """Restores what `save` wrote; returns the number of steps trained."""
@@ -198,7 +198,7 @@ class Checkpoints:
         if self.accelerator.scaler is not None:
             trainer_state["scaler"] = self.accelerator.scaler.state_dict()
         torch.save(trainer_state, folder / "trainer_state.pt")
-        state = json.dumps({"step": step, "settings": self.settings}, indent=2)
+        state = json.dumps({"step": step, "settings": self.contract}, indent=2)
         (folder / "state.json").write_text(state, encoding="utf-8")
         self.save_lora(folder)
         for path in (*folder.iterdir(), folder):

@@ -81,7 +81,7 @@ def read_configs(
     return config, scheduler
 
 
-def check_checkpoint(model: Model, settings: ModelSettings) -> None:
+def check_pretrained(model: Model, settings: ModelSettings) -> None:
     """Checks, by its configurations alone, that the checkpoint is one of `model`; warns if it is not distilled."""
     name = settings.pretrained_model_name_or_path
     index, scheduler = read_configs(

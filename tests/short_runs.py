@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from transformers import PretrainedConfig
 
-from dopsd.checkpoints import resume_settings
+from dopsd.checkpoints import resume_contract
 from dopsd.command_line import parse_settings
 from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, fill_cache, prepare_without_cache
@@ -98,8 +98,8 @@ class PreparedRun:
                     tensors += context_tensors(context)
         return tensors
 
-    def resume_settings(self, num_processes: int = 1) -> dict[str, Any]:
-        return resume_settings(self.settings, self.conditioning, self.data, num_processes)
+    def resume_contract(self, num_processes: int = 1) -> dict[str, Any]:
+        return resume_contract(self.settings, self.conditioning, self.data, num_processes)
 
 
 def context_tensors(context: Any) -> list[torch.Tensor]:

@@ -51,7 +51,7 @@ class ToyTraining:
         self.roles.update_teacher(0.5)
 
     def checkpoints(
-        self, folder: Path, total_limit: int | None = None, settings: dict[str, Any] | None = None
+        self, folder: Path, total_limit: int | None = None, contract: dict[str, Any] | None = None
     ) -> Checkpoints:
         return Checkpoints(
             TrainingSettings(output_dir=str(folder), checkpoints_total_limit=total_limit),
@@ -61,7 +61,7 @@ class ToyTraining:
             lr_scheduler=self.lr_scheduler,
             stock_pipeline_class=ToyPipeline,
             save_dtype=torch.float32,
-            settings=settings or {},
+            contract=contract or {},
         )
 
 

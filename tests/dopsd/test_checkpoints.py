@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from command_line import LORA_FILE, same_weights
-from dopsd.checkpoints import Checkpoints, check_settings, find_checkpoint
+from dopsd.checkpoints import Checkpoints, check_resumable, find_checkpoint
 from dopsd.errors import InputError, OutputError, TrainingDiverged
 from dopsd.output import CHECKPOINT_FILES, list_checkpoints, remove_unfinished_checkpoints
 from dopsd.settings import TrainingSettings
@@ -172,7 +172,7 @@ def test_a_damaged_state_is_one_line(tmp_path, text):
     content = text if isinstance(text, bytes) else text.encode()
     (tmp_path / "state.json").write_bytes(content)
     with pytest.raises(InputError, match=f"^--resume_from_checkpoint {tmp_path}: state.json is damaged"):
-        check_settings(tmp_path, {})
+        check_resumable(tmp_path, {})
 
 
 class FailingOptimizer:
@@ -258,16 +258,16 @@ def test_other_errors_of_a_step_save_nothing(tmp_path):
 
 
 def test_settings_are_saved_with_a_checkpoint(tmp_path):
-    checkpoints: Checkpoints = ToyTraining().checkpoints(tmp_path, settings={"--rank": 4, "model": "abc"})
+    checkpoints: Checkpoints = ToyTraining().checkpoints(tmp_path, contract={"--rank": 4, "model": "abc"})
     checkpoints.save(2)
     state = json.loads((tmp_path / "checkpoint-2/state.json").read_text())
     assert state == {"step": 2, "settings": {"--rank": 4, "model": "abc"}}
-    check_settings(tmp_path / "checkpoint-2", {"--rank": 4, "model": "abc", "--new_flag": 1})
+    check_resumable(tmp_path / "checkpoint-2", {"--rank": 4, "model": "abc", "--new_flag": 1})
     with pytest.raises(InputError) as caught:
-        check_settings(tmp_path / "checkpoint-2", {"--rank": 8, "model": "abc"})
+        check_resumable(tmp_path / "checkpoint-2", {"--rank": 8, "model": "abc"})
     assert str(caught.value) == (
         "--resume_from_checkpoint checkpoint-2: its --rank was 4, now it is 8; pass the same, or start in another "
         "--output_dir"
     )
     with pytest.raises(InputError, match="its --rank was 4, now it is None"):
-        check_settings(tmp_path / "checkpoint-2", {"model": "abc"})
+        check_resumable(tmp_path / "checkpoint-2", {"model": "abc"})

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
 from dopsd.pretrained import (
-    check_checkpoint,
+    check_pretrained,
     load_skeleton,
     load_text_encoder,
     load_transformer,
@@ -91,11 +91,11 @@ def test_no_checkpoint_is_refused_in_one_line(read, tmp_path):
 
 
 def test_an_undistilled_model_gets_a_warning(model, settings, tmp_path, caplog):
-    check_checkpoint(model.script.MODEL, settings().model)
+    check_pretrained(model.script.MODEL, settings().model)
     assert not caplog.records
     undistilled = {"is_distilled": False} if "flux2" in model.script.__name__ else {"shift": 6.0}
     base = model.make(tmp_path / "base", **undistilled)
-    check_checkpoint(model.script.MODEL, settings(base).model)
+    check_pretrained(model.script.MODEL, settings(base).model)
     (record,) = caplog.records
     assert f"{base} does not look step-distilled: D-OPSD keeps" in record.getMessage()
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import AutoConfig
 
-from dopsd.checkpoints import check_settings
+from dopsd.checkpoints import check_resumable
 from dopsd.errors import InputError
 from models import WITH_VLM
 from tiny_vlm import make_tiny_vlm
@@ -18,7 +18,7 @@ def refused(tmp_path):
 
     def message(run, num_processes: int = 1) -> str:
         with pytest.raises(InputError) as caught:
-            check_settings(tmp_path / "checkpoint-2", run.resume_settings(num_processes))
+            check_resumable(tmp_path / "checkpoint-2", run.resume_contract(num_processes))
         text = str(caught.value)
         assert text.startswith("--resume_from_checkpoint checkpoint-2: ") and text.endswith("another --output_dir")
         return text.removeprefix("--resume_from_checkpoint checkpoint-2: ")
@@ -42,7 +42,7 @@ def test_a_run_is_not_resumed_with_other_flags_data_or_weights(
 ):
     data = shutil.copytree(photos, tmp_path / "data")
     flags = {"instance_data_dir": data, "mixed_precision": "no"}
-    save(prepare(**flags).resume_settings())
+    save(prepare(**flags).resume_contract())
     assert refused(prepare(**flags, rank=8)).startswith("its --rank was 4, now it is 8; ")
     assert refused(prepare(**flags, seed=5)).startswith("its --seed was 0, now it is 5; ")
     assert refused(prepare(**flags | {"mixed_precision": "bf16"})).startswith(
@@ -66,17 +66,17 @@ def test_a_run_is_not_resumed_with_other_flags_data_or_weights(
     shutil.copytree(model.path, other, dirs_exist_ok=True)
     moved = data.rename(tmp_path / "moved")
     run = prepare(**flags | {"instance_data_dir": moved}, pretrained_model_name_or_path=other, max_train_steps=9)
-    check_settings(tmp_path / "checkpoint-2", run.resume_settings())
+    check_resumable(tmp_path / "checkpoint-2", run.resume_contract())
 
 
 def test_the_same_micro_batches_may_be_shared_by_more_processes(prepare, save, tmp_path):
-    save(prepare(gradient_accumulation_steps=4).resume_settings(num_processes=1))
-    check_settings(tmp_path / "checkpoint-2", prepare(gradient_accumulation_steps=2).resume_settings(num_processes=2))
+    save(prepare(gradient_accumulation_steps=4).resume_contract(num_processes=1))
+    check_resumable(tmp_path / "checkpoint-2", prepare(gradient_accumulation_steps=2).resume_contract(num_processes=2))
 
 
 @WITH_VLM
 def test_a_run_is_not_resumed_with_another_vision_tower(prepare, save, refused, model, tmp_path):
-    save(prepare().resume_settings())
+    save(prepare().resume_contract())
     text_config = AutoConfig.from_pretrained(model.path, subfolder="text_encoder")
     other = make_tiny_vlm(tmp_path / "vlm", text_config=text_config, seed=2)
     assert refused(prepare(vlm_model_name_or_path=other)).startswith("its --vlm_model_name_or_path was ")
@@ -85,7 +85,7 @@ def test_a_run_is_not_resumed_with_another_vision_tower(prepare, save, refused, 
     assert refused(prepare(vlm_max_pixels=8192)).startswith("its --vlm_max_pixels was 4096, now it is 8192; ")
     moved = shutil.copytree(model.vlm_path, tmp_path / "moved")
     (moved / "notes.md").write_text("not one of the files that are read")
-    check_settings(tmp_path / "checkpoint-2", prepare(vlm_model_name_or_path=moved).resume_settings())
+    check_resumable(tmp_path / "checkpoint-2", prepare(vlm_model_name_or_path=moved).resume_contract())
 
 
 def test_a_run_is_not_resumed_with_other_teacher_captions(prepare, save, refused, photos, tmp_path):
@@ -96,7 +96,7 @@ def test_a_run_is_not_resumed_with_other_teacher_captions(prepare, save, refused
     flags = {"instance_data_dir": data, "instance_prompt": None, "caption_column": "short"}
     flags |= {"teacher_context": "caption", "teacher_caption_column": "long"}
     flags |= {"vlm_model_name_or_path": None, "vlm_min_pixels": None, "vlm_max_pixels": None}
-    save(prepare(**flags).resume_settings())
+    save(prepare(**flags).resume_contract())
     metadata.write_text(metadata.read_text().replace("number 1", "number 7"))
     assert refused(prepare(**flags)).startswith("1.png or its caption is new, changed or gone (1 such pictures); ")
 
@@ -171,10 +171,10 @@ IDENTITIES = {"model", "--vlm_model_name_or_path", "pictures and captions"}
 
 
 def test_a_checkpoint_from_before_the_settings_were_dataclasses_is_resumed(prepare, save, model, tmp_path):
-    now = prepare().resume_settings()
+    now = prepare().resume_contract()
     old = OLD_SETTINGS | OLD_SETTINGS_OF_MODEL[model.script.__name__]
     assert now.keys() == old.keys() | IDENTITIES
     assert {name: now[name] for name in old} == old
     assert (now["--vlm_model_name_or_path"] == "") == ("vlm_model_name_or_path" not in model.flags)
     save(old | {name: now[name] for name in IDENTITIES})
-    check_settings(tmp_path / "checkpoint-2", now)
+    check_resumable(tmp_path / "checkpoint-2", now)
