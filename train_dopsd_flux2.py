@@ -59,7 +59,7 @@ from dopsd.settings import ModelSettings, MustMatch, Settings, flag
 from dopsd.step import StudentVelocity, TrainingStep
 from dopsd.stopping import StopRequest
 from pipelines.flux2_klein import DEFAULT_LORA_LAYERS, TEXT_ENCODER_OUT_LAYERS, Flux2KleinDOPSDPipeline, KleinContext
-from pipelines.vision_encoder import VisionEncoder, default_vlm
+from pipelines.vision_encoder import DEFAULT_VLMS, VisionEncoder, default_vlm
 
 
 check_min_version("0.40.0")
@@ -145,10 +145,11 @@ class Flux2Klein(Model):
     teacher_contexts = {
         "edit": TeacherContext(
             "it gets the picture as reference tokens",
+            encoders=("text", "vae"),
             prompt_suffix=" Reproduce the reference image: the same subject with the same identity, shape, colours "
             "and details, the same background, the same composition.",
         ),
-        "vlm": vlm_context("Qwen3-VL", min_pixels=512 * 512, max_pixels=512 * 512),
+        "vlm": vlm_context("Qwen3-VL", DEFAULT_VLMS, min_pixels=512 * 512, max_pixels=512 * 512),
         "caption": CAPTION_CONTEXT,
     }
     card = CardInfo(
@@ -186,7 +187,7 @@ class Flux2Klein(Model):
                 f"--text_encoder_out_layers {layers}: the transformer takes {width // text_config.hidden_size} layers "
                 f"of {text_config.hidden_size} channels"
             )
-        return resolve_vlm(settings, default_vlm, text_config)
+        return resolve_vlm(settings, self.teacher_context(settings), default_vlm, text_config)
 
     def conditioning(
         self, pipeline: Flux2KleinDOPSDPipeline, text_config: PretrainedConfig, settings: Settings
@@ -198,13 +199,13 @@ class Flux2Klein(Model):
             "options": {"max_sequence_length": length, "text_encoder_out_layers": tuple(layers)},
         }
         prompts = Prompts(pipeline, **text)
-        if settings.teacher.teacher_context == "edit":
-            teacher = (prompts, References(pipeline))
-        elif settings.teacher.teacher_context == "vlm":
-            cache_dir = settings.model.cache_dir
-            teacher = (PicturesAndPrompts(pipeline, VisionEncoder, text_config, settings.teacher, cache_dir, **text),)
-        else:
-            teacher = (prompts,)
+        vlm = VisionEncoder, text_config, settings.teacher, settings.model.cache_dir
+        encoders = {
+            "text": lambda: prompts,
+            "vae": lambda: References(pipeline),
+            "vlm": lambda: PicturesAndPrompts(pipeline, *vlm, **text),
+        }
+        teacher = tuple(encoders[name]() for name in self.teacher_context(settings).encoders)
         limit = TokenLimit("--max_sequence_length", length)
         return Conditioning((prompts,), teacher, KleinContext.stack, student_limit=limit, teacher_limit=limit)
 
@@ -306,7 +307,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         pipeline=pipeline,
         roles=roles,
         contexts=contexts,
-        teacher_context=model.teacher_contexts[settings.teacher.teacher_context],
+        teacher_context=model.teacher_context(settings),
         save_dtype=save_dtype,
     )
     gallery.draw_before_training(first_step)

@@ -59,7 +59,7 @@ from dopsd.roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.settings import Count, MayDiffer, ModelSettings, Settings, flag
 from dopsd.step import StudentVelocity, TrainingStep
 from dopsd.stopping import StopRequest
-from pipelines.vision_encoder import VisionEncoder, default_vlm
+from pipelines.vision_encoder import DEFAULT_VLMS, VisionEncoder, default_vlm
 from pipelines.z_image import DEFAULT_LORA_LAYERS, ZImageContext, ZImageDOPSDPipeline, is_turbo
 
 
@@ -123,7 +123,8 @@ class ZImageTurbo(Model):
         "lora_layers": DEFAULT_LORA_LAYERS,
     }
     teacher_contexts = {
-        "vlm": vlm_context("Qwen3-VL", min_pixels=512 * 512, max_pixels=768 * 768),  # as in the published runs
+        # The limits of the published runs.
+        "vlm": vlm_context("Qwen3-VL", DEFAULT_VLMS, min_pixels=512 * 512, max_pixels=768 * 768),
         "caption": CAPTION_CONTEXT,
     }
     card = CardInfo(
@@ -160,7 +161,7 @@ class ZImageTurbo(Model):
             DEFAULT_TEACHER_MAX_SEQUENCE_LENGTH, longest
         )
         settings = settings.replace(teacher_max_sequence_length=teacher_length)
-        return resolve_vlm(settings, default_vlm, text_config)
+        return resolve_vlm(settings, self.teacher_context(settings), default_vlm, text_config)
 
     def conditioning(
         self, pipeline: ZImageDOPSDPipeline, text_config: PretrainedConfig, settings: Settings
@@ -168,11 +169,9 @@ class ZImageTurbo(Model):
         length, teacher_length = settings.model.max_sequence_length, settings.model.teacher_max_sequence_length
         text = {"width": text_config.hidden_size, "options": {"max_sequence_length": length}}
         prompts = Prompts(pipeline, **text)
-        if settings.teacher.teacher_context == "vlm":
-            cache_dir = settings.model.cache_dir
-            teacher = (PicturesAndPrompts(pipeline, VisionEncoder, text_config, settings.teacher, cache_dir, **text),)
-        else:
-            teacher = (prompts,)
+        vlm = VisionEncoder, text_config, settings.teacher, settings.model.cache_dir
+        encoders = {"text": lambda: prompts, "vlm": lambda: PicturesAndPrompts(pipeline, *vlm, **text)}
+        teacher = tuple(encoders[name]() for name in self.teacher_context(settings).encoders)
         return Conditioning(
             (prompts,),
             teacher,
@@ -279,7 +278,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         pipeline=pipeline,
         roles=roles,
         contexts=contexts,
-        teacher_context=model.teacher_contexts[settings.teacher.teacher_context],
+        teacher_context=model.teacher_context(settings),
         save_dtype=save_dtype,
     )
     gallery.draw_before_training(first_step)

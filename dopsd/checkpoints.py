@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from .context_cache import content_key
 from .data.training_data import TrainingData
 from .encoders import VLM_FLAG
-from .errors import InputError, OutputError, TrainingDiverged, first_line
+from .errors import DEVICE_ERRORS, InputError, OutputError, TrainingDiverged, first_line
 from .model import Conditioning
 from .output import LORA_FILE, checkpoint_step, list_checkpoints, reporting_write_errors, sync_to_disk
 from .pretrained import model_identity
@@ -36,7 +36,7 @@ PICTURES = "pictures and captions"
 def resume_contract(
     settings: Settings, conditioning: Conditioning, data: TrainingData, num_processes: int
 ) -> dict[str, Any]:
-    """Everything that a resumed run must share with its checkpoint to end with the same weights, as JSON holds it."""
+    """Everything that a resumed run must share with its checkpoint to end with the same weights, in JSON types."""
     identities = {VLM_FLAG: ""}
     for encoder in conditioning.encoders:
         identities |= encoder.identity()
@@ -76,8 +76,8 @@ def find_checkpoint(settings: TrainingSettings) -> Path | None:
         if checkpoint_step(path) >= 0:
             if existing and checkpoint_step(existing[-1]) > checkpoint_step(path):
                 raise InputError(
-                    f"--resume_from_checkpoint {wanted}: {output_dir} holds newer ones ({names}), which a new branch "
-                    "would mix with; move them away, or resume from latest"
+                    f"--resume_from_checkpoint {wanted}: {output_dir} holds newer checkpoints ({names}), which this "
+                    "run would mix with; move them away, or resume from latest"
                 )
             return path
     raise InputError(f"--resume_from_checkpoint {wanted}: no complete checkpoint; {output_dir} has: {names}")
@@ -109,8 +109,8 @@ def check_resumable(checkpoint: Path, contract: dict[str, Any]) -> None:
                 picture for picture in saved.keys() | now.keys() if saved.get(picture) != now.get(picture)
             )
             raise InputError(
-                f"--resume_from_checkpoint {checkpoint.name}: {changed[0]} or its caption is new, changed or gone "
-                f"({len(changed)} such pictures); undo that, or start in another --output_dir"
+                f"--resume_from_checkpoint {checkpoint.name}: {changed[0]} or its caption was added, changed or "
+                f"removed (pictures affected: {len(changed)}); undo that, or start in another --output_dir"
             )
         if saved != now:
             raise InputError(
@@ -120,6 +120,16 @@ def check_resumable(checkpoint: Path, contract: dict[str, Any]) -> None:
 
 
 # Saving and loading
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """`torch.save`, whose RuntimeError for a full disk becomes an OSError. Errors of the GPU stay what they are."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        if isinstance(error, DEVICE_ERRORS):
+            raise
+        raise OSError(first_line(error)) from error
 
 
 class Checkpoints:
@@ -197,7 +207,7 @@ class Checkpoints:
         trainer_state = {"optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict()}
         if self.accelerator.scaler is not None:
             trainer_state["scaler"] = self.accelerator.scaler.state_dict()
-        torch.save(trainer_state, folder / "trainer_state.pt")
+        save_state(trainer_state, folder / "trainer_state.pt")
         state = json.dumps({"step": step, "settings": self.contract}, indent=2)
         (folder / "state.json").write_text(state, encoding="utf-8")
         self.save_lora(folder)
@@ -245,11 +255,11 @@ class Checkpoints:
         try:
             yield
         except TrainingDiverged as error:
-            safe = f"nothing was trained since step {first_step}"
+            safe = f"no step was completed after step {first_step}"
             if step > first_step:
                 self.save(step)
                 safe = f"the weights before it are in checkpoint-{step}"
-            self.accelerator.wait_for_everyone()  # A process that exits ends the one that is still writing.
+            self.accelerator.wait_for_everyone()  # The launcher ends all processes when one exits.
             raise TrainingDiverged(
                 f"{error}; {safe}; start in another --output_dir with a lower --learning_rate (a checkpoint's folder "
                 "can be --init_lora), or without fp16"

@@ -5,25 +5,20 @@ import re
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import HfArgumentParser
 
 from .data.buckets import check_geometry, size_problem
-from .errors import DOPSDError, InputError, first_line, one_line
+from .errors import DEVICE_ERRORS, DOPSDError, InputError, first_line, one_line
 from .model import Model, TeacherContext
 from .settings import Settings, TeacherSettings, check_ranges
 
 
-# Flags that only some teacher contexts use.
-CONTEXT_FLAGS = tuple(
-    item.name for item in fields(TeacherSettings) if item.name not in ("teacher_context", "teacher_prompt_suffix")
-)
 TRACKER_PACKAGES = ("tensorboard", "wandb", "comet_ml")
 
 
@@ -63,7 +58,7 @@ def build_parser(model: Model, description: str) -> SettingsParser:
     groups = [model.settings_class if group.name == "model" else group.type for group in fields(Settings)]
     parser = SettingsParser(
         groups,
-        usage="accelerate launch %(prog)s --instance_data_dir FOLDER --instance_prompt TEXT ...",
+        usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER ...",
         description=description,
         allow_abbrev=False,
         formatter_class=DefaultsHelpFormatter,
@@ -80,8 +75,8 @@ def build_parser(model: Model, description: str) -> SettingsParser:
             action.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
         if action.nargs == "?":
             action.metavar = "true|false"
-        if action.option_strings[0].startswith("--no_prodigy"):
-            action.help = SUPPRESS
+        if action.option_strings[0].startswith("--no_") and action.nargs == 0:
+            action.help = SUPPRESS  # the twin of a switch that is on by default
     action_of["optimizer"].type = str.lower
     _describe_teacher_contexts(action_of, model.teacher_contexts)
     return parser
@@ -98,8 +93,11 @@ def _describe_teacher_contexts(action_of: dict, contexts: dict[str, TeacherConte
     suffix_action.help += f" Default: {'; '.join(suffixes) or 'none'}."
     for name, context in contexts.items():
         for flag, default in context.flags.items():
-            if default is not None:
-                action_of[flag].help += f" Only with --teacher_context {name}. Default: {default}."
+            details = context.flag_help.get(flag, "")
+            default = "" if default is None else f"Default: {default}."
+            action_of[flag].help = " ".join(
+                filter(None, [action_of[flag].help, details, f"Only with --teacher_context {name}.", default])
+            )
 
 
 def parse_settings(model: Model, description: str, arguments: list[str] | None = None) -> Settings:
@@ -114,10 +112,13 @@ def parse_settings(model: Model, description: str, arguments: list[str] | None =
     given = parser.parse_args(arguments)
     if "config" in given:
         arguments = [*config_arguments(Path(given.config), parser), *arguments]
+        parser.parse_args(arguments)
     groups = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[: len(fields(Settings))]
     for group in groups:
         check_ranges(group)
-    return resolve(Settings(*groups), model)
+    settings = Settings(*groups)
+    # Publishing a finished run needs none of the settings that it was trained with.
+    return settings if settings.publishing.push_only else resolve(settings, model)
 
 
 def config_arguments(path: Path, parser: SettingsParser) -> list[str]:
@@ -146,14 +147,13 @@ def config_arguments(path: Path, parser: SettingsParser) -> list[str]:
         elif isinstance(value, list) and all(isinstance(item, str) for item in value):
             arguments += [f"--{name}", *value]
         else:
-            raise InputError(f"--config {path}: {name} cannot be nested; give one value or a list of values")
+            raise InputError(f"--config {path}: {name} must be a value or a list of values")
     return arguments
 
 
 def resolve(settings: Settings, model: Model) -> Settings:
     """Fills in the defaults that follow from other flags, and checks what can be checked before any file is read."""
-    context = model.teacher_contexts[settings.teacher.teacher_context]
-    settings = replace(settings, teacher=resolve_teacher(settings.teacher, context, model.teacher_contexts))
+    settings = resolve_teacher(settings, model)
     check(settings, model)
     training, validation = settings.training, settings.validation
     height, width = (
@@ -170,40 +170,43 @@ def resolve(settings: Settings, model: Model) -> Settings:
     )
 
 
-def resolve_teacher(
-    teacher: TeacherSettings, context: TeacherContext, contexts: dict[str, TeacherContext]
-) -> TeacherSettings:
+def resolve_teacher(settings: Settings, model: Model) -> Settings:
     """Refuses the flags of other teacher contexts and fills in the defaults of the chosen one."""
-    for flag in CONTEXT_FLAGS:
-        if getattr(teacher, flag) is not None and flag not in context.flags:
-            users = " or ".join(name for name, other in contexts.items() if flag in other.flags)
+    context, flags = model.teacher_context(settings), settings.flat()
+    general = {"teacher_context", "teacher_prompt_suffix"}
+    special = {item.name for item in fields(TeacherSettings)} - general
+    special |= {name for other in model.teacher_contexts.values() for name in other.flags}
+    for name in sorted(special - context.flags.keys()):
+        if flags[name] is not None:
+            users = " or ".join(key for key, other in model.teacher_contexts.items() if name in other.flags)
             advice = f"goes with --teacher_context {users}; add that, or drop the flag" if users else "drop it"
-            raise InputError(f"--{flag}: {advice}")
-    if "teacher_caption_column" in context.flags and teacher.teacher_caption_column is None:
+            raise InputError(f"--{name}: {advice}")
+    if "teacher_caption_column" in context.flags and flags["teacher_caption_column"] is None:
         raise InputError(
-            f"--teacher_context {teacher.teacher_context}: name the column of the teacher's captions with "
+            f"--teacher_context {settings.teacher.teacher_context}: name the column of the teacher's captions with "
             "--teacher_caption_column"
         )
-    values = {flag: default for flag, default in context.flags.items() if getattr(teacher, flag) is None}
-    if teacher.teacher_prompt_suffix is None:
+    values = {name: default for name, default in context.flags.items() if flags[name] is None}
+    if flags["teacher_prompt_suffix"] is None:
         values["teacher_prompt_suffix"] = context.prompt_suffix
-    teacher = replace(teacher, **values)
+    settings = settings.replace(**values)
+    teacher = settings.teacher
     if (teacher.vlm_min_pixels or 0) > (teacher.vlm_max_pixels or 0):
         raise InputError(
             f"--vlm_min_pixels {teacher.vlm_min_pixels}: is above --vlm_max_pixels {teacher.vlm_max_pixels}; pass "
             "both, the smaller one first"
         )
-    return teacher
+    return settings
 
 
 def check(settings: Settings, model: Model) -> None:
     """Raises `InputError` for flags that cannot work together or on this machine."""
     training, validation, optimizer = settings.training, settings.validation, settings.optimizer
-    if settings.model.pretrained_model_name_or_path is None and not settings.publishing.push_only:
+    if settings.model.pretrained_model_name_or_path is None:
         raise InputError(f"--pretrained_model_name_or_path: is required, such as {model.example}")
     if settings.publishing.hub_token is not None and training.report_to in ("wandb", "all"):
         raise InputError(
-            f"--hub_token: cannot be combined with --report_to {training.report_to}, which would show it; run hf auth "
+            f"--hub_token: cannot be combined with --report_to {training.report_to}, which would log it; run hf auth "
             "login instead"
         )
     check_geometry(settings.data, model.sizes)
@@ -219,7 +222,10 @@ def check(settings: Settings, model: Model) -> None:
         if is_used and find_spec(package) is None:
             raise InputError(f"{flag}: run pip install {package} first")
     if len(validation.retention_prompts) < 2:
-        raise InputError("--retention_prompts: give at least two prompts; retention is relative to their distance")
+        raise InputError(
+            "--retention_prompts: give at least two prompts; retention is measured relative to the distance between "
+            "their images"
+        )
     if training.no_context_cache and training.context_cache_dir:
         raise InputError("--no_context_cache: cannot be combined with --context_cache_dir; drop one of them")
 
@@ -230,10 +236,12 @@ def run_script(script: str, parse: Callable[[], Settings], main: Callable[[Setti
         main(parse())
     except DOPSDError as error:
         sys.exit(f"{script}: error: {error}")
-    except torch.OutOfMemoryError as error:
+    except DEVICE_ERRORS as error:
+        if "out of memory" not in str(error):
+            raise
         sys.exit(
             f"{script}: error: out of GPU memory ({first_line(error)}); pass --gradient_checkpointing and "
             "--use_8bit_adam, or lower --resolution, --train_batch_size or --rank"
         )
     except KeyboardInterrupt:
-        sys.exit(f"{script}: interrupted before training; encodings so far are in the context cache")
+        sys.exit(f"{script}: interrupted; finished encodings are kept in the context cache")

@@ -125,6 +125,7 @@ class Contexts:
         self.pipeline.text_encoder = None
         free_memory()
 
+    @torch.no_grad()
     def encode(self, encoding: Encoding) -> torch.Tensor:
         """Computes an encoding; its encoder's component is on the accelerator.
 
@@ -270,10 +271,13 @@ def check_length(contexts: Contexts, encoding: Encoding, limit: TokenLimit, name
 
 def check_teacher_knows_more(contexts: Contexts, teacher: TeacherSettings) -> None:
     """Refuses a teacher that sees no picture and reads the student's captions: the loss would always be zero."""
-    sees_picture = any(encoder.sees_picture for encoder in contexts.conditioning.teacher)
-    if sees_picture or teacher.teacher_prompt_suffix:
+    if contexts.conditioning.teacher_sees_picture or teacher.teacher_prompt_suffix:
         return
-    if all(caption == picture.teacher_caption for picture in contexts.data.pictures for caption in picture.captions):
+    if all(
+        caption == (picture.teacher_caption or caption)
+        for picture in contexts.data.pictures
+        for caption in picture.captions
+    ):
         raise InputError(
             f"--teacher_caption_column {teacher.teacher_caption_column}: the teacher would read the same captions as "
             "the student, so there is nothing to learn; name a column with longer captions"

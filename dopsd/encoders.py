@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from .context_cache import files_fingerprint
 from .errors import naming_flag
-from .model import Encoder, FewStepPipeline, TeacherContext
+from .model import Encoder, FewStepPipeline, TeacherContext, VisionTower
 from .settings import Settings, TeacherSettings
 
 
@@ -61,7 +61,7 @@ class PictureAndPromptEncoder(PromptEncoder):
     def __init__(
         self,
         pipeline: FewStepPipeline,
-        vision_encoder_class: type,
+        vision_encoder_class: Callable[..., VisionTower],
         text_config: PretrainedConfig,
         teacher: TeacherSettings,
         cache_dir: str | None,
@@ -104,38 +104,45 @@ class PictureAndPromptEncoder(PromptEncoder):
 # The `caption` teacher: it reads more than the student, and needs no picture.
 CAPTION_CONTEXT = TeacherContext(
     "it reads --teacher_caption_column, and sees no picture",
-    sees_picture=False,
+    encoders=(PromptEncoder.name,),
     flags={"teacher_caption_column": None},
 )
 
 
-def vlm_context(vlm: str, *, min_pixels: int, max_pixels: int) -> TeacherContext:
+def vlm_context(vlm: str, default_models: dict[int, str], *, min_pixels: int, max_pixels: int) -> TeacherContext:
     """The `vlm` teacher, whose text encoder sees the picture through the vision tower of `vlm`.
 
     Args:
+        default_models: hub ids by the text encoder's hidden size; the default is the one that fits.
         min_pixels, max_pixels: defaults of the flags; pictures are scaled to an area between them.
     """
     return TeacherContext(
         f"its text encoder sees the picture through {vlm}'s vision tower",
+        encoders=(PictureAndPromptEncoder.name,),
         flags={
             "vlm_model_name_or_path": None,
             "vlm_min_pixels": min_pixels,
             "vlm_max_pixels": max_pixels,
             "vlm_rope": "vlm",
         },
+        flag_help={
+            "vlm_model_name_or_path": f"Default: {' or '.join(default_models.values())}, by the text encoder's size."
+        },
     )
 
 
 def resolve_vlm(
-    settings: Settings, default_vlm: Callable[[PretrainedConfig], str], text_config: PretrainedConfig
+    settings: Settings,
+    context: TeacherContext,
+    default_vlm: Callable[[PretrainedConfig], str],
+    text_config: PretrainedConfig,
 ) -> Settings:
-    """Fills in the vision-language model that fits the text encoder, if the `vlm` teacher needs one.
+    """Fills in the vision-language model that fits the text encoder, if the teacher's context needs one.
 
     Raises:
         InputError: `default_vlm` knows none.
     """
-    teacher = settings.teacher
-    if teacher.vlm_max_pixels is None or teacher.vlm_model_name_or_path is not None:
+    if settings.teacher.vlm_model_name_or_path is not None or PictureAndPromptEncoder.name not in context.encoders:
         return settings
     with naming_flag(VLM_FLAG):
         return settings.replace(vlm_model_name_or_path=default_vlm(text_config))

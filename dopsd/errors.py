@@ -3,6 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
+
+# What PyTorch raises when a GPU fails or runs out of memory. Both are RuntimeErrors; AcceleratorError came after 2.6.
+DEVICE_ERRORS = tuple(
+    getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name)
+)
+
 
 class DOPSDError(Exception):
     """Base class. The message is one line that says what happened and what to do."""

@@ -72,7 +72,7 @@ class Gallery:
     Args:
         settings: resolved.
         accelerator: sheets go to its trackers too.
-        pipeline, roles, contexts: with which images are drawn.
+        pipeline, roles, contexts: used to draw images.
         teacher_context: what the teacher sees.
         save_dtype: of the saved LoRA.
     """
@@ -190,7 +190,7 @@ class Gallery:
         has_pictures = len(rows[0][1]) == 3
         remedy = (
             "--teacher_context, --teacher_prompt_suffix, --resolution or the pictures"
-            if self.teacher_context.sees_picture
+            if self.contexts.conditioning.teacher_sees_picture
             else "the teacher's captions"
         )
         sheet = Sheet(

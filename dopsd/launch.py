@@ -82,7 +82,7 @@ def resolve_seed(seed: int | None, checkpoint: Path | None) -> int:
         seed = read_state(checkpoint)["settings"]["--seed"]
     if seed is None:
         seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
-        logger.info(f"--seed {seed} was drawn")
+        logger.info(f"No --seed was given; using --seed {seed}")
     return seed
 
 

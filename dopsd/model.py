@@ -7,6 +7,7 @@ docs/add_a_model.md explains how.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -34,8 +35,12 @@ class FewStepPipeline(Protocol):
 
     transformer: torch.nn.Module
     text_encoder: torch.nn.Module | None
+    tokenizer: Any
     vae: torch.nn.Module
     latents_dtype: torch.dtype
+
+    def chat_token_count(self, content: str) -> int:
+        """Tokens of a prompt with the chat template, if there is one."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of one sample's latents for an image of that many pixels."""
@@ -54,6 +59,23 @@ class FewStepPipeline(Protocol):
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """One image per sample, decoded on the VAE's device."""
+
+
+class VisionTower(Protocol):
+    """Joins the vision tower of a vision-language model to the pipeline's text encoder."""
+
+    def files(self) -> dict[str, Path]:
+        """The files that encodings depend on."""
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """Tokens of a picture of that many pixels."""
+
+    def content(self, prompt: str, num_image_tokens: int) -> str:
+        """The user's message: the picture's tokens, then the prompt."""
+
+    def load(self, text_encoder: torch.nn.Module) -> None: ...
+
+    def unload(self) -> None: ...
 
 
 class Encoder:
@@ -131,6 +153,10 @@ class Conditioning:
     def encoders(self) -> tuple[Encoder, ...]:
         return tuple(dict.fromkeys(self.student + self.teacher))
 
+    @property
+    def teacher_sees_picture(self) -> bool:
+        return any(encoder.sees_picture for encoder in self.teacher)
+
 
 @dataclass(frozen=True)
 class TeacherContext:
@@ -138,15 +164,17 @@ class TeacherContext:
 
     Attributes:
         description: continues the sentence "the teacher: ...".
+        encoders: names of the encoders whose tensors make up the teacher's context.
         prompt_suffix: default of `--teacher_prompt_suffix`.
-        sees_picture: False if the teacher only reads captions of its own, from `--teacher_caption_column`.
         flags: the flags that only this choice uses, with their defaults. None is resolved later.
+        flag_help: what `--help` adds to some of them.
     """
 
     description: str
+    encoders: tuple[str, ...]
     prompt_suffix: str = ""
-    sees_picture: bool = True
     flags: dict[str, Any] = field(default_factory=dict)
+    flag_help: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -192,6 +220,9 @@ class Model(ABC):
     default_settings: ClassVar[dict[str, Any]]
     card: ClassVar[CardInfo]
     tracker_name: ClassVar[str]
+
+    def teacher_context(self, settings: Settings) -> TeacherContext:
+        return self.teacher_contexts[settings.teacher.teacher_context]
 
     @abstractmethod
     def is_distilled(self, index: dict, scheduler: dict) -> bool:

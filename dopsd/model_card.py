@@ -103,7 +103,9 @@ def write_run_card(
     folder = Path(settings.training.output_dir)
     card = folder / CARD_FILE
     if card.exists() and "d-opsd" not in card.read_text(encoding="utf-8", errors="replace"):
-        logger.warning(f"{card} is not a model card of a D-OPSD run and is kept; --push_to_hub would publish it")
+        logger.warning(
+            f"{card} is not the model card of a D-OPSD run, so it is not overwritten; --push_to_hub would publish it"
+        )
         return
     with reporting_write_errors(folder, card.name):
         write_card(

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
-from .errors import DOPSDError, InputError, OutputError, first_line
+from .errors import InputError, OutputError, first_line
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -52,16 +51,10 @@ def remove_unfinished_checkpoints(folder: Path) -> None:
 
 @contextmanager
 def reporting_write_errors(folder: Path, what: str) -> Iterator[None]:
-    """Turns an error while writing `what` into an `OutputError` that says which checkpoint is safe.
-
-    PyTorch's writer raises RuntimeError for a full disk. So does a GPU that runs out of memory, which is not reported
-    as a full disk.
-    """
+    """Turns an error while writing `what` into an `OutputError` that says which checkpoint is safe."""
     try:
         yield
-    except (DOPSDError, torch.OutOfMemoryError):
-        raise
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         safe = [path.name for path in list_checkpoints(folder)[-1:]] or ["no checkpoint"]
         raise OutputError(
             f"--output_dir {folder}: {what} could not be written ({first_line(error)}); {safe[0]} is complete: make "

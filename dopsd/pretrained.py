@@ -89,8 +89,8 @@ def check_pretrained(model: Model, settings: ModelSettings) -> None:
     )
     if not model.is_distilled(index, scheduler):
         logger.warning(
-            f"{name} does not look step-distilled: D-OPSD keeps a model's few steps, it does not create them. Its "
-            "samples at --num_rollout_steps will stay as poor as they are."
+            f"{name} does not look step-distilled: D-OPSD preserves few-step sampling but cannot create it. Samples "
+            "at --num_rollout_steps steps will stay as poor as the base model's."
         )
 
 

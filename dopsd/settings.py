@@ -1,8 +1,8 @@
 """Settings of a run: one frozen dataclass per group, one field per flag.
 
 Each field says next to its type whether a resumed run must keep it: `MustMatch` for what changes the trained weights,
-`MayDiffer` for everything else and for the number of steps, so that a run can be extended. Defaults that depend on the
-model come from the script (`Model.default_settings`).
+`MayDiffer` for everything else, and for the number of steps, so that a run can be extended. Defaults that depend on
+the model come from the script (`Model.default_settings`).
 """
 
 import math
@@ -50,7 +50,7 @@ NotNegative = Annotated[float, Range("a number of at least 0", 0)]
 Fraction = Annotated[float, Range("a number from 0 to 1", 0, 1)]
 BelowOne = Annotated[float, Range("a number of at least 0 and below 1", 0, 1, open_high=True)]
 
-# Unlike one another and unlike what people train on: what the base model draws for them should stay the same.
+# Unlike each other and unlike what people train on, so the base model's images for them should not change.
 RETENTION_PROMPTS = (
     "a lighthouse on a cliff at sunset, oil painting",
     "a bowl of ramen on a wooden table, top view",
@@ -104,7 +104,9 @@ class DataSettings:
         None,
         "Data set on the Hub or on disk, read by `datasets`. Default: none, this or --instance_data_dir is required.",
     )
-    dataset_config_name: MayDiffer[str | None] = flag(None, "Configuration of the data set. Default: its only one.")
+    dataset_config_name: MayDiffer[str | None] = flag(
+        None, "Configuration of the data set. Default: the only configuration."
+    )
     image_column: MayDiffer[str] = flag("image", "Column with the pictures.")
     caption_column: MayDiffer[list[str] | None] = flag(
         None,
@@ -112,10 +114,12 @@ class DataSettings:
         "Default: --instance_prompt is every picture's caption.",
     )
     instance_prompt: MayDiffer[str | None] = flag(
-        None, "Caption of every picture without a caption of its own. Default: every picture needs one."
+        None, "Caption of all pictures. Default: none; every picture then needs a caption of its own."
     )
     repeats: MustMatch[Count] = flag(1, "Number of times each picture is used per epoch.")
-    resolution: MustMatch[Count] = flag(1024, "Side, in pixels, of the square that pictures are resized to.")
+    resolution: MustMatch[Count] = flag(
+        1024, "Training resolution, in pixels: pictures are scaled and cropped to a square of this side."
+    )
     use_aspect_ratio_buckets: MustMatch[bool] = flag(
         False,
         "Keep each picture close to its own aspect ratio, at about resolution x resolution pixels. Smaller pictures "
@@ -145,8 +149,7 @@ class TeacherSettings:
     # Checkpoints keep the content of the vision tower's files.
     vlm_model_name_or_path: MayDiffer[str | None] = flag(
         None,
-        "Hub id or folder of the vision-language model whose vision tower is used. Only the tower's weights are read. "
-        "Default: the model whose language model has the text encoder's size.",
+        "Hub id or folder of the vision-language model whose vision tower is used. Only the tower's weights are read.",
     )
     vlm_min_pixels: MustMatch[Count | None] = flag(
         None, "Smaller pictures are enlarged to this area, in pixels, for the vision tower."
@@ -214,7 +217,9 @@ class TrainingSettings:
     _argument_group_name = "training"
 
     output_dir: MayDiffer[str] = flag("dopsd-lora", "Folder for the LoRA, checkpoints, sheets and logs.")
-    seed: MustMatch[Seed | None] = flag(None, "Random seed. Default: drawn, logged and kept in the checkpoints.")
+    seed: MustMatch[Seed | None] = flag(
+        None, "Random seed. Default: chosen at random, logged and saved in the checkpoints."
+    )
     train_batch_size: MustMatch[Count] = flag(1, "Batch size per device.")
     num_train_epochs: MayDiffer[Count] = flag(1, "Number of epochs. Ignored if --max_train_steps is given.")
     max_train_steps: MayDiffer[Count | None] = flag(
@@ -248,12 +253,12 @@ class TrainingSettings:
         False, "Keep the encoders in memory and encode every batch when it is needed."
     )
     cache_latents: MayDiffer[bool] = flag(
-        False, "Accepted for compatibility and has no effect: pictures are always encoded in advance."
+        False, "Has no effect, accepted for compatibility: pictures are always encoded in advance."
     )
     offload: MayDiffer[bool] = flag(
-        False, "Accepted for compatibility and has no effect: encoders are always moved off the accelerator."
+        False, "Has no effect, accepted for compatibility: encoders are always moved off the accelerator."
     )
-    local_rank: MayDiffer[int] = flag(-1, "Accepted for compatibility and has no effect: the launcher sets the rank.")
+    local_rank: MayDiffer[int] = flag(-1, "Has no effect, accepted for compatibility: the launcher sets the rank.")
 
     def pictures_per_step(self, num_processes: int) -> int:
         """Pictures per optimizer step over all processes, if every micro-batch is full."""
@@ -264,7 +269,7 @@ class TrainingSettings:
 class OptimizerSettings:
     _argument_group_name = "optimizer"
 
-    optimizer: MustMatch[Literal["adamw", "prodigy"]] = flag("adamw", "Optimizer; upper and lower case are the same.")
+    optimizer: MustMatch[Literal["adamw", "prodigy"]] = flag("adamw", "Optimizer, in upper or lower case.")
     use_8bit_adam: MustMatch[bool] = flag(False, "Use AdamW from bitsandbytes, which keeps its states in 8 bits.")
     learning_rate: MustMatch[Positive] = flag(1e-4, "Learning rate. Prodigy expects 1.")
     scale_lr: MustMatch[bool] = flag(
@@ -294,24 +299,28 @@ class ValidationSettings:
     _argument_group_name = "preview and validation"
 
     validation_prompt: MayDiffer[list[str] | None] = flag(
-        None, "Prompts to draw with the base model and with the student. Default: the first two captions."
+        None, "Prompts for which the base model and the student draw images. Default: the first two captions."
     )
     final_validation_prompt: MayDiffer[str | None] = flag(
-        None, "One more prompt to draw after the last step. Default: none."
+        None, "Additional prompt for the last validation. Default: none."
     )
-    num_validation_images: MayDiffer[Count] = flag(4, "Number of images per validation prompt, from seed 0 upwards.")
-    validation_steps: MayDiffer[CountOrZero] = flag(250, "Steps between validations. 0 turns all drawing off.")
+    num_validation_images: MayDiffer[Count] = flag(
+        4, "Number of images per validation prompt, with seeds 0, 1, 2 and so on."
+    )
+    validation_steps: MayDiffer[CountOrZero] = flag(
+        250, "Steps between validations. 0 disables preview and validation."
+    )
     num_inference_steps: MayDiffer[Count] = flag(4, "Sampling steps for preview and validation.")
     validation_height: MayDiffer[Count | None] = flag(
-        None, "Height of the drawn images, in pixels. Default: --resolution."
+        None, "Height of validation images, in pixels. Default: --resolution."
     )
     validation_width: MayDiffer[Count | None] = flag(
-        None, "Width of the drawn images, in pixels. Default: --resolution."
+        None, "Width of validation images, in pixels. Default: --resolution."
     )
     retention_prompts: MayDiffer[list[str]] = flag(
-        RETENTION_PROMPTS, "At least two prompts unrelated to the training pictures, whose images should not change."
+        RETENTION_PROMPTS, "At least two prompts unrelated to the training pictures; their images should not change."
     )
-    preview_only: MayDiffer[bool] = flag(False, "Draw the preview of what the teacher sees, then stop.")
+    preview_only: MayDiffer[bool] = flag(False, "Draw the preview (base model, teacher, training picture), then stop.")
 
 
 @dataclass(frozen=True)

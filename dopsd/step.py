@@ -170,10 +170,7 @@ def count_skipped(num_skipped: int, was_skipped: bool) -> int:
     """
     num_skipped = num_skipped + 1 if was_skipped else 0
     if num_skipped == MAX_SKIPPED_STEPS:
-        raise TrainingDiverged(
-            f"--mixed_precision fp16: gradients overflowed in {num_skipped} steps in a row; use bf16, or a lower "
-            "--learning_rate"
-        )
+        raise TrainingDiverged(f"--mixed_precision fp16: gradients overflowed in {num_skipped} steps in a row")
     return num_skipped
 
 

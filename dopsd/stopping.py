@@ -47,7 +47,7 @@ class StopRequest:
         """Exits after checkpoint-`step` was saved."""
         accelerator.wait_for_everyone()  # The launcher ends all processes when the first one exits.
         logger.info(
-            f"Stopped after step {step} ({self.reason or 'another process was asked to'}); checkpoint-{step} is "
+            f"Stopped after step {step} ({self.reason or 'requested on another process'}); checkpoint-{step} is "
             "saved. Continue with the same command and --resume_from_checkpoint latest"
         )
         accelerator.end_training()

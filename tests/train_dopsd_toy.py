@@ -34,7 +34,7 @@ class Colours(Encoder):
         self.pipeline = pipeline
 
     def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
-        return self.pipeline.vae.encode(picture).detach()
+        return self.pipeline.vae.encode(picture)
 
     def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
         return self.pipeline.latent_shape(*size)
@@ -49,7 +49,7 @@ class Toy(Model):
     transformer_class, text_encoder_class = ToyTransformer, Qwen3Model
     sizes = SizeLimits(pixels_per_token=16, min_side=16, max_tokens=100)
     default_settings = {"lora_layers": "linear_in,linear_out", "learning_rate": 1e-2}
-    teacher_contexts = {"colours": TeacherContext("it sees the picture's colours")}
+    teacher_contexts = {"colours": TeacherContext("it sees the picture's colours", encoders=("text", "colours"))}
     card = CardInfo(pipeline="ToyPipeline", tags=("toy",), guidance_scale=1.0, sampling_defaults={})
 
     def is_distilled(self, index, scheduler):

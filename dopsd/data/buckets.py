@@ -120,7 +120,7 @@ def plan_examples(
 
 
 def _centering(position: tuple[float, float], size: tuple[int, int], bucket: tuple[int, int]) -> tuple[float, float]:
-    """The drawn (x, y), with 0.5 along a side that the crop keeps whole, so that equal crops are encoded only once."""
+    """The crop's (x, y) position; 0.5 along a side that is not cropped, so that equal crops are encoded only once."""
     height, width = size
     is_cut_in_width = width * bucket[0] > height * bucket[1]
     is_cut_in_height = width * bucket[0] < height * bucket[1]

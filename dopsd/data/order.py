@@ -59,7 +59,7 @@ class SampleOrder:
         for index, example in enumerate(examples):
             self.buckets.setdefault(example.bucket, []).append(index)
         self.num_batches = sum(math.ceil(len(members) / batch_size) for members in self.buckets.values())
-        # The batches of the epoch that was asked for last.
+        # Batches of the most recently requested epoch.
         self._epoch = -1
         self._batches: list[list[int]] = []
 

@@ -77,7 +77,7 @@ def test_a_second_branch_is_refused(tmp_path):
         make_checkpoint(tmp_path, step)
     message = problem_of(tmp_path, "checkpoint-1")
     assert "--resume_from_checkpoint checkpoint-1" in message
-    assert "holds newer ones (checkpoint-1, checkpoint-2, checkpoint-3)" in message
+    assert "holds newer checkpoints (checkpoint-1, checkpoint-2, checkpoint-3)" in message
 
 
 def test_an_earlier_runs_folder_is_refused(tmp_path):
@@ -185,11 +185,18 @@ class FailingOptimizer:
         raise self.error
 
 
+def raising(error: Exception):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed\nmore")])
-def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, error):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, monkeypatch, error):
     training = ToyTraining()
     training.checkpoints(tmp_path).save(1)
-    training.optimizer = FailingOptimizer(error)
+    monkeypatch.setattr("dopsd.checkpoints.torch.save", raising(error))
     with pytest.raises(OutputError) as caught:
         training.checkpoints(tmp_path, total_limit=1).save(2)
     assert re.fullmatch(
@@ -200,7 +207,27 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, e
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error: out of memory")],
+)
+def test_a_gpu_that_fails_while_its_state_is_written_is_not_called_a_write_error(tmp_path, monkeypatch, error):
+    monkeypatch.setattr("dopsd.checkpoints.torch.save", raising(error))
+    with pytest.raises(type(error)) as caught:
+        ToyTraining().checkpoints(tmp_path).save(2)
+    assert caught.value is error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        KeyboardInterrupt(),
+    ],
+)
 def test_other_errors_while_saving_are_not_called_write_errors(tmp_path, error):
     training = ToyTraining()
     training.optimizer = FailingOptimizer(error)
@@ -242,7 +269,7 @@ def test_the_weights_before_a_diverging_step_are_saved(tmp_path):
 
 
 def test_nothing_is_saved_if_the_first_step_diverges(tmp_path):
-    with pytest.raises(TrainingDiverged, match="; nothing was trained since step 3; start in another --output_dir"):
+    with pytest.raises(TrainingDiverged, match="; no step was completed after step 3; start in another --output_dir"):
         with ToyTraining().checkpoints(tmp_path).saved_on_divergence(step=3, first_step=3):
             raise TrainingDiverged("at step 4 the loss is nan")
     assert not list(tmp_path.iterdir())

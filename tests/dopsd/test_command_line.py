@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import train_dopsd_flux2
 import train_dopsd_zimage
 from dopsd.command_line import parse_settings, run_script
 from dopsd.errors import InputError, OutputError
+from dopsd.model import TeacherContext
+from dopsd.settings import MayDiffer, ModelSettings, flag
 
 
 ROOT = Path(train_dopsd_flux2.__file__).parent
@@ -83,9 +86,9 @@ def test_a_config_gives_the_same_settings_as_its_flags(config):
     [
         ({"ranc": 16}, ["run.yaml", "'ranc'", "did you mean rank?"]),
         ({"config": "x"}, ["run.yaml", "'config'"]),
-        ({"rank": {"a": 1}}, ["run.yaml", "rank", "nested"]),
-        ({"validation_prompt": [["a"], "b"]}, ["run.yaml", "validation_prompt", "nested"]),
-        ({"validation_prompt": ["a", {"b": 1}]}, ["run.yaml", "validation_prompt", "nested"]),
+        ({"rank": {"a": 1}}, ["run.yaml", "rank", "a value or a list"]),
+        ({"validation_prompt": [["a"], "b"]}, ["run.yaml", "validation_prompt", "a value or a list"]),
+        ({"validation_prompt": ["a", {"b": 1}]}, ["run.yaml", "validation_prompt", "a value or a list"]),
         ("- rank\n- 16\n", ["run.yaml", "flag: value"]),
         ("rank: [16\n", ["run.yaml", "YAML"]),
         ({"rank": 0}, ["--rank 0", "at least 1"]),
@@ -132,15 +135,48 @@ def test_a_package_that_is_missing_is_named_before_anything_is_read(monkeypatch,
         parse(*arguments)
 
 
+def test_a_list_for_a_flag_that_takes_one_value_is_one_line(config, capsys):
+    with pytest.raises(SystemExit):
+        parse(*config({"rank": [4, 5]}))
+    assert capsys.readouterr().err.endswith("error: unrecognized arguments: 5\n")
+
+
+def test_publishing_needs_none_of_the_settings_of_the_run():
+    arguments = ["--push_only", "--hub_token", "x", "--report_to", "all", "--resolution", "7"]
+    settings = parse_settings(KLEIN, "", arguments)
+    assert settings.publishing.push_only and settings.model.pretrained_model_name_or_path is None
+
+
+@dataclass(frozen=True)
+class MaskSettings(ModelSettings):
+    mask_threshold: MayDiffer[float | None] = flag(None, "Default: none.")
+
+
+class Masked(type(KLEIN)):
+    """A model whose script adds a teacher context with a flag of its own."""
+
+    settings_class = MaskSettings
+    teacher_contexts = KLEIN.teacher_contexts | {
+        "mask": TeacherContext("it sees a mask", encoders=("text",), flags={"mask_threshold": 0.5})
+    }
+
+
+def test_a_script_may_add_a_teacher_context_with_its_own_flag():
+    assert parse("--teacher_context", "mask", model=Masked()).model.mask_threshold == 0.5
+    assert parse("--teacher_context", "mask", "--mask_threshold", 0.2, model=Masked()).model.mask_threshold == 0.2
+    with pytest.raises(InputError, match="^--mask_threshold: goes with --teacher_context mask; add that"):
+        parse("--mask_threshold", 0.2, model=Masked())
+
+
 def test_a_flag_that_no_teacher_context_uses_is_refused():
     class OnlyEdit(type(KLEIN)):
         teacher_contexts = {"edit": KLEIN.teacher_contexts["edit"]}
 
-    for flag, value in (("vlm_rope", "vlm"), ("teacher_caption_column", "long")):
-        with pytest.raises(InputError, match=f"^--{flag}: drop it$"):
-            parse(f"--{flag}", value, model=OnlyEdit())
-        with pytest.raises(InputError, match=f"^--{flag}: goes with --teacher_context "):
-            parse(f"--{flag}", value)
+    for name, value in (("vlm_rope", "vlm"), ("teacher_caption_column", "long")):
+        with pytest.raises(InputError, match=f"^--{name}: drop it$"):
+            parse(f"--{name}", value, model=OnlyEdit())
+        with pytest.raises(InputError, match=f"^--{name}: goes with --teacher_context "):
+            parse(f"--{name}", value)
 
 
 def test_flags_may_be_spelled_with_hyphens_and_booleans_with_values():
@@ -159,18 +195,23 @@ def test_the_defaults_follow_the_model_and_the_teacher_context():
     assert (vlm.teacher_prompt_suffix, vlm.vlm_min_pixels, vlm.vlm_rope) == ("", 512**2, "vlm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_dopsd_flux2.py", "train_dopsd_zimage.py"])
 def test_help_runs_as_a_user_runs_it(script):
     finished = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0 and "--teacher_context" in finished.stdout
 
 
-def end_of(raised: Exception) -> str:
+def raising(error: Exception):
     def main(settings):
-        raise raised
+        raise error
 
+    return main
+
+
+def end_of(raised: Exception) -> str:
     with pytest.raises(SystemExit) as end:
-        run_script("train.py", lambda: None, main)
+        run_script("train.py", lambda: None, raising(raised))
     return end.value.code
 
 
@@ -180,8 +221,11 @@ def test_errors_that_end_a_run_are_one_line():
     assert end_of(torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")).startswith(
         "train.py: error: out of GPU memory (CUDA out of memory. Tried); pass --gradient_checkpointing"
     )
+    assert "out of GPU memory" in end_of(torch.AcceleratorError("CUDA error: out of memory"))
 
 
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_script("train.py", lambda: None, lambda settings: 1 / 0)
+    with pytest.raises(torch.AcceleratorError):
+        run_script("train.py", lambda: None, raising(torch.AcceleratorError("CUDA error: illegal memory access")))

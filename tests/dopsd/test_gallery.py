@@ -145,6 +145,7 @@ def test_without_validation_prompts_the_first_captions_are_drawn(train, tmp_path
 
 
 @ONE_MODEL
+@SLOW
 def test_images_have_the_validation_size(train, tmp_path, model):
     succeed(train(validation_steps=2, num_validation_images=1, validation_height=64, validation_width=96))
     drawn = model.draw(model.pipeline(), "a ball", 0, height=64, width=96)

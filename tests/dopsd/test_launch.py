@@ -24,4 +24,4 @@ def test_the_seed_is_the_flags_then_the_checkpoints_then_drawn(tmp_path, caplog)
     drawn = [resolve_seed(None, None) for _ in range(2)]
     assert drawn[0] != drawn[1]
     messages = [record.getMessage().removeprefix("[RANK 0] ") for record in caplog.records]
-    assert messages == [f"--seed {seed} was drawn" for seed in drawn]
+    assert messages == [f"No --seed was given; using --seed {seed}" for seed in drawn]

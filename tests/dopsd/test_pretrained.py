@@ -97,7 +97,7 @@ def test_an_undistilled_model_gets_a_warning(model, settings, tmp_path, caplog):
     base = model.make(tmp_path / "base", **undistilled)
     check_pretrained(model.script.MODEL, settings(base).model)
     (record,) = caplog.records
-    assert f"{base} does not look step-distilled: D-OPSD keeps" in record.getMessage()
+    assert f"{base} does not look step-distilled: D-OPSD preserves" in record.getMessage()
 
 
 # Loading

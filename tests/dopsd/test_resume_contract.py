@@ -26,6 +26,11 @@ def refused(tmp_path):
     return message
 
 
+def changed(name: str, count: int) -> str:
+    """How the message begins that refuses other pictures or captions."""
+    return f"{name} or its caption was added, changed or removed (pictures affected: {count}); "
+
+
 @pytest.fixture
 def save(tmp_path):
     """Writes the part of a checkpoint that holds its settings."""
@@ -52,13 +57,15 @@ def test_a_run_is_not_resumed_with_other_flags_data_or_weights(
     assert "--gradient_accumulation_steps was 1, now it is 3; " in refused(accumulated)
     assert "--gradient_accumulation_steps was 1, now it is 6; " in refused(accumulated, num_processes=2)
     make_picture(9).save(data / "9.png")
-    assert refused(prepare(**flags)).startswith("9.png or its caption is new, changed or gone (1 such pictures); ")
-    (data / "9.png").unlink()
-    assert refused(prepare(**flags, instance_prompt="another")).startswith(
-        "0.png or its caption is new, changed or gone (3 such pictures); "
+    assert refused(prepare(**flags)).startswith(
+        "9.png or its caption was added, changed or removed (pictures affected: 1); "
     )
+    (data / "9.png").unlink()
+    assert refused(prepare(**flags, instance_prompt="another")).startswith(changed("0.png", 3))
     (data / "2.png").rename(data / "3.png")
-    assert refused(prepare(**flags)).startswith("2.png or its caption is new, changed or gone (2 such pictures); ")
+    assert refused(prepare(**flags)).startswith(
+        "2.png or its caption was added, changed or removed (pictures affected: 2); "
+    )
     (data / "3.png").rename(data / "2.png")
     other = model.make(tmp_path / "model", seed=1)
     assert refused(prepare(**flags, pretrained_model_name_or_path=other)).startswith("its model was ")
@@ -98,7 +105,9 @@ def test_a_run_is_not_resumed_with_other_teacher_captions(prepare, save, refused
     flags |= {"vlm_model_name_or_path": None, "vlm_min_pixels": None, "vlm_max_pixels": None}
     save(prepare(**flags).resume_contract())
     metadata.write_text(metadata.read_text().replace("number 1", "number 7"))
-    assert refused(prepare(**flags)).startswith("1.png or its caption is new, changed or gone (1 such pictures); ")
+    assert refused(prepare(**flags)).startswith(
+        "1.png or its caption was added, changed or removed (pictures affected: 1); "
+    )
 
 
 # What checkpoints held before settings became dataclasses, for the flags of `short_runs.short_run`. The identities of

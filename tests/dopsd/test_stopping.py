@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from dopsd.stopping import StopRequest
@@ -51,6 +52,30 @@ def test_the_first_signal_is_a_request(run, number):
     assert code == 128 + number, log
     assert f"Stopped after step 7 ({number.name}); checkpoint-7 is saved. Continue with the same command and " in log
     assert "--resume_from_checkpoint latest" in log
+
+
+class OtherProcess:
+    """An accelerator whose second process says whether it was asked to stop."""
+
+    device = "cpu"
+
+    def __init__(self, is_asked: bool):
+        self.is_asked = is_asked
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        return tensor + float(self.is_asked)
+
+
+def ask_the_other_process() -> None:
+    stop = StopRequest()
+    assert stop.is_set_on_any(OtherProcess(is_asked=True)) and not stop.is_set
+    assert not stop.is_set_on_any(OtherProcess(is_asked=False))
+
+
+def test_a_request_to_another_process_counts(run):
+    code, log = run(ask_the_other_process)
+    assert code == 0, log
 
 
 def signal_twice(first: int, second: int) -> None:

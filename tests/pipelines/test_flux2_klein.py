@@ -1,6 +1,5 @@
 """FLUX.2-klein: contexts, states and images are those of the stock pipeline."""
 
-import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
@@ -9,6 +8,7 @@ from dopsd.pretrained import transformer_skeleton
 from dopsd.rollout import rollout, seeded_noise
 from pipelines.flux2_klein import KleinContext
 from pipelines.vision_encoder import VisionEncoder
+from stock_helpers import assert_decodes_as_stock
 from tiny_vlm import make_tiny_vlm
 
 
@@ -114,22 +114,8 @@ def test_rollout_ends_where_the_sampler_ends(pipeline):
 
 
 def test_decoded_images_are_those_of_the_stock_pipeline(pipeline, klein_path):
-    noise = seeded_noise(pipeline.latent_shape(64, 64), [0, 1])
-    context = pipeline.encode_student([PROMPT] * 2, max_sequence_length=LENGTH)
     stock = Flux2KleinPipeline.from_pretrained(klein_path)
-    images = pipeline.decode(pipeline.sample(context, noise, 2))
-    for seed, image in enumerate(images):
-        expected = stock(
-            prompt=PROMPT,
-            height=64,
-            width=64,
-            num_inference_steps=2,
-            guidance_scale=1.0,
-            generator=torch.Generator().manual_seed(seed),
-            max_sequence_length=LENGTH,
-        ).images[0]
-        # A batch of two is rounded differently.
-        assert abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
+    assert_decodes_as_stock(pipeline, stock, PROMPT, guidance_scale=1.0, max_sequence_length=LENGTH)
 
 
 def test_a_large_reference_is_shrunk_as_in_the_stock_pipeline(pipeline, make_picture):

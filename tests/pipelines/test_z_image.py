@@ -1,6 +1,5 @@
 """Z-Image-Turbo: contexts, states and images are those of the stock pipeline."""
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
@@ -10,6 +9,7 @@ from dopsd.roles import lora_target_modules
 from dopsd.rollout import rollout, seeded_noise
 from pipelines.vision_encoder import VisionEncoder
 from pipelines.z_image import DEFAULT_LORA_LAYERS, ZImageContext, ZImageDOPSDPipeline, is_turbo
+from stock_helpers import assert_decodes_as_stock
 from tiny_vlm import make_tiny_vlm
 from tiny_zimage import tiny_text_config
 
@@ -107,21 +107,7 @@ def test_velocity_points_from_the_image_to_the_noise(pipeline):
 
 
 def test_decoded_images_are_those_of_the_stock_pipeline(pipeline, stock):
-    noise = seeded_noise(pipeline.latent_shape(64, 64), [0, 1])
-    context = pipeline.encode_student([PROMPT] * 2, max_sequence_length=LENGTH)
-    images = pipeline.decode(pipeline.sample(context, noise, 2))
-    for seed, image in enumerate(images):
-        expected = stock(
-            prompt=PROMPT,
-            height=64,
-            width=64,
-            num_inference_steps=2,
-            guidance_scale=0.0,
-            generator=torch.Generator().manual_seed(seed),
-            max_sequence_length=LENGTH,
-        ).images[0]
-        # A batch of two is rounded differently.
-        assert abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
+    assert_decodes_as_stock(pipeline, stock, PROMPT, guidance_scale=0.0, max_sequence_length=LENGTH)
 
 
 def test_a_batch_of_different_lengths_gives_the_velocities_of_its_single_samples(pipeline, vlm_path, make_picture):

@@ -55,5 +55,5 @@ def test_a_run_that_cannot_publish_keeps_its_weights_and_publishes_later(train, 
 def test_a_readme_that_is_not_a_model_card_is_kept(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/README.md").write_text("# my notes")
-    assert "README.md is not a model card of a D-OPSD run and is kept" in succeed(train()).log
+    assert "README.md is not the model card of a D-OPSD run, so it is not overwritten" in succeed(train()).log
     assert (tmp_path / "run/README.md").read_text() == "# my notes"

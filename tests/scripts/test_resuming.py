@@ -35,7 +35,7 @@ DATA = {
 FLAGS = OPTIMIZERS | DATA
 
 
-QUICK = (("flux2", "adamw"), ("flux2", "accumulation-buckets"), ("zimage", "cosine-dropout-flip"))
+QUICK = (("flux2", "accumulation-buckets"), ("zimage", "cosine-dropout-flip"))
 CASES = [("flux2", name) for name in FLAGS] + [("zimage", name) for name in DATA]
 
 
@@ -66,7 +66,7 @@ def test_a_run_resumes_from_a_named_checkpoint_and_takes_its_drawn_seed(train, t
     succeed(train(seed=None, checkpointing_steps=1, max_train_steps=2))
     shutil.copytree(tmp_path / "run/checkpoint-1", tmp_path / "again/checkpoint-1")
     log = succeed(train("again", seed=None, max_train_steps=2, resume_from_checkpoint="checkpoint-1")).log
-    assert "was drawn" not in log and "steps: 1 to 2" in log
+    assert "No --seed was given" not in log and "steps: 1 to 2" in log
     assert same_weights(tmp_path / "run", tmp_path / "again")
 
 
@@ -78,10 +78,11 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning(train, tmp_path):
 
 
 @ONE_MODEL
+@SLOW
 def test_a_resumed_run_continues_to_remove_the_oldest_checkpoints(train, tmp_path):
     succeed(train(checkpointing_steps=1, max_train_steps=3))
     result = train(checkpointing_steps=1, max_train_steps=4, resume_from_checkpoint="checkpoint-1")
-    assert "holds newer ones (checkpoint-1, checkpoint-2, checkpoint-3)" in result.error
+    assert "holds newer checkpoints (checkpoint-1, checkpoint-2, checkpoint-3)" in result.error
     flags = {"checkpoints_total_limit": 1, "max_train_steps": 4, "resume_from_checkpoint": "latest"}
     succeed(train(checkpointing_steps=1, **flags))
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
@@ -109,6 +110,7 @@ def test_resuming_with_other_settings_or_a_damaged_checkpoint_is_one_line(train,
 
 
 @ONE_MODEL
+@SLOW
 def test_a_resumed_run_has_one_history_and_draws_what_is_missing(train, tmp_path):
     flags = {"checkpointing_steps": 2, "max_train_steps": 5, "validation_steps": 2}
     flags |= {"num_validation_images": 1, "retention_prompts": ["a", "b"]}

@@ -58,30 +58,32 @@ def assert_checkpoints_are_complete(folder: Path) -> None:
 
 
 def kill_and_resume(command, command_line, tmp_path, num_kills: int, seed: int, steps: int) -> int:
-    """Kills one run at random moments until it has trained to the end; returns how often it was killed in a save."""
+    """Kills one run at random moments until it may end; returns how many kills left an unfinished checkpoint."""
     succeed(command(*command_line("undisturbed", steps, checkpointing_steps=9999)))
     rng = random.Random(seed)
     folder = tmp_path / "killed"
-    num_saving = 0
-    for number in range(1, num_kills + 1):
+    num_unfinished = 0
+    for number in range(num_kills):
         process, log = command.start(*command_line("killed", steps))
-        # Some kills come while a checkpoint is written, the others at any moment of a step. The last comes late.
-        logged = rng.randrange(steps * number // (num_kills + 1))
-        wait_until(lambda enough=logged: num_logged(folder) > enough, process, log)
-        if number % 2:
+        moment = ("step", "save", "start")[number % 3]
+        if moment != "start":
+            num_wanted = rng.randrange(1, 2 + steps * (number + 1) // (num_kills + 2))
+            wait_until(lambda log=log: "Steps:" in log.read_text(errors="replace"), process, log)
+            wait_until(lambda num_wanted=num_wanted: num_logged(folder) >= num_wanted, process, log)
+        if moment == "save":
             wait_until(lambda: list(folder.glob(".checkpoint-*.tmp")), process, log)
         else:
-            process.join(timeout=rng.uniform(0, 0.05))
+            process.join(timeout=rng.uniform(0, 0.4 if moment == "start" else 0.05))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        num_saving += bool(list(folder.glob(".checkpoint-*.tmp")))
+        num_unfinished += moment == "save" and bool(list(folder.glob(".checkpoint-*.tmp")))
         assert_checkpoints_are_complete(folder)
     succeed(command(*command_line("killed", steps)))
     assert same_weights(tmp_path / "undisturbed", folder)
     assert [line["step"] for line in read_history(folder)] == list(range(1, steps + 1))
     assert not list(folder.glob(".checkpoint-*"))
-    return num_saving
+    return num_unfinished
 
 
 @ONE_MODEL
@@ -131,6 +133,7 @@ def launch(script: str, arguments: list[str], log: str, pid_file: str) -> None:
 
 
 @ONE_MODEL
+@SLOW
 def test_a_run_whose_launcher_was_killed_saves_and_stops(forkserver, model, command_line, tmp_path):
     folder, log, pid_file = tmp_path / "orphan", forkserver.new_log(), tmp_path / "pid"
     texts = command_line("orphan", steps=9999, checkpointing_steps=9999)
@@ -156,6 +159,7 @@ def run_with_small_files(script: str, arguments: list[str], log: str, num_bytes:
 
 
 @ONE_MODEL
+@SLOW
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones_and_one_line(
     forkserver, command, model, command_line, tmp_path
 ):
@@ -184,6 +188,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones_and_one_lin
 
 
 @ONE_MODEL
+@SLOW
 def test_a_lora_that_cannot_be_written_at_the_end_is_saved_elsewhere(command, command_line, tmp_path):
     succeed(command(*command_line("undisturbed", steps=2)))
     (tmp_path / f"run/.{LORA_FILE}.tmp").mkdir(parents=True)  # in the way of the writer

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from command_line import assert_close_weights, same_weights, succeed, weights
-from models import ONE_MODEL, ZIMAGE, both_models
+from models import ONE_MODEL, SLOW, ZIMAGE, both_models
 
 
 # Forms of data
@@ -58,6 +58,7 @@ def test_every_form_of_data_trains(train, photos, tmp_path, form):
 
 
 @ONE_MODEL
+@SLOW
 def test_each_of_several_captions_is_used(train, photos, tmp_path):
     flags = with_jsonl(tmp_path / "data", photos) | {"max_train_steps": 6}
     succeed(train("both", **flags))
@@ -80,7 +81,7 @@ def with_teacher_captions(folder, photos, *, pictures=True):
     return flags | vlm | {"teacher_context": "caption", "teacher_caption_column": "long"}
 
 
-@both_models(quick="zimage")
+@SLOW
 def test_the_student_comes_closer_to_a_teacher_that_reads_more(train, model, photos, tmp_path):
     flags = with_teacher_captions(tmp_path / "data", photos)
     flags |= {"max_train_steps": 40, "rank": 8, "teacher": "base", "teacher_prompt_suffix": ""}
@@ -93,6 +94,7 @@ def test_the_student_comes_closer_to_a_teacher_that_reads_more(train, model, pho
     assert (model.sample(stock) - teacher).norm() < 0.6 * before
 
 
+@both_models(quick="zimage")
 def test_captions_without_pictures_train_like_captions_with_pictures(train, photos, tmp_path):
     without = with_teacher_captions(tmp_path / "without", photos, pictures=False)
     succeed(train("one", **with_teacher_captions(tmp_path / "with", photos)))
@@ -101,7 +103,7 @@ def test_captions_without_pictures_train_like_captions_with_pictures(train, phot
     assert "Encoding 0 of" in succeed(train("again", **without, context_cache_dir=tmp_path / "one/context_cache")).log
 
 
-@both_models(quick="flux2")
+@SLOW
 def test_captions_without_pictures_leave_no_empty_cells_on_the_sheets(train, photos, tmp_path):
     for name, pictures in (("without", False), ("with", True)):
         flags = with_teacher_captions(tmp_path / f"{name}-data", photos, pictures=pictures)
@@ -117,6 +119,7 @@ def test_captions_without_pictures_leave_no_empty_cells_on_the_sheets(train, pho
 
 
 @ONE_MODEL
+@SLOW
 def test_a_data_set_without_pictures_trains_like_a_folder(train, photos, tmp_path):
     flags = with_teacher_captions(tmp_path / "without", photos, pictures=False)
     rows = [json.loads(line) for line in (tmp_path / "without/metadata.jsonl").read_text().splitlines()]
@@ -129,6 +132,7 @@ def test_a_data_set_without_pictures_trains_like_a_folder(train, photos, tmp_pat
 
 
 @ZIMAGE
+@SLOW
 def test_a_teachers_caption_may_be_longer_than_a_students(train, photos, tmp_path):
     flags = with_teacher_captions(tmp_path / "data", photos)
     succeed(train("long", **flags))
