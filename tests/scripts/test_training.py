@@ -137,7 +137,7 @@ def test_tensorboard_files_hold_the_scalars_and_the_pictures(train, tmp_path):
 def test_an_undistilled_model_gets_a_warning(train, model, tmp_path):
     undistilled = {"is_distilled": False} if "flux2" in model.script.__name__ else {"shift": 6.0}
     base = model.make(tmp_path / "base", **undistilled)
-    assert "step-distilled: D-OPSD keeps" in succeed(train(pretrained_model_name_or_path=base)).log
+    assert "step-distilled: D-OPSD preserves" in succeed(train(pretrained_model_name_or_path=base)).log
 
 
 @SLOW
