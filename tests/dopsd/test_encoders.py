@@ -31,7 +31,7 @@ def test_a_vlm_must_be_named_if_none_is_known_for_the_text_encoder(prepare):
 
 
 @ZIMAGE
-def test_of_a_vlm_on_the_hub_only_the_vision_towers_files_are_read(prepare, model, tmp_path):
+def test_only_the_vision_towers_files_of_a_hub_vlm_are_read(prepare, model, tmp_path):
     commit = "0" * 40
     snapshot = tmp_path / "hub/models--org--vlm/snapshots" / commit
     snapshot.mkdir(parents=True)
@@ -51,7 +51,7 @@ def test_of_a_vlm_on_the_hub_only_the_vision_towers_files_are_read(prepare, mode
 
 
 @ONE_MODEL
-def test_of_the_caption_teacher_only_prompts_are_encoded(prepare, photos, tmp_path):
+def test_the_caption_teacher_encodes_prompts_only(prepare, photos, tmp_path):
     data = shutil.copytree(photos, tmp_path / "data")
     rows = [{"file_name": f"{n}.png", "short": "a ball", "long": f"a ball, number {n}"} for n in range(3)]
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -195,7 +195,7 @@ EFFECTIVE_FLAGS = [
 
 @ONE_MODEL
 @SLOW
-def test_every_flag_that_should_changes_the_weights(train, tmp_path):
+def test_each_effective_flag_changes_the_weights(train, tmp_path):
     """After a few steps: the teachers agree at the first."""
     common = {"max_train_steps": 4, "ema_decay": 0.5, "context_cache_dir": tmp_path / "cache"}
     ends = {"": tmp_path / "default"}
@@ -216,7 +216,7 @@ def test_gradient_checkpointing_changes_no_weight(train, tmp_path):
 
 
 @both_models(quick="zimage")
-def test_the_number_of_pictures_at_once_changes_no_weight(train, tmp_path):
+def test_batch_size_does_not_change_the_weights(train, tmp_path):
     """Noise, captions and crops belong to a sample's place; the batch only says how many are computed together."""
     succeed(train("one", train_batch_size=1, gradient_accumulation_steps=3, max_train_steps=3))
     succeed(train("three", train_batch_size=3, gradient_accumulation_steps=1, max_train_steps=3))
