@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dopsd.checkpoints import Checkpoints
-from dopsd.data.order import Sample, noise_seed
+from dopsd.data.order import Sample, noise_seed, place_seed
 from dopsd.errors import TrainingDiverged
 from dopsd.rollout import rollout, seeded_noise
 from dopsd.settings import (
@@ -146,6 +146,15 @@ def test_dropout_depends_on_the_place_in_the_run_alone():
         torch.rand(1)
     losses = first(1)["loss"], second(1)["loss"], later(2)["loss"], without(1)["loss"]
     assert losses[0] == losses[1] and len(set(losses)) == 3
+
+
+def test_each_micro_batch_has_its_own_dropout(monkeypatch):
+    train_step = make_step(ToyTraining(dropout=0.5), [[sample(0)], [sample(0)]], 2, lora_dropout=0.5)
+    seeds = []
+    monkeypatch.setattr("dopsd.step.torch.manual_seed", seeds.append)
+    for step in range(2):
+        train_step(step)
+    assert seeds == [place_seed(0, "dropout", str(place)) for place in range(4)]
 
 
 # Steps that fail
