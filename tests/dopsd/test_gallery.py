@@ -13,7 +13,7 @@ from command_line import LORA_FILE, same_weights, succeed
 from dopsd.gallery import drawn_prompts, evenly_spaced, relative_drift
 from dopsd.history import read_history
 from dopsd.settings import RETENTION_PROMPTS, ValidationSettings
-from models import ONE_MODEL, SLOW, both_models, every_context
+from models import EVERY_CONTEXT, ONE_MODEL, SLOW, both_models, every_context
 
 
 DRAWN = {
@@ -62,7 +62,8 @@ def are_in_a_column(sheet: Path, *images: Image.Image) -> bool:
 # Sheets
 
 
-@every_context(quick="zimage")
+@EVERY_CONTEXT
+@SLOW
 def test_the_sheets_show_what_the_stock_pipeline_draws(train, model, photos, tmp_path):
     succeed(train(**DRAWN, center_crop=True, checkpointing_steps=2))
     run = tmp_path / "run"
@@ -155,7 +156,7 @@ def test_images_have_the_validation_size(train, tmp_path, model):
 # Retention
 
 
-@both_models(quick="flux2")
+@SLOW
 def test_retention_is_the_relative_distance_of_stock_latents(train, model, tmp_path):
     prompts = ["a red ball", "a blue box", "a green tree"]
     succeed(train(**DRAWN | {"retention_prompts": prompts}))
@@ -218,6 +219,7 @@ def test_preview_only_stops_before_the_first_step(train, tmp_path):
 
 
 @ONE_MODEL
+@SLOW
 def test_drawings_that_fail_lose_no_weights(train, tmp_path):
     for sheet in ("preview.png", "validation-1.png", "story.png"):
         (tmp_path / "run" / sheet).mkdir(parents=True)  # a folder, which a picture cannot replace

@@ -215,7 +215,7 @@ def test_gradient_checkpointing_changes_no_weight(train, tmp_path):
     assert_close_weights(tmp_path / "plain", tmp_path / "saving", atol=1e-5, rtol=1e-3)
 
 
-@both_models(quick="zimage")
+@SLOW
 def test_batch_size_does_not_change_the_weights(train, tmp_path):
     """Noise, captions and crops belong to a sample's place; the batch only says how many are computed together."""
     succeed(train("one", train_batch_size=1, gradient_accumulation_steps=3, max_train_steps=3))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from command_line import assert_close_weights, same_weights, succeed, weights
-from models import ONE_MODEL, SLOW, ZIMAGE, both_models
+from models import ONE_MODEL, SLOW, ZIMAGE
 
 
 # Forms of data
@@ -94,7 +94,7 @@ def test_the_student_comes_closer_to_a_teacher_that_reads_more(train, model, pho
     assert (model.sample(stock) - teacher).norm() < 0.6 * before
 
 
-@both_models(quick="zimage")
+@SLOW
 def test_captions_without_pictures_train_like_captions_with_pictures(train, photos, tmp_path):
     without = with_teacher_captions(tmp_path / "without", photos, pictures=False)
     succeed(train("one", **with_teacher_captions(tmp_path / "with", photos)))
