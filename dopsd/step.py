@@ -16,7 +16,7 @@ from .data.order import Sample, micro_batches, noise_seed, place_seed
 from .errors import TrainingDiverged
 from .model import Context, FewStepPipeline
 from .roles import StudentTeacherLoRA
-from .rollout import RolloutStep, Schedule, rollout, seeded_noise
+from .rollout import RolloutStep, VelocityFunction, rollout, seeded_noise
 from .settings import Settings
 
 
@@ -118,30 +118,29 @@ class TrainingStep:
             (K, 3), float32: loss, cosine and norm ratio of student and teacher per visited state, times the weight.
         """
         measured = []
-        for state, num_states in self.visited_states(samples):
-            self.accelerator.backward(state.loss * weight / num_states)
+        for state in self.visited_states(samples):
+            self.accelerator.backward(state.loss * weight / self.num_rollout_steps)
             measured.append(torch.cat([state.loss.detach()[None], state.agreement]))
         return torch.stack(measured) * weight
 
-    def visited_states(self, samples: list[Sample]) -> Iterator[tuple[RolloutStep, int]]:
-        """Yields each state that the student visits, and how many there are."""
+    def visited_states(self, samples: list[Sample]) -> Iterator[RolloutStep]:
+        """Rolls out the student from each sample's own noise, all samples in one batch."""
         pipeline, device = self.pipeline, self.accelerator.device
         height, width = self.data.bucket(samples[0])
         student_context, teacher_context = self.contexts.load(samples)
         seeds = [noise_seed(self.seed, sample) for sample in samples]
         noise = seeded_noise(pipeline.latent_shape(height, width), seeds).to(device, pipeline.latents_dtype)
         schedule = pipeline.schedule(height, width, self.num_rollout_steps, device)
-        student = self.student_velocity(student_context, schedule)
+        student = self.student_velocity(student_context)
         teacher = self.roles.as_teacher(partial(pipeline.predict_velocity, context=teacher_context))
-        for state in rollout(student, teacher, noise, schedule, loss_space=self.loss_space):
-            yield state, len(schedule)
+        return rollout(student, teacher, noise, schedule, loss_space=self.loss_space)
 
-    def student_velocity(self, context: Context, schedule: Schedule):
+    def student_velocity(self, context: Context) -> VelocityFunction:
         """The student as the rollout calls it. Processes exchange gradients in the last state's backward pass only."""
         visited = itertools.count(1)
 
         def velocity(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            is_last = next(visited) == len(schedule) and self.accelerator.sync_gradients
+            is_last = next(visited) == self.num_rollout_steps and self.accelerator.sync_gradients
             with nullcontext() if is_last else self.accelerator.no_sync(self.student):
                 prediction = self.student(latents, timestep, context)
             return prediction.to(latents.dtype)  # accelerate returns float32
