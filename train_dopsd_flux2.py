@@ -30,19 +30,19 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, Qwen3ForCausalLM
 
 from dopsd.checkpoints import Checkpoints, check_resumable, find_checkpoint, resume_contract
-from dopsd.command_line import parse_settings, run_script
+from dopsd.command_line import parse_settings
 from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, check_prompts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
 from dopsd.encoders import CAPTION_CONTEXT, PictureAndPromptEncoder, PromptEncoder, resolve_vlm, vlm_context
 from dopsd.errors import InputError
 from dopsd.gallery import Gallery, drawn_prompts
-from dopsd.history import last_retention, log_metrics, rewind_history
-from dopsd.launch import log_plan, resolve_seed, start_accelerator, start_trackers, weight_dtype
+from dopsd.history import MetricsLog, last_retention, rewind_history
+from dopsd.launch import log_plan, resolve_seed, start_accelerator, weight_dtype
 from dopsd.model import Conditioning, Encoder, Model, SizeLimits, TeacherContext, TokenLimit
 from dopsd.model_card import CardInfo, License, write_run_card
 from dopsd.optimizers import build_lr_scheduler, build_optimizer
-from dopsd.output import make_output_dir, remove_unfinished_checkpoints
+from dopsd.output import open_output_dir, tidy_output_dir
 from dopsd.pretrained import (
     check_pretrained,
     check_quantization,
@@ -58,7 +58,10 @@ from dopsd.roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.settings import ModelSettings, MustMatch, Settings, flag
 from dopsd.step import StudentVelocity, TrainingStep
 from dopsd.stopping import StopRequest
+from dopsd.terminal import run_script
+from dopsd.tracking import end_training, start_trackers
 from pipelines.flux2_klein import DEFAULT_LORA_LAYERS, TEXT_ENCODER_OUT_LAYERS, Flux2KleinDOPSDPipeline, KleinContext
+from pipelines.published import NON_COMMERCIAL_NOTICE
 from pipelines.vision_encoder import DEFAULT_VLMS, VisionEncoder, default_vlm
 
 
@@ -111,15 +114,6 @@ class KleinSettings(ModelSettings):
     text_encoder_out_layers: MustMatch[list[int]] = flag(
         TEXT_ENCODER_OUT_LAYERS, "Text encoder layers whose hidden states make up the prompt embeddings."
     )
-
-
-# Required on derivatives by the FLUX Non-Commercial License.
-NON_COMMERCIAL_NOTICE = (
-    "> This FLUX Model is licensed by Black Forest Labs Inc. under the FLUX Non-Commercial License. Copyright Black "
-    "Forest Labs Inc. IN NO EVENT SHALL BLACK FOREST LABS INC. BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, "
-    "WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH USE OF THIS "
-    "MODEL."
-)
 
 
 class Flux2Klein(Model):
@@ -220,9 +214,9 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     if settings.publishing.push_only:
         push_to_hub(settings)
         return
-    accelerator = start_accelerator(settings.training)
+    accelerator = start_accelerator(settings.training, model)
     output_dir = Path(settings.training.output_dir)
-    make_output_dir(output_dir)
+    lock = open_output_dir(output_dir, accelerator)  # noqa: F841 - held until the run ends
     checkpoint = find_checkpoint(settings.training)
     seed = resolve_seed(settings.training.seed, checkpoint)
     settings = settings.replace(mixed_precision=accelerator.mixed_precision, seed=seed)
@@ -250,7 +244,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     check_prompts(contexts, drawn_prompts(settings.validation), settings.teacher)
     contract = resume_contract(settings, conditioning, data, accelerator.num_processes)
     if checkpoint is not None:
-        check_resumable(checkpoint, contract)
+        check_resumable(checkpoint, contract, settings.training.max_train_steps)
 
     # The encoders are freed before the transformer is loaded, so that they are never in memory together.
     if settings.training.no_context_cache:
@@ -258,6 +252,9 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     else:
         cache = ContextCache(Path(settings.training.context_cache_dir))
         fill_cache(contexts, cache, encoders_fingerprint(folder), drawn_prompts(settings.validation), accelerator)
+    if settings.training.encode_only:
+        end_training(accelerator)
+        return
     pipeline.transformer = load_transformer(model, settings.model, dtype)
     set_seed(seed)
     roles = StudentTeacherLoRA(pipeline.transformer, **lora_options, teacher=settings.distillation.teacher)
@@ -269,7 +266,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         pipeline.transformer.enable_gradient_checkpointing()
     pipeline.transformer.to(accelerator.device)
 
-    pictures_per_step = settings.training.pictures_per_step(accelerator.num_processes)
+    pictures_per_step = data.pictures_per_step(settings, accelerator.num_processes)
     optimizer = build_optimizer(settings.optimizer, roles.student_parameters, pictures_per_step)
     lr_scheduler = build_lr_scheduler(settings.optimizer, optimizer, settings.training.max_train_steps)
     student, optimizer = accelerator.prepare(StudentVelocity(pipeline), optimizer)
@@ -298,9 +295,10 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     log_plan(settings, accelerator, data, roles, first_step)
     start_trackers(accelerator, model.tracker_name, settings)
     if accelerator.is_main_process:
-        remove_unfinished_checkpoints(output_dir)
+        tidy_output_dir(output_dir, first_step)
         rewind_history(output_dir, first_step)
     accelerator.wait_for_everyone()
+    metrics_log = MetricsLog(accelerator, output_dir)
     gallery = Gallery(
         settings,
         accelerator,
@@ -309,10 +307,11 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         contexts=contexts,
         teacher_context=model.teacher_context(settings),
         save_dtype=save_dtype,
+        metrics_log=metrics_log,
     )
     gallery.draw_before_training(first_step)
     if settings.validation.preview_only:
-        accelerator.end_training()
+        end_training(accelerator)
         return
 
     # The training loop: one optimizer step, log, checkpoint, validate.
@@ -326,24 +325,24 @@ def main(settings: Settings, model: Model = MODEL) -> None:
             progress.set_postfix(loss=f"{metrics['loss']:.3g}", lr=f"{metrics['lr']:.3g}")
             progress.update()
             num_done = step + 1
-            log_metrics(accelerator, output_dir, num_done, metrics)
-            must_stop = stop.is_set_on_any(accelerator)
-            if must_stop or num_done % settings.training.checkpointing_steps == 0:
+            metrics_log.write(num_done, metrics)
+            if num_done % settings.training.checkpointing_steps == 0:
                 checkpoints.save(num_done)
-            if must_stop:
+            if gallery.is_due(num_done):
+                gallery.validate(num_done, stop)
+            if stop.is_set_on_any(accelerator):
+                checkpoints.save(num_done)
                 progress.close()
                 stop.end_run(accelerator, num_done)
-            if gallery.is_due(num_done):
-                gallery.validate(num_done)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        checkpoints.save_final_lora()
+        checkpoints.save_final_lora(stop)
         gallery.draw_story()
         write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir))
         if settings.publishing.push_to_hub:
             push_to_hub(settings)
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Checkpoints and the LoRA file: saving, finding and loading them, and which settings a resumed run must keep."""
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,17 +22,31 @@ from safetensors.torch import load_file, save_file
 from .context_cache import content_key
 from .data.training_data import TrainingData
 from .encoders import VLM_FLAG
-from .errors import DEVICE_ERRORS, InputError, OutputError, TrainingDiverged, first_line
+from .errors import InputError, OutputError, TrainingDiverged, device_errors, first_line
+from .history import sync_history
 from .model import Conditioning
-from .output import LORA_FILE, checkpoint_step, list_checkpoints, reporting_write_errors, sync_to_disk
+from .output import (
+    LORA_FILE,
+    checkpoint_step,
+    list_checkpoints,
+    replacing,
+    reporting_write_errors,
+    sync_to_disk,
+)
 from .pretrained import model_identity
 from .roles import StudentTeacherLoRA
 from .settings import Settings, TrainingSettings
+from .stopping import StopRequest
 
 
 logger = get_logger(__name__)
 
 PICTURES = "pictures and captions"
+
+ADAPTERS_FILE, TRAINER_FILE, STATE_FILE = "adapters.safetensors", "trainer_state.pt", "state.json"
+CHECKPOINT_FILES = (ADAPTERS_FILE, TRAINER_FILE, LORA_FILE)  # listed in the state file with their SHA-256
+
+RETRY_SECONDS = 30
 
 
 def resume_contract(
@@ -55,10 +71,10 @@ def resume_contract(
 
 
 def find_checkpoint(settings: TrainingSettings) -> Path | None:
-    """The checkpoint to resume from; None for a new run.
+    """The checkpoint to resume from, whose files are as they were saved; None for a new run.
 
     Raises:
-        InputError: it does not exist, or this run would overwrite another one's results or mix with them.
+        InputError: there is none, or this run would overwrite another one's results or mix with them.
     """
     output_dir, wanted = Path(settings.output_dir), settings.resume_from_checkpoint
     existing = list_checkpoints(output_dir)
@@ -71,7 +87,7 @@ def find_checkpoint(settings: TrainingSettings) -> Path | None:
     if wanted in (None, "latest"):
         if not existing:
             refuse_finished(output_dir)
-        return existing[-1] if existing else None
+        return newest_intact(existing)
     for path in (output_dir / wanted, Path(wanted)):
         if checkpoint_step(path) >= 0:
             if existing and checkpoint_step(existing[-1]) > checkpoint_step(path):
@@ -79,8 +95,10 @@ def find_checkpoint(settings: TrainingSettings) -> Path | None:
                     f"--resume_from_checkpoint {wanted}: {output_dir} holds newer checkpoints ({names}), which this "
                     "run would mix with; move them away, or resume from latest"
                 )
+            if problem := damage(path):
+                raise InputError(f"--resume_from_checkpoint {wanted}: {problem}; resume from latest")
             return path
-    raise InputError(f"--resume_from_checkpoint {wanted}: no complete checkpoint; {output_dir} has: {names}")
+    raise InputError(f"--resume_from_checkpoint {wanted}: there is no such checkpoint; {output_dir} has: {names}")
 
 
 def refuse_finished(output_dir: Path) -> None:
@@ -91,32 +109,103 @@ def refuse_finished(output_dir: Path) -> None:
         )
 
 
-def read_state(checkpoint: Path) -> dict:
-    """The checkpoint's step, and the settings that it was trained with."""
+def newest_intact(checkpoints: list[Path]) -> Path | None:
+    """The newest checkpoint that is not damaged; None if there are no checkpoints.
+
+    Args:
+        checkpoints: oldest first.
+
+    Raises:
+        InputError: all of them are damaged.
+    """
+    for path in reversed(checkpoints):
+        problem = damage(path)
+        if problem is None:
+            return path
+        logger.warning(f"{path}: {problem}; trying the checkpoint before it")
+    if checkpoints:
+        raise InputError(
+            f"--resume_from_checkpoint latest: no checkpoint in {checkpoints[0].parent} is intact; move them away to "
+            "start anew"
+        )
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if its files are as they were saved."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return {"step": state["step"], "settings": state["settings"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--resume_from_checkpoint {checkpoint}: state.json is damaged; remove the folder") from error
+        state = read_state(checkpoint)
+        if missing := [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]:
+            return f"it has no {missing[0]}"
+        if not state["files"]:
+            logger.warning(f"{checkpoint}: an older version saved it without checksums, so it is not verified")
+        for name, digest in state["files"].items():
+            if file_digest(checkpoint / name) != digest:
+                return f"{name} is damaged or from another checkpoint"
+        if state["step"] != checkpoint_step(checkpoint):
+            return f"it is the checkpoint of step {state['step']}"
+    except InputError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read ({first_line(error)})"
+    return None
 
 
-def check_resumable(checkpoint: Path, contract: dict[str, Any]) -> None:
-    """Raises `InputError` if the run's contract differs from the checkpoint's."""
-    for name, saved in read_state(checkpoint)["settings"].items():
-        now = contract.get(name)
-        if name == PICTURES and saved != now:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's step, the settings that it was trained with, and the SHA-256 of its other files.
+
+    Older versions saved no digests; "files" is then empty.
+
+    Raises:
+        InputError: the file is damaged. The message does not name the checkpoint.
+    """
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        if state.keys() == {"step", "settings"} and isinstance(state["settings"], dict):
+            return state | {"files": {}}
+        checksum = state.pop("checksum")
+        if checksum == content_key(state) and state["files"].keys() == {*CHECKPOINT_FILES}:
+            return state
+        problem = "is damaged"
+    except FileNotFoundError:
+        problem = "is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        problem = "is damaged"
+    raise InputError(f"its {STATE_FILE} {problem}")
+
+
+def check_resumable(checkpoint: Path, contract: dict[str, Any], max_train_steps: int) -> None:
+    """Raises `InputError` if the run's contract differs from the checkpoint's, or it has too few steps."""
+    flag, state = f"--resume_from_checkpoint {checkpoint.name}", read_state(checkpoint)
+    saved_contract = state["settings"]
+    # An older version did not know all of today's flags.
+    new = contract if state["files"] else {}
+    for name in dict.fromkeys([*saved_contract, *new]):
+        saved, now = saved_contract.get(name), contract.get(name)
+        if saved == now:
+            continue
+        if name == PICTURES and saved and now:
             changed = sorted(
                 picture for picture in saved.keys() | now.keys() if saved.get(picture) != now.get(picture)
             )
             raise InputError(
-                f"--resume_from_checkpoint {checkpoint.name}: {changed[0]} or its caption was added, changed or "
-                f"removed (pictures affected: {len(changed)}); undo that, or start in another --output_dir"
+                f"{flag}: {changed[0]} or its caption was added, changed or removed (pictures affected: "
+                f"{len(changed)}); undo that, or start in another --output_dir"
             )
-        if saved != now:
-            raise InputError(
-                f"--resume_from_checkpoint {checkpoint.name}: its {name} was {saved}, now it is {now}; pass the same, "
-                "or start in another --output_dir"
-            )
+        raise InputError(
+            f"{flag}: its {name} was {saved}, now it is {now}; pass the same, or start in another --output_dir"
+        )
+    if state["step"] > max_train_steps:
+        raise InputError(
+            f"--max_train_steps {max_train_steps}: {checkpoint.name} is past it; pass at least {state['step']}, or "
+            "use the LoRA in that folder"
+        )
 
 
 # Saving and loading
@@ -127,7 +216,7 @@ def save_state(state: dict[str, Any], path: Path) -> None:
     try:
         torch.save(state, path)
     except RuntimeError as error:
-        if isinstance(error, DEVICE_ERRORS):
+        if isinstance(error, device_errors()):
             raise
         raise OSError(first_line(error)) from error
 
@@ -163,11 +252,11 @@ class Checkpoints:
         self.contract = contract
 
     def load(self, checkpoint: Path) -> int:
-        """Restores what `save` wrote; returns the number of steps trained."""
+        """Restores what `save` wrote; returns the number of steps trained. `damage` has found nothing wrong."""
         try:
-            adapters = load_file(checkpoint / "adapters.safetensors")
-            trainer_state = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
-        except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+            adapters = load_file(checkpoint / ADAPTERS_FILE)
+            trainer_state = torch.load(checkpoint / TRAINER_FILE, map_location="cpu", weights_only=True)
+        except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:  # no checksums
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint.name}: is damaged ({first_line(error)}); remove it and resume "
                 "again"
@@ -189,6 +278,7 @@ class Checkpoints:
         if not self.accelerator.is_main_process or checkpoint_step(target) == step:
             return
         with reporting_write_errors(self.folder, target.name):
+            sync_history(self.folder)
             try:
                 self._write(step, unfinished)
                 os.rename(unfinished, target)
@@ -203,14 +293,16 @@ class Checkpoints:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         adapters = {name: weight.cpu() for name, weight in self.roles.state_dict().items()}
-        save_file(adapters, folder / "adapters.safetensors")
+        save_file(adapters, folder / ADAPTERS_FILE)
         trainer_state = {"optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict()}
         if self.accelerator.scaler is not None:
             trainer_state["scaler"] = self.accelerator.scaler.state_dict()
-        save_state(trainer_state, folder / "trainer_state.pt")
-        state = json.dumps({"step": step, "settings": self.contract}, indent=2)
-        (folder / "state.json").write_text(state, encoding="utf-8")
+        save_state(trainer_state, folder / TRAINER_FILE)
         self.save_lora(folder)
+        digests = {name: file_digest(folder / name) for name in CHECKPOINT_FILES}
+        state = {"step": step, "settings": self.contract, "files": digests}
+        content = json.dumps(state | {"checksum": content_key(state)}, indent=2)
+        (folder / STATE_FILE).write_text(content, encoding="utf-8")
         for path in (*folder.iterdir(), folder):
             sync_to_disk(path)
 
@@ -222,32 +314,50 @@ class Checkpoints:
                 shutil.rmtree(old.rename(self.folder / f".{old.name}.tmp"))
 
     def save_lora(self, folder: Path) -> None:
-        """Writes the student as stock diffusers reads it: to a temporary file first, then renamed."""
+        """Writes the student as stock diffusers reads it."""
         weights, metadata = self.roles.export(self.save_dtype)
-        unfinished = f".{LORA_FILE}.tmp"
-        self.stock_pipeline_class.save_lora_weights(
-            folder,
-            transformer_lora_layers=weights,
-            transformer_lora_adapter_metadata=metadata,
-            weight_name=unfinished,
-        )
-        sync_to_disk(folder / unfinished)
-        os.replace(folder / unfinished, folder / LORA_FILE)
+        with replacing(folder / LORA_FILE) as unfinished:
+            self.stock_pipeline_class.save_lora_weights(
+                folder,
+                transformer_lora_layers=weights,
+                transformer_lora_adapter_metadata=metadata,
+                weight_name=unfinished.name,
+            )
 
-    def save_final_lora(self) -> None:
-        """Writes the LoRA file to the output folder or, if that fails, to a temporary folder.
+    def save_final_lora(self, stop: StopRequest) -> None:
+        """Writes the LoRA file to the output folder or, if that fails, to a folder elsewhere.
+
+        If there is no room anywhere, it waits until there is some, or until the run is asked to stop.
 
         Raises:
-            OutputError: it is in the temporary folder, which the message names.
+            OutputError: the LoRA is elsewhere, as the message says, or nowhere.
         """
-        try:
-            with reporting_write_errors(self.folder, LORA_FILE):
-                self.save_lora(self.folder)
-        except OutputError as error:
-            elsewhere = Path(tempfile.mkdtemp(prefix="dopsd-lora-"))
-            self.save_lora(elsewhere)
-            raise OutputError(f"{error}; the LoRA is in {elsewhere}, move it to a safe place") from error
+        while True:
+            try:
+                with reporting_write_errors(self.folder, LORA_FILE):
+                    self.save_lora(self.folder)
+                break
+            except OutputError as error:
+                if elsewhere := self.save_elsewhere():
+                    raise OutputError(f"{error}; the LoRA is in {elsewhere}, move it to a safe place") from error
+                if stop.is_set:
+                    raise
+                logger.error(f"{error}. There is no room elsewhere either. Trying again every {RETRY_SECONDS} seconds")
+                time.sleep(RETRY_SECONDS)
         logger.info(f"The LoRA is {self.folder / LORA_FILE}; load it: pipe.load_lora_weights({str(self.folder)!r})")
+
+    def save_elsewhere(self) -> Path | None:
+        """Writes the LoRA file to a new folder on another disk; None if none has room."""
+        for place in {tempfile.gettempdir(): None, str(Path.home()): None}:
+            folder = None
+            try:
+                folder = Path(tempfile.mkdtemp(prefix="dopsd-lora-", dir=place))
+                self.save_lora(folder)
+                return folder
+            except (OSError, SafetensorError):
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+        return None
 
     @contextmanager
     def saved_on_divergence(self, step: int, first_step: int) -> Iterator[None]:

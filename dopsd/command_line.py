@@ -4,19 +4,18 @@ import difflib
 import re
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
-from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
 
 from .data.buckets import check_geometry, size_problem
-from .errors import DEVICE_ERRORS, DOPSDError, InputError, first_line, one_line
+from .errors import InputError, one_line
 from .model import Model, TeacherContext
 from .settings import Settings, TeacherSettings, check_ranges
+from .terminal import MAX_REFUSAL_CHARACTERS, as_line
 
 
 TRACKER_PACKAGES = ("tensorboard", "wandb", "comet_ml")
@@ -50,7 +49,9 @@ class SettingsParser(HfArgumentParser):
         near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
         if wrong.startswith("--") and near:
             message += f"; did you mean {near[0]}?"
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        if "--hub_token" in (wrong, *near) or wrong.startswith("--hub_t"):
+            message = f"{wrong}: cannot be used" + (f"; did you mean {near[0]}?" if near else "")
+        self.exit(2, f"{self.prog}: error: {as_line(message, MAX_REFUSAL_CHARACTERS)}\n")
 
 
 def build_parser(model: Model, description: str) -> SettingsParser:
@@ -204,10 +205,10 @@ def check(settings: Settings, model: Model) -> None:
     training, validation, optimizer = settings.training, settings.validation, settings.optimizer
     if settings.model.pretrained_model_name_or_path is None:
         raise InputError(f"--pretrained_model_name_or_path: is required, such as {model.example}")
-    if settings.publishing.hub_token is not None and training.report_to in ("wandb", "all"):
+    if settings.publishing.hub_token is not None and training.report_to not in ("tensorboard", "none"):
         raise InputError(
-            f"--hub_token: cannot be combined with --report_to {training.report_to}, which would log it; run hf auth "
-            "login instead"
+            f"--hub_token: cannot be combined with --report_to {training.report_to}, which stores the command line; "
+            "run hf auth login instead"
         )
     check_geometry(settings.data, model.sizes)
     if optimizer.use_8bit_adam and optimizer.optimizer != "adamw":
@@ -226,22 +227,7 @@ def check(settings: Settings, model: Model) -> None:
             "--retention_prompts: give at least two prompts; retention is measured relative to the distance between "
             "their images"
         )
+    if training.no_context_cache and training.encode_only:
+        raise InputError("--encode_only: fills the cache, which --no_context_cache turns off; drop one of them")
     if training.no_context_cache and training.context_cache_dir:
         raise InputError("--no_context_cache: cannot be combined with --context_cache_dir; drop one of them")
-
-
-def run_script(script: str, parse: Callable[[], Settings], main: Callable[[Settings], Any]) -> None:
-    """Runs a script's `main`; a `DOPSDError` ends the process with one line and a non-zero exit status."""
-    try:
-        main(parse())
-    except DOPSDError as error:
-        sys.exit(f"{script}: error: {error}")
-    except DEVICE_ERRORS as error:
-        if "out of memory" not in str(error):
-            raise
-        sys.exit(
-            f"{script}: error: out of GPU memory ({first_line(error)}); pass --gradient_checkpointing and "
-            "--use_8bit_adam, or lower --resolution, --train_batch_size or --rank"
-        )
-    except KeyboardInterrupt:
-        sys.exit(f"{script}: interrupted; finished encodings are kept in the context cache")

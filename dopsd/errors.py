@@ -1,15 +1,8 @@
 """Errors that end a run with one line. Everything else is a bug and keeps its traceback."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
-
-
-# What PyTorch raises when a GPU fails or runs out of memory. Both are RuntimeErrors; AcceleratorError came after 2.6.
-DEVICE_ERRORS = tuple(
-    getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name)
-)
 
 
 class DOPSDError(Exception):
@@ -26,6 +19,15 @@ class OutputError(DOPSDError):
 
 class TrainingDiverged(DOPSDError):
     """The loss or the gradients are not finite. Raised before the optimizer changes any weight."""
+
+
+def device_errors() -> tuple[type[Exception], ...]:
+    """What PyTorch raises when a GPU fails or runs out of memory; nothing before torch is imported.
+
+    Both are RuntimeErrors; AcceleratorError came after torch 2.6.
+    """
+    torch = sys.modules.get("torch")
+    return tuple(getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name))
 
 
 def first_line(error: Exception) -> str:

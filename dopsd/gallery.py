@@ -1,14 +1,18 @@
 """What a run draws and when: preview, validation, rollout, retention, and the story of the whole run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import offload_models
 from PIL import Image
 from tqdm.auto import tqdm
@@ -16,13 +20,17 @@ from tqdm.auto import tqdm
 from .contexts import Contexts
 from .data.order import Sample
 from .data.training_data import Crop
-from .history import log_metrics, read_history
+from .errors import DOPSDError, one_line
+from .history import MetricsLog, read_history
+from .memory import reset_peak_memory
 from .model import Context, FewStepPipeline, TeacherContext
-from .output import reporting_write_errors
+from .output import naming_file
 from .roles import StudentTeacherLoRA
 from .rollout import RolloutStep, rollout, seeded_noise
 from .settings import Settings, ValidationSettings
 from .sheets import Cell, contact_sheet, plot_curves, save_png, stack
+from .stopping import StopRequest
+from .tracking import track
 
 
 logger = get_logger(__name__)
@@ -31,6 +39,16 @@ NUM_PREVIEW_PICTURES = 4
 MAX_STORY_COLUMNS = 4  # besides the base model's
 
 Row = tuple[str, list[Image.Image | None]]  # a label, and one image per column
+Subject = tuple[str, int]  # a prompt and a seed
+Result = TypeVar("Result")
+
+
+class DrawingStopped(Exception):
+    """The run was asked to stop."""
+
+
+class DrawingFailed(DOPSDError):
+    """Another process could not draw an image."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,7 @@ class Gallery:
         pipeline, roles, contexts: used to draw images.
         teacher_context: what the teacher sees.
         save_dtype: of the saved LoRA.
+        metrics_log: gets retention.
     """
 
     def __init__(
@@ -87,7 +106,10 @@ class Gallery:
         contexts: Contexts,
         teacher_context: TeacherContext,
         save_dtype: torch.dtype,
+        metrics_log: MetricsLog,
     ):
+        self.metrics_log = metrics_log
+        self.stop: StopRequest | None = None
         self.settings, self.folder = settings.validation, Path(settings.training.output_dir)
         self.num_rollout_steps = settings.distillation.num_rollout_steps
         self.last_step = settings.training.max_train_steps
@@ -95,7 +117,7 @@ class Gallery:
         self.data = contexts.data
         self.teacher_context = teacher_context
         self.save_dtype = save_dtype
-        self.base_drawings: dict[tuple[str, int], Drawing] = {}  # (prompt, seed): drawn once
+        self.base_drawings: dict[Subject, Drawing] = {}  # drawn once, the same on all processes
         # (step, prompt, seed) -> the student's image, for validation prompts at seed 0 and for retention prompts
         self.story: dict[tuple[int, str, int], Image.Image] = {}
         self.card_images: list[tuple[str, str]] = []  # (prompt, path in the output folder)
@@ -116,29 +138,43 @@ class Gallery:
 
     def draw_before_training(self, first_step: int) -> None:
         """Draws the preview of a new run; for a resumed run, the validation that its interruption cut short."""
-        if self.settings.validation_steps == 0:
-            return
-        if first_step == 0 and self.accelerator.is_main_process:
-            try:
+        if self.settings.validation_steps > 0 and first_step == 0:
+            with self.guarded("The preview", must_succeed=self.settings.preview_only):
                 self.draw_preview()
-            except Exception:
-                if self.settings.preview_only:
-                    raise
-                logger.exception("The preview failed; training continues")
-        history = read_history(self.folder)
-        is_drawn = any(line["step"] == first_step and "retention" in line for line in history)
-        if first_step > 0 and self.is_due(first_step) and not is_drawn:
+        if first_step > 0 and self.is_due(first_step) and not self.has_retention(first_step):
             self.validate(first_step)
+        reset_peak_memory()
 
-    def validate(self, step: int) -> None:
-        """Draws validation sheets and logs retention. An error while drawing does not end the run."""
-        if self.accelerator.is_main_process:
-            try:
-                self.draw_validation(step)
-                self.draw_rollout(step)
-                log_metrics(self.accelerator, self.folder, step, {"retention": self.draw_retention(step)})
-            except Exception:
-                logger.exception(f"Validation at step {step} failed; training continues")
+    def has_retention(self, step: int) -> bool:
+        """Whether the history has the figure that a validation logs last. All processes get the same answer."""
+        history = read_history(self.folder)
+        return broadcast_object_list([any(row["step"] == step and "retention" in row for row in history)])[0]
+
+    def validate(self, step: int, stop: StopRequest | None = None) -> None:
+        """Draws validation sheets and logs retention. An error while drawing does not end the run.
+
+        Args:
+            stop: if it is set, the rest is not drawn. A resumed run draws it.
+        """
+        self.stop = stop
+        with self.guarded(f"Validation at step {step}"):
+            self.draw_validation(step)
+        self.stop = None
+        reset_peak_memory()
+
+    @contextmanager
+    def guarded(self, what: str, *, after: str = "the run continues", must_succeed: bool = False) -> Iterator[None]:
+        """Logs an error while drawing. With `must_succeed`, it is raised as well."""
+        try:
+            yield
+        except DrawingStopped:
+            logger.info(f"{what} is cut short: the run is asked to stop")
+        except Exception as error:
+            if must_succeed:
+                raise
+            # A full disk needs no traceback.
+            details = None if isinstance(error, DOPSDError) else error
+            logger.error(f"{what} failed ({one_line(error)}); {after}", exc_info=details)
 
     # Drawing
 
@@ -170,23 +206,70 @@ class Gallery:
         with self.roles.shipped_role(self.save_dtype):
             return self.draw_prompt(prompt, seed)
 
+    def share(self, jobs: dict[Hashable, Callable[[], Result]], description: str) -> dict[Hashable, Result]:
+        """Runs the jobs, shared among the processes. Every process gets all results, in the jobs' order.
+
+        Raises:
+            DrawingStopped, DrawingFailed, or a job's own error: a process could not run its jobs. All processes raise.
+        """
+        accelerator = self.accelerator
+        own, failure = {}, None
+        bar = tqdm(
+            list(jobs)[accelerator.process_index :: accelerator.num_processes],
+            desc=description,
+            leave=False,
+            disable=not accelerator.is_local_main_process,
+        )
+        try:
+            for key in bar:
+                if self.stop is not None and self.stop.is_set:
+                    raise DrawingStopped
+                own[key] = jobs[key]()
+        except Exception as error:
+            failure = error
+        reports = gather_object([(own, type(failure) is DrawingStopped, failure and one_line(failure))])
+        if any(is_stopped for _, is_stopped, _ in reports):
+            raise DrawingStopped
+        if failure is not None:
+            raise failure
+        for _, _, problem in reports:
+            if problem is not None:
+                raise DrawingFailed(problem)
+        results = {key: result for part, _, _ in reports for key, result in part.items()}
+        return {key: results[key] for key in jobs}
+
+    def compare(self, subjects: list[Subject], description: str) -> dict[Subject, tuple[Drawing, Drawing]]:
+        """The base's and the student's drawing of each subject, shared among the processes."""
+        new = [subject for subject in subjects if subject not in self.base_drawings]
+        jobs = {("base", subject): partial(self.base_drawing, *subject) for subject in new}
+        jobs |= {("student", subject): partial(self.student_drawing, *subject) for subject in subjects}
+        drawn = self.share(jobs, description)
+        self.base_drawings |= {subject: drawn["base", subject] for subject in new}
+        return {subject: (self.base_drawings[subject], drawn["student", subject]) for subject in subjects}
+
     def write(self, name: str, step: int, *sheets: Sheet) -> None:
         """Writes contact sheets, below each other, as one PNG and to the trackers."""
         image = stack([sheet.draw() for sheet in sheets], 0)
         path = self.folder / f"{name}.png"
-        with reporting_write_errors(self.folder, path.name):
+        with naming_file(path):
             save_png(image, path)
-        for tracker in self.accelerator.trackers:
+
+        def log_image(tracker: GeneralTracker) -> None:
             if tracker.name in ("tensorboard", "wandb"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name.partition("-")[0]: np.asarray(image)[None]}, step=step, **options)
+
+        track(self.accelerator, log_image)
         logger.info(f"Wrote {path}")
 
     # Sheets
 
     def draw_preview(self) -> None:
         """Before the first step: what the teacher draws. The student cannot learn more than that."""
-        rows = [self.preview_row(seed, sample) for seed, sample in enumerate(progress(self.shown, "Preview"))]
+        jobs = {seed: partial(self.preview_row, seed, sample) for seed, sample in enumerate(self.shown)}
+        rows = list(self.share(jobs, "Preview").values())
+        if not self.accelerator.is_main_process:
+            return
         has_pictures = len(rows[0][1]) == 3
         remedy = (
             "--teacher_context, --teacher_prompt_suffix, --resolution or the pictures"
@@ -214,15 +297,27 @@ class Gallery:
         return label, [base.image, teacher.image, *([] if picture is None else [picture])]
 
     def draw_validation(self, step: int) -> None:
-        """The validation prompts, with the base model and with the student as it would be saved."""
+        """Three sheets: validation prompts, rollout, and retention prompts, whose figure is logged."""
         prompts = list(self.settings.validation_prompt)
         if step == self.last_step and self.settings.final_validation_prompt:
             prompts.append(self.settings.final_validation_prompt)
+        asked = [(prompt, seed) for prompt in prompts for seed in range(self.settings.num_validation_images)]
+        retained = [(prompt, seed) for seed, prompt in enumerate(self.settings.retention_prompts)]
+        # First all that the processes share, so that an error while writing stays on the main process.
+        validation = self.compare(asked, "Validation")
+        rollouts = self.share({"rollout": self.rollout_images}, "Rollout")["rollout"]
+        retention = self.compare(retained, "Retention")
+        if self.accelerator.is_main_process:
+            self.write_validation(step, prompts, validation)
+            self.write_rollout(step, *rollouts)
+            self.metrics_log.write(step, {"retention": self.write_retention(step, retention)})
+
+    def write_validation(self, step: int, prompts: list[str], drawn: dict[Subject, tuple[Drawing, Drawing]]) -> None:
+        """The validation prompts, with the base model and with the student as it would be saved."""
         seeds = range(self.settings.num_validation_images)
         rows: list[Row] = []
-        for prompt in progress(prompts, "Validation"):
-            bases = [self.base_drawing(prompt, seed).image for seed in seeds]
-            students = [self.student_drawing(prompt, seed).image for seed in seeds]
+        for prompt in prompts:
+            bases, students = ([drawn[prompt, seed][who].image for seed in seeds] for who in (0, 1))
             rows += [(f"base: {prompt}", bases), (f"student: {prompt}", students)]
             self.story[step, prompt, 0] = students[0]
             if step == self.last_step:
@@ -237,21 +332,28 @@ class Gallery:
 
     def keep_for_card(self, prompt: str, image: Image.Image) -> None:
         name = f"images/validation_{len(self.card_images)}.png"
-        (self.folder / "images").mkdir(exist_ok=True)
-        save_png(image, self.folder / name)
+        with naming_file(self.folder / name):
+            (self.folder / "images").mkdir(exist_ok=True)
+            save_png(image, self.folder / name)
         self.card_images.append((prompt, name))
 
-    def draw_rollout(self, step: int) -> None:
-        """The clean images that student and teacher predict at each state that the student visits."""
-        sample = self.shown[0]
-        states = self.rollout(sample)
-        students = [self.decode(self.pipeline.image_latents(state.student_x0))[0] for state in states]
-        teachers = [self.decode(self.pipeline.image_latents(state.teacher_x0))[0] for state in states]
+    def rollout_images(self) -> tuple[list[str], list[Image.Image], list[Image.Image]]:
+        """Of each state that the student visits: a heading, and the clean images that student and teacher predict."""
+        states = self.rollout(self.shown[0])
+        return (
+            [f"sigma {float(state.sigma):.3f}" for state in states],
+            [self.decode(self.pipeline.image_latents(state.student_x0))[0] for state in states],
+            [self.decode(self.pipeline.image_latents(state.teacher_x0))[0] for state in states],
+        )
+
+    def write_rollout(
+        self, step: int, headings: list[str], students: list[Image.Image], teachers: list[Image.Image]
+    ) -> None:
         sheet = Sheet(
             f"After training step {step}: the clean picture implied at each visited state, noisiest first",
-            [f"sigma {float(state.sigma):.3f}" for state in states],
+            headings,
             [("student", students), ("teacher", teachers)],
-            f"Caption: {self.data.caption(sample)}. The loss is the distance between the two rows.",
+            f"Caption: {self.data.caption(self.shown[0])}. The loss is the distance between the two rows.",
         )
         self.write(f"rollout-{step}", step, sheet)
 
@@ -268,20 +370,17 @@ class Gallery:
             )
             return list(states)
 
-    def draw_retention(self, step: int) -> float:
+    def write_retention(self, step: int, drawn: dict[Subject, tuple[Drawing, Drawing]]) -> float:
         """The retention prompts, which should look as before. Returns `relative_drift` of the student's latents."""
-        prompts = self.settings.retention_prompts
-        bases, students = [], []
-        for seed, prompt in enumerate(progress(prompts, "Retention")):
-            bases.append(self.base_drawing(prompt, seed))
-            students.append(self.student_drawing(prompt, seed))
-            self.story[step, prompt, seed] = students[-1].image
+        for (prompt, seed), (_, student) in drawn.items():
+            self.story[step, prompt, seed] = student.image
+        bases, students = zip(*drawn.values(), strict=True)
         retention = relative_drift(
             torch.cat([drawing.latents for drawing in bases]), torch.cat([drawing.latents for drawing in students])
         )
         sheet = Sheet(
             f"After training step {step}: prompts that have nothing to do with it, retention {retention:.3f}",
-            prompts,
+            self.settings.retention_prompts,
             [("base", [drawing.image for drawing in bases]), ("student", [drawing.image for drawing in students])],
             "A column starts from the same noise. Retention 0: drawn as before. 1: as unlike the base's picture as "
             "another prompt's picture is.",
@@ -293,12 +392,11 @@ class Gallery:
         """After the last step: the whole run on one sheet, and its curves. An error does not end the run."""
         if not self.story:
             return
-        try:
+        with self.guarded("The story", after="the LoRA is saved"):
             self.write("story", self.last_step, *self.story_sheets())
-            plot_curves(read_history(self.folder), self.folder / "curves.png", title=self.folder.name)
+            with naming_file(self.folder / "curves.png"):
+                plot_curves(read_history(self.folder), self.folder / "curves.png", title=self.folder.name)
             logger.info(f"Wrote {self.folder / 'curves.png'}")
-        except Exception:
-            logger.exception("The story could not be drawn; the LoRA is saved")
 
     def story_sheets(self) -> list[Sheet]:
         steps = evenly_spaced(sorted({step for step, *_ in self.story}), MAX_STORY_COLUMNS)
@@ -325,10 +423,6 @@ class Gallery:
             "These should stay as the base draws them.",
         )
         return [validation, *([training] if pictures else []), retention]
-
-
-def progress(items: list, description: str) -> Iterator:
-    return tqdm(items, desc=description, leave=False)
 
 
 def evenly_spaced(items: list[int], count: int) -> list[int]:

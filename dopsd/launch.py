@@ -1,7 +1,9 @@
 """Starting a run: accelerate, logging, seed."""
 
 import logging
+import os
 import random
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -13,15 +15,20 @@ from accelerate.logging import get_logger
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    str_to_bool,
 )
 
 from .checkpoints import read_state
 from .data.training_data import TrainingData
-from .errors import InputError
+from .errors import InputError, device_errors, first_line
+from .model import Model
 from .roles import StudentTeacherLoRA
 from .settings import Settings, TrainingSettings
+from .terminal import without_tokens
 
 
 logger = get_logger(__name__)
@@ -31,44 +38,112 @@ logger = get_logger(__name__)
 _process_groups = []
 
 
-def start_accelerator(settings: TrainingSettings) -> Accelerator:
+# Distributed modes of accelerate in which each process has a whole copy of the model.
+UNSUPPORTED_MODES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+SUPPORTED_MODES = "one process, or several with one GPU each (DDP); see configs/"
+
+# Processes wait for one another while pictures and prompts are encoded and images are drawn. NCCL gives up after 10
+# minutes by default.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
+
+
+def start_accelerator(settings: TrainingSettings, model: Model) -> Accelerator:
     """The accelerator, with logging set up.
 
     Raises:
-        InputError: flags and accelerate's own configuration do not fit together, or do not fit the device.
+        InputError: flags and accelerate's own configuration do not fit together, or do not fit the model or device.
     """
-    accelerator = Accelerator(
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        mixed_precision=settings.mixed_precision,
-        log_with=None if settings.report_to == "none" else settings.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=settings.output_dir, logging_dir=str(Path(settings.output_dir, settings.logging_dir))
-        ),
-        kwargs_handlers=[
-            # The frozen model runs in its deployed precision; the adapters cast their own weights (`CastLinear`).
-            AutocastKwargs(enabled=False),
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
-    )
+    for variable, mode in UNSUPPORTED_MODES.items():
+        if str_to_bool(os.environ.get(variable, "false")):
+            raise InputError(f"accelerate is configured for {mode}: supported are {SUPPORTED_MODES}")
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            mixed_precision=settings.mixed_precision,
+            log_with=None if settings.report_to == "none" else settings.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=settings.output_dir, logging_dir=str(Path(settings.output_dir, settings.logging_dir))
+            ),
+            kwargs_handlers=[
+                # The frozen model runs in its deployed precision; the adapters cast their own weights (`CastLinear`).
+                AutocastKwargs(enabled=False),
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
+            ],
+        )
+    except device_errors():
+        raise
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"accelerate cannot start with its configuration ({first_line(error)}): supported are {SUPPORTED_MODES}"
+        ) from error
     if torch.distributed.is_initialized():
         _process_groups.append(torch.distributed.group.WORLD)
-    if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
-        raise InputError(f"--mixed_precision {accelerator.mixed_precision}: pass bf16, fp16 or no")
+    set_up_logging()
+    check_accelerator(accelerator, settings, model)
+    if settings.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def check_accelerator(accelerator: Accelerator, settings: TrainingSettings, model: Model) -> None:
+    """Raises `InputError` for what the scripts or the model cannot do; warns of what costs memory or quality."""
+    mode = accelerator.distributed_type
+    is_mpi = mode != DistributedType.NO and torch.distributed.get_backend() == "mpi"
+    if is_mpi or not (mode == DistributedType.NO or mode.value.startswith("MULTI_")):
+        raise InputError(
+            f"accelerate is configured for {'MPI' if is_mpi else mode.value}: supported are {SUPPORTED_MODES}"
+        )
+    precision, on_gpu = accelerator.mixed_precision, accelerator.device.type != "cpu"
+    if precision not in ("no", "fp16", "bf16"):
+        raise InputError(f"--mixed_precision {precision}: is not supported; pass bf16, fp16 or no")
     if accelerator.gradient_accumulation_steps != settings.gradient_accumulation_steps:
         raise InputError(
             f"--gradient_accumulation_steps {settings.gradient_accumulation_steps}: accelerate is configured for "
             f"{accelerator.gradient_accumulation_steps}; pass the same, or change accelerate's configuration"
         )
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+    if precision == "fp16" and not model.works_in_fp16:
+        raise InputError(
+            f"--mixed_precision fp16: the activations of {model.name} overflow in it, and images turn black; use "
+            "bf16, or no on a GPU without bf16"
+        )
+    if precision == "fp16" and not on_gpu:
         raise InputError("--mixed_precision fp16: has no gradient scaler on a CPU; use bf16 or no")
+    if precision == "fp16":
+        logger.warning("--mixed_precision fp16: can overflow; prefer bf16 on Ampere and later GPUs")
+    if precision == "no" and on_gpu:
+        logger.warning(
+            "--mixed_precision no: the frozen model is loaded in float32, which takes twice the memory of bf16 and "
+            "several times as long; pass --mixed_precision bf16"
+        )
+
+
+def set_up_logging() -> None:
+    """Logs to the terminal, without tokens and without other libraries' routine messages."""
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(hide_tokens)
     for library in (transformers, diffusers, datasets):
         library.utils.logging.set_verbosity_error()
-    if settings.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return accelerator
+    for name in ("httpx", "httpcore"):  # one line per request
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # One line per 8-bit matrix product: "inputs will be cast from torch.bfloat16 to float16".
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(
+        lambda record: not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
+    )
+
+
+def hide_tokens(record: logging.LogRecord) -> bool:
+    """A logging filter that replaces access tokens in the message. Keeps every record."""
+    record.msg, record.args = without_tokens(record.getMessage()), None
+    return True
 
 
 def weight_dtype(mixed_precision: str) -> torch.dtype:
@@ -86,23 +161,28 @@ def resolve_seed(seed: int | None, checkpoint: Path | None) -> int:
     return seed
 
 
-def start_trackers(accelerator: Accelerator, tracker_name: str, settings: Settings) -> None:
-    """Starts the trackers with the run's settings, without the token."""
-    shown = {name: str(value) for name, value in settings.flat().items() if name != "hub_token"}
-    accelerator.init_trackers(tracker_name, config=shown)
-
-
 def log_plan(
     settings: Settings, accelerator: Accelerator, data: TrainingData, roles: StudentTeacherLoRA, first_step: int
 ) -> None:
     """Logs what will be trained, on what and for how long."""
     training = settings.training
     count = sum(parameter.numel() for parameter in roles.student_parameters)
-    total_batch = training.pictures_per_step(accelerator.num_processes)
+    pictures_per_step = data.pictures_per_step(settings, accelerator.num_processes)
     logger.info(f"Training {len(roles.module_names)} modules, {count:,} parameters, rank {settings.lora.rank}")
     logger.info(f"Pictures: {len(data.pictures)}; batches per epoch: {data.order.num_batches}")
     checkpointing = "on" if training.gradient_checkpointing else "off"
     logger.info(f"Precision of the frozen model: {training.mixed_precision}; gradient checkpointing: {checkpointing}")
     logger.info(
-        f"Pictures per step over all processes: {total_batch}; steps: {first_step} to {training.max_train_steps}"
+        f"Pictures per step over all processes: {pictures_per_step:.3g}; steps: {first_step} to "
+        f"{training.max_train_steps}"
     )
+    order = data.order
+    if order.mean_batch_size < training.train_batch_size:
+        counts = ", ".join(
+            f"{height}x{width}: {len(members)}" for (height, width), members in sorted(order.buckets.items())
+        )
+        logger.warning(
+            f"--train_batch_size {training.train_batch_size}: batches hold {order.mean_batch_size:.3g} pictures on "
+            f"average, because pictures of different sizes are not mixed (height x width: pictures, repeats included: "
+            f"{counts})"
+        )

@@ -206,6 +206,7 @@ class Model(ABC):
         default_settings: flag -> default, where it depends on the model.
         card: what the model card says of it.
         tracker_name: project name for the trackers.
+        works_in_fp16: False if activations of the published weights are known to overflow in float16.
     """
 
     name: ClassVar[str]
@@ -220,6 +221,7 @@ class Model(ABC):
     default_settings: ClassVar[dict[str, Any]]
     card: ClassVar[CardInfo]
     tracker_name: ClassVar[str]
+    works_in_fp16: ClassVar[bool] = True
 
     def teacher_context(self, settings: Settings) -> TeacherContext:
         return self.teacher_contexts[settings.teacher.teacher_context]

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
 
-from .output import reporting_write_errors
+from .output import replacing, reporting_write_errors
 from .settings import Settings
 
 
@@ -102,7 +102,9 @@ def write_run_card(
     """
     folder = Path(settings.training.output_dir)
     card = folder / CARD_FILE
-    if card.exists() and "d-opsd" not in card.read_text(encoding="utf-8", errors="replace"):
+    # An empty card was left by an older version on a full disk.
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if text.strip() and "d-opsd" not in text:
         logger.warning(
             f"{card} is not the model card of a D-OPSD run, so it is not overwritten; --push_to_hub would publish it"
         )
@@ -169,7 +171,8 @@ def write_card(
         ]
     )
     path = folder / CARD_FILE
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(path)
+    with replacing(path) as unfinished:
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(unfinished)
     return path
 
 

@@ -11,12 +11,12 @@ logger = get_logger(__name__)
 
 
 def build_optimizer(
-    settings: OptimizerSettings, parameters: list[torch.nn.Parameter], pictures_per_step: int
+    settings: OptimizerSettings, parameters: list[torch.nn.Parameter], pictures_per_step: float
 ) -> torch.optim.Optimizer:
     """The optimizer that the settings name.
 
     Args:
-        pictures_per_step: over all processes; what `--scale_lr` multiplies by.
+        pictures_per_step: mean over an epoch, over all processes; what `--scale_lr` multiplies by.
     """
     options = {
         "lr": settings.learning_rate * (pictures_per_step if settings.scale_lr else 1),
@@ -56,3 +56,9 @@ def build_lr_scheduler(
         num_cycles=settings.lr_num_cycles,
         power=settings.lr_power,
     )
+
+
+def effective_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The rate of the current step. Prodigy multiplies the schedule's by the step size that it has estimated."""
+    group = optimizer.param_groups[0]
+    return group["lr"] * group.get("d", 1.0)

@@ -1,19 +1,54 @@
-"""The output folder of a run: which checkpoints are in it, and how errors while writing are reported."""
+"""The output folder of a run: its lock, its checkpoints' names, and writing files so that none is ever incomplete."""
 
+import errno
+import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .errors import InputError, OutputError, first_line
 
 
+logger = get_logger(__name__)
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
-CHECKPOINT_FILES = ("adapters.safetensors", "trainer_state.pt", "state.json")
+LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner.json"
+
+# Errors that mean that content is lost. Others come from file systems that cannot sync, such as CIFS folders.
+LOST_CONTENT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def open_output_dir(folder: Path, accelerator: Accelerator) -> FileLock | None:
+    """Creates the folder, and locks it against other runs.
+
+    Returns:
+        The main process's lock. The system releases it when the process ends, however it ends.
+
+    Raises:
+        InputError: the folder cannot be written, or another run is writing to it. All processes raise it.
+    """
+    lock, problem = None, None
+    if accelerator.is_main_process:
+        try:
+            make_output_dir(folder)
+            lock = lock_output_dir(folder)
+        except InputError as error:
+            problem = str(error)
+    if problem := broadcast_object_list([problem])[0]:
+        raise InputError(problem)
+    return lock
 
 
 def make_output_dir(folder: Path) -> None:
@@ -26,46 +61,133 @@ def make_output_dir(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror}); choose another") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        raise InputError(f"--output_dir {folder}: cannot be written ({first_line(error)}); choose another") from error
+
+
+def lock_output_dir(folder: Path) -> FileLock:
+    """Locks the folder for this process.
+
+    Raises:
+        InputError: another process has locked it.
+    """
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(
+            f"--output_dir {folder}: {_owner(folder)} is writing to it; wait for it to end, or choose another folder"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        logger.warning(f"--output_dir {folder}: cannot be locked ({first_line(error)}); start no second run in it")
+        return lock
+    with suppress(OSError), replacing(folder / OWNER_FILE) as unfinished:
+        unfinished.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+    return lock
+
+
+def _owner(folder: Path) -> str:
+    try:
+        owner = json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))
+        return f"another run (process {owner['pid']} on {owner['host']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another run"
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step of a complete checkpoint's folder, or -1 for anything else."""
-    number = path.name.removeprefix("checkpoint-")
-    is_complete = all((path / name).is_file() for name in CHECKPOINT_FILES)
-    return int(number) if number != path.name and number.isdecimal() and is_complete else -1
+    """The step in a checkpoint folder's name, or -1 for anything else. The folder may be incomplete or damaged."""
+    match = re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name)
+    return int(match[1]) if match and path.is_dir() else -1
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in an output folder, oldest first."""
+    """The checkpoints in an output folder, oldest first."""
     found = [path for path in folder.iterdir() if checkpoint_step(path) >= 0] if folder.is_dir() else []
     return sorted(found, key=checkpoint_step)
 
 
-def remove_unfinished_checkpoints(folder: Path) -> None:
-    """Removes what a killed run was writing or deleting."""
+def tidy_output_dir(folder: Path, first_step: int) -> None:
+    """Removes what a killed run was writing or deleting, and moves newer checkpoints away.
+
+    Checkpoints after `first_step` are damaged, or the run would have started from them.
+
+    Raises:
+        OutputError: one of them cannot be moved.
+    """
     for path in folder.glob(".checkpoint-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in list_checkpoints(folder):
+        if checkpoint_step(path) > first_step:
+            aside = path.with_name(f"{path.name}.damaged")
+            with reporting_write_errors(folder, aside.name):
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            logger.warning(f"Moved the damaged {path.name} to {aside}")
 
 
 @contextmanager
 def reporting_write_errors(folder: Path, what: str) -> Iterator[None]:
-    """Turns an error while writing `what` into an `OutputError` that says which checkpoint is safe."""
+    """Turns an error while writing `what`, which ends the run, into an `OutputError` that says what is safe."""
+    try:
+        with naming_file(Path(what)):
+            yield
+    except OutputError as error:
+        safe = [path.name for path in list_checkpoints(folder)[-1:]] or ["no checkpoint"]
+        raise OutputError(
+            f"--output_dir {folder}: {error}, then run the same command with --resume_from_checkpoint latest; "
+            f"{safe[0]} is complete"
+        ) from error.__cause__
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Turns an error while writing a file into an `OutputError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        safe = [path.name for path in list_checkpoints(folder)[-1:]] or ["no checkpoint"]
-        raise OutputError(
-            f"--output_dir {folder}: {what} could not be written ({first_line(error)}); {safe[0]} is complete: make "
-            "room, then run the same command with --resume_from_checkpoint latest"
-        ) from error
+        advice = "make room" if is_full(error) else "make it writable"
+        raise OutputError(f"{path} could not be written ({first_line(error)}): {advice}") from error
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a write failed because the disk is full. Libraries report it without an error number."""
+    return getattr(error, "errno", None) is None or error.errno in FULL_DISK
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden temporary file beside `path`, which replaces it on success and is removed on failure.
+
+    So `path` never holds an incomplete file, even after a power cut.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        yield unfinished
+        sync_to_disk(unfinished)
+        os.replace(unfinished, path)
+        sync_to_disk(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def sync_to_disk(path: Path) -> None:
-    """Flushes a file or folder to disk. Without it, a rename may survive a power cut that the content does not."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flushes a file or folder to disk, where the file system can.
+
+    Without it, a rename may survive a power cut that the content does not.
+
+    Raises:
+        OSError: content is lost, because the disk is full or broken.
+    """
+    # Windows syncs only what is open for writing, and opens no folders.
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, flags)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in LOST_CONTENT:
+            raise

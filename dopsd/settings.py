@@ -249,6 +249,11 @@ class TrainingSettings:
     context_cache_dir: MayDiffer[str | None] = flag(
         None, "Folder for encoded prompts and pictures. Default: context_cache in --output_dir."
     )
+    encode_only: MayDiffer[bool] = flag(
+        False,
+        "Fill the context cache, then stop: for example on a CPU, if the text encoder does not fit on the GPU that "
+        "trains. Pass the other flags as for training.",
+    )
     no_context_cache: MayDiffer[bool] = flag(
         False, "Keep the encoders in memory and encode every batch when it is needed."
     )
@@ -260,10 +265,6 @@ class TrainingSettings:
     )
     local_rank: MayDiffer[int] = flag(-1, "Has no effect, accepted for compatibility: the launcher sets the rank.")
 
-    def pictures_per_step(self, num_processes: int) -> int:
-        """Pictures per optimizer step over all processes, if every micro-batch is full."""
-        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
-
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -272,9 +273,7 @@ class OptimizerSettings:
     optimizer: MustMatch[Literal["adamw", "prodigy"]] = flag("adamw", "Optimizer, in upper or lower case.")
     use_8bit_adam: MustMatch[bool] = flag(False, "Use AdamW from bitsandbytes, which keeps its states in 8 bits.")
     learning_rate: MustMatch[Positive] = flag(1e-4, "Learning rate. Prodigy expects 1.")
-    scale_lr: MustMatch[bool] = flag(
-        False, "Multiply the learning rate by the number of processes, accumulation steps and the batch size."
-    )
+    scale_lr: MustMatch[bool] = flag(False, "Multiply the learning rate by the pictures per step over all processes.")
     lr_scheduler: MustMatch[Literal[SCHEDULERS]] = flag("constant", "Learning rate schedule.")
     lr_warmup_steps: MustMatch[CountOrZero] = flag(0, "Number of warm-up steps.")
     lr_num_cycles: MustMatch[Count] = flag(1, "Number of restarts of the cosine_with_restarts schedule.")

@@ -1,6 +1,5 @@
 """Contact sheets of images, and plots of a run's metrics. All lengths are in pixels."""
 
-import os
 import unicodedata
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
+
+from .output import replacing
 
 
 PAPER, INK, FAINT, RULE, EMPTY = "#ffffff", "#1d2433", "#5b6475", "#c9ced8", "#f1f3f6"
@@ -184,13 +185,9 @@ def line_end(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Writes a PNG to a temporary file and renames it, so that `path` never holds an incomplete image."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
+    """Writes a PNG, completely or not at all."""
+    with replacing(path) as unfinished:
         image.save(unfinished, format="PNG")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def plot_curves(history: list[dict], path: Path, *, title: str) -> None:

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 
-import psutil
 import torch
 from accelerate import Accelerator
 
 from .contexts import Contexts
 from .data.order import Sample, micro_batches, noise_seed, place_seed
 from .errors import TrainingDiverged
+from .memory import peak_memory_gb
 from .model import Context, FewStepPipeline
+from .optimizers import effective_learning_rate
 from .roles import StudentTeacherLoRA
 from .rollout import RolloutStep, VelocityFunction, rollout, seeded_noise
 from .settings import Settings
@@ -96,7 +97,7 @@ class TrainingStep:
                     self.check_finite(step, loss, grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        metrics = {"loss": loss, "lr": self.lr_scheduler.get_last_lr()[0], "grad_norm": grad_norm}
+        metrics = {"loss": loss, "lr": effective_learning_rate(self.optimizer), "grad_norm": grad_norm}
         self.after_optimizer_step()
         for name, values in (("loss", losses), ("cosine", cosines), ("norm_ratio", norm_ratios)):
             metrics |= {f"{name}/state_{number}": value for number, value in enumerate(values, start=1)}
@@ -171,10 +172,3 @@ def count_skipped(num_skipped: int, was_skipped: bool) -> int:
     if num_skipped == MAX_SKIPPED_STEPS:
         raise TrainingDiverged(f"--mixed_precision fp16: gradients overflowed in {num_skipped} steps in a row")
     return num_skipped
-
-
-def peak_memory_gb() -> float:
-    """Peak memory allocated on the GPU, in GB; on a CPU, the resident memory of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return psutil.Process().memory_info().rss / 1e9

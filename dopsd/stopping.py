@@ -9,27 +9,38 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from .tracking import end_training
+
 
 logger = get_logger(__name__)
 
+# A second one of these ends the process at once.
+URGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A closed terminal, and Slurm's warning before a job's time is over. They may come twice, or with a SIGTERM.
+WARNING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
+
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or the launcher's death. The run finishes its step, saves a checkpoint and ends.
+    """Set by a signal or the launcher's death. The run finishes its step, saves a checkpoint and ends.
 
-    A second signal ends the process at once.
+    Of validation, only the image in work is finished. A signal that the parent process ignores, as under nohup, stays
+    ignored.
     """
 
     def __init__(self):
         self.reason: str | None = None
         self.exit_code = 1
         self._launcher = os.getppid()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in (*URGENT_SIGNALS, *WARNING_SIGNALS):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        for handled in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(handled, signal.SIG_DFL)
-        self.reason, self.exit_code = signal.Signals(number).name, 128 + number
+        if number in URGENT_SIGNALS:
+            for handled in URGENT_SIGNALS:
+                signal.signal(handled, signal.SIG_DFL)
+        if self.reason is None:
+            self.reason, self.exit_code = signal.Signals(number).name, 128 + number
 
     @property
     def is_set(self) -> bool:
@@ -50,5 +61,5 @@ class StopRequest:
             f"Stopped after step {step} ({self.reason or 'requested on another process'}); checkpoint-{step} is "
             "saved. Continue with the same command and --resume_from_checkpoint latest"
         )
-        accelerator.end_training()
+        end_training(accelerator)
         sys.exit(self.exit_code)

@@ -113,5 +113,7 @@ def test_the_training_loop_is_in_the_script():
         if isinstance(node, ast.FunctionDef) and node.name == "main"
     )
     loop = next(ast.unparse(node) for node in ast.walk(main) if isinstance(node, ast.For))
-    order = [loop.index(call) for call in ("train_step(", "log_metrics(", "checkpoints.save(", "gallery.validate(")]
+    order = [
+        loop.index(call) for call in ("train_step(", "metrics_log.write(", "checkpoints.save(", "gallery.validate(")
+    ]
     assert order == sorted(order)

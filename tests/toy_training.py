@@ -72,6 +72,10 @@ class AccumulatingOptimizer:
         self.optimizer, self.accelerator = optimizer, accelerator
         self.step_was_skipped = False
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
     def step(self) -> None:
         if self.accelerator.sync_gradients and not self.step_was_skipped:
             self.optimizer.step()

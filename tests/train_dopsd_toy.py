@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 from transformers import Qwen3Model
 
-from dopsd.command_line import parse_settings, run_script
+from dopsd.command_line import parse_settings
 from dopsd.encoders import PromptEncoder
 from dopsd.model import Conditioning, Encoder, Model, SizeLimits, TeacherContext, TokenLimit
 from dopsd.model_card import CardInfo
+from dopsd.terminal import run_script
 from toy_pipeline import ToyContext, ToyPipeline, ToyTransformer
 from train_dopsd_flux2 import main
 

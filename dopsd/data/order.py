@@ -46,6 +46,8 @@ class SampleOrder:
 
     Attributes:
         num_batches: number of micro-batches per epoch.
+        mean_batch_size: samples per micro-batch, at most `batch_size`.
+        buckets: (height, width) in pixels -> indices of the examples of that size.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class SampleOrder:
         for index, example in enumerate(examples):
             self.buckets.setdefault(example.bucket, []).append(index)
         self.num_batches = sum(math.ceil(len(members) / batch_size) for members in self.buckets.values())
+        self.mean_batch_size = len(examples) / self.num_batches
         # Batches of the most recently requested epoch.
         self._epoch = -1
         self._batches: list[list[int]] = []

@@ -47,6 +47,10 @@ class TrainingData:
         """Distinct captions, in order."""
         return list(dict.fromkeys(caption for picture in self.pictures for caption in picture.captions))
 
+    def pictures_per_step(self, settings: Settings, num_processes: int) -> float:
+        """Pictures per optimizer step over all processes, on average."""
+        return self.order.mean_batch_size * settings.training.gradient_accumulation_steps * num_processes
+
     def picture(self, sample: Sample | Crop) -> Picture:
         return self.pictures[self.examples[sample.example].picture]
 

@@ -1,16 +1,16 @@
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 import train_dopsd_flux2
 import train_dopsd_zimage
-from dopsd.command_line import parse_settings, run_script
-from dopsd.errors import InputError, OutputError
+from dopsd.command_line import parse_settings
+from dopsd.errors import InputError
 from dopsd.model import TeacherContext
 from dopsd.settings import MayDiffer, ModelSettings, flag
 
@@ -202,30 +202,33 @@ def test_help_runs_as_a_user_runs_it(script):
     assert finished.returncode == 0 and "--teacher_context" in finished.stdout
 
 
-def raising(error: Exception):
-    def main(settings):
-        raise error
-
-    return main
-
-
-def end_of(raised: Exception) -> str:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--hub_tokn", "hf_abcdefghijklmnop"],
+        ["--hub_token", "hf_abcdefghijklmnop", "hf_qrstuvwxyz"],
+        ["--rank", "hf_abcdefghijklmnop"],
+        ["--hub_tokn=secret-without-prefix"],
+        ["hf_abcdefghijklmnop"],
+    ],
+)
+def test_no_error_prints_a_token(capsys, arguments):
     with pytest.raises(SystemExit) as end:
-        run_script("train.py", lambda: None, raising(raised))
-    return end.value.code
+        parse(*arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and not re.search("hf_|secret", error), error
 
 
-def test_errors_that_end_a_run_are_one_line():
-    assert end_of(InputError("--rank 0: no")) == "train.py: error: --rank 0: no"
-    assert end_of(OutputError("full")) == "train.py: error: full"
-    assert end_of(torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")).startswith(
-        "train.py: error: out of GPU memory (CUDA out of memory. Tried); pass --gradient_checkpointing"
+@pytest.mark.parametrize("tracker", ["wandb", "comet_ml", "all"])
+def test_a_token_on_the_command_line_is_refused_with_trackers_that_store_it(tracker):
+    with pytest.raises(InputError) as caught:
+        parse("--hub_token", "hf_secret", "--report_to", tracker)
+    assert f"--hub_token: cannot be combined with --report_to {tracker}, which stores the command line" in str(
+        caught.value
     )
-    assert "out of GPU memory" in end_of(torch.AcceleratorError("CUDA error: out of memory"))
+    assert "hf_secret" not in str(caught.value)
 
 
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run_script("train.py", lambda: None, lambda settings: 1 / 0)
-    with pytest.raises(torch.AcceleratorError):
-        run_script("train.py", lambda: None, raising(torch.AcceleratorError("CUDA error: illegal memory access")))
+def test_nothing_is_encoded_only_without_a_cache():
+    with pytest.raises(InputError, match="^--encode_only: fills the cache, which --no_context_cache turns off"):
+        parse("--encode_only", "--no_context_cache")

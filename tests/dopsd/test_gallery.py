@@ -2,6 +2,8 @@
 
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from command_line import LORA_FILE, same_weights, succeed
-from dopsd.gallery import drawn_prompts, evenly_spaced, relative_drift
+from dopsd.gallery import DrawingFailed, DrawingStopped, Gallery, drawn_prompts, evenly_spaced, relative_drift
 from dopsd.history import read_history
 from dopsd.settings import RETENTION_PROMPTS, ValidationSettings
 from models import EVERY_CONTEXT, ONE_MODEL, SLOW, both_models, every_context
+from short_runs import one_process
 
 
 DRAWN = {
@@ -240,3 +243,59 @@ def test_a_failed_preview_ends_a_preview_only_run(train, tmp_path):
     (tmp_path / "run/preview.png").mkdir(parents=True)
     error = train(validation_steps=1, preview_only=True).error
     assert "preview.png could not be written" in error
+
+
+# Sharing among processes
+
+
+def share(jobs, process: int, others: list, stop=None):
+    """`Gallery.share` on one of two processes; the other's report is given."""
+    accelerator = one_process(process_index=process, num_processes=2)
+    gallery = SimpleNamespace(accelerator=accelerator, stop=stop)
+    reports = []
+
+    def gather(own):
+        reports.extend(own)
+        return others + own if process else own + others
+
+    with patch("dopsd.gallery.gather_object", gather):
+        return Gallery.share(gallery, jobs, "Drawing"), reports
+
+
+def test_each_process_draws_its_share_and_gets_everything():
+    drawn = []
+    jobs = {name: lambda name=name: drawn.append(name) or name.upper() for name in "abcde"}
+    results, reports = share(jobs, process=0, others=[({"b": "B", "d": "D"}, False, None)])
+    assert drawn == ["a", "c", "e"] and reports == [({"a": "A", "c": "C", "e": "E"}, False, None)]
+    assert list(results.items()) == [(name, name.upper()) for name in "abcde"]
+    drawn.clear()
+    share(jobs, process=1, others=[({"a": "A", "c": "C", "e": "E"}, False, None)])
+    assert drawn == ["b", "d"]
+
+
+def test_an_error_on_one_process_is_an_error_on_all():
+    jobs = {"a": lambda: "A", "b": lambda: 1 / 0}
+    with pytest.raises(DrawingFailed, match="division by zero"):
+        share(jobs, process=0, others=[({}, False, "division by zero")])
+    with pytest.raises(ZeroDivisionError):
+        share(jobs, process=1, others=[({"a": "A"}, False, None)])
+
+
+def test_a_stop_request_to_one_process_ends_the_drawing_on_all():
+    jobs = {"a": lambda: "A", "b": lambda: "B"}
+    with pytest.raises(DrawingStopped):
+        share(jobs, process=0, others=[({}, True, "")])
+    with pytest.raises(DrawingStopped):
+        share(jobs, process=1, others=[({"a": "A"}, False, None)], stop=SimpleNamespace(is_set=True))
+
+
+def test_the_peak_of_memory_is_reset_after_drawing(monkeypatch):
+    resets = []
+    monkeypatch.setattr("dopsd.gallery.reset_peak_memory", lambda: resets.append(1))
+    gallery = object.__new__(Gallery)
+    gallery.settings, gallery.folder = ValidationSettings(validation_steps=0), Path("none")
+    gallery.draw_before_training(first_step=0)
+    assert len(resets) == 1
+    monkeypatch.setattr(Gallery, "draw_validation", lambda self, step: None)
+    gallery.validate(1)
+    assert len(resets) == 2

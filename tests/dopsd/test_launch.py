@@ -1,11 +1,21 @@
-import json
+import logging
+import os
+from types import SimpleNamespace
 
 import pytest
-from accelerate import PartialState
+import torch
+from accelerate import DistributedType, PartialState
 from accelerate.commands.config.config_args import load_config_from_file
+from test_stopping import logged
 
 from command_line import ROOT
-from dopsd.launch import resolve_seed
+from dopsd import launch
+from dopsd.errors import InputError
+from dopsd.launch import check_accelerator, hide_tokens, resolve_seed, start_accelerator
+from dopsd.settings import TrainingSettings
+from toy_training import ToyTraining
+from train_dopsd_flux2 import Flux2Klein
+from train_dopsd_zimage import ZImageTurbo
 
 
 @pytest.mark.parametrize(("name", "num_processes"), [("one_gpu", 1), ("one_node_of_gpus", 4)])
@@ -17,11 +27,136 @@ def test_accelerate_reads_the_configurations(name, num_processes):
 def test_the_seed_is_the_flags_then_the_checkpoints_then_drawn(tmp_path, caplog):
     PartialState()
     caplog.set_level("INFO")
-    (tmp_path / "state.json").write_text(json.dumps({"step": 2, "settings": {"--seed": 7}}))
-    assert resolve_seed(0, tmp_path) == 0
-    assert resolve_seed(None, tmp_path) == 7
+    ToyTraining().checkpoints(tmp_path, contract={"--seed": 7}).save(2)
+    caplog.clear()
+    assert resolve_seed(0, tmp_path / "checkpoint-2") == 0
+    assert resolve_seed(None, tmp_path / "checkpoint-2") == 7
     assert not caplog.records
     drawn = [resolve_seed(None, None) for _ in range(2)]
     assert drawn[0] != drawn[1]
     messages = [record.getMessage().removeprefix("[RANK 0] ") for record in caplog.records]
     assert messages == [f"No --seed was given; using --seed {seed}" for seed in drawn]
+
+
+# What accelerate is configured for
+
+
+@pytest.mark.parametrize(
+    ("variable", "mode"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism configuration"),
+    ],
+)
+def test_modes_that_split_the_model_are_one_line(monkeypatch, variable, mode):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(InputError) as caught:
+        start_accelerator(TrainingSettings(), Flux2Klein())
+    assert str(caught.value) == (
+        f"accelerate is configured for {mode}: supported are one process, or several with one GPU each (DDP); see "
+        "configs/"
+    )
+
+
+def test_a_configuration_that_accelerate_cannot_start_is_one_line(monkeypatch):
+    def fail(**kwargs):
+        raise RuntimeError("Distributed package doesn't have MPI built in.\nmore")
+
+    monkeypatch.setattr(launch, "Accelerator", fail)
+    with pytest.raises(InputError, match="MPI built in.*: supported are one process") as caught:
+        start_accelerator(TrainingSettings(), Flux2Klein())
+    assert "\n" not in str(caught.value)
+
+
+def accelerator_stub(mode=DistributedType.NO, precision="bf16", device="cpu"):
+    return SimpleNamespace(
+        distributed_type=mode,
+        mixed_precision=precision,
+        gradient_accumulation_steps=1,
+        device=torch.device(device),
+    )
+
+
+@pytest.mark.parametrize("mode", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.XLA])
+def test_other_distributed_types_are_refused(monkeypatch, mode):
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "nccl")
+    with pytest.raises(InputError, match=f"accelerate is configured for {mode.value}: supported are"):
+        check_accelerator(accelerator_stub(mode), TrainingSettings(), Flux2Klein())
+
+
+@pytest.mark.parametrize("backend", ["mpi", "gloo"])
+def test_mpi_is_refused_and_gloo_is_not(monkeypatch, backend):
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: backend)
+    stub = accelerator_stub(DistributedType.MULTI_CPU)
+    if backend == "gloo":
+        check_accelerator(stub, TrainingSettings(), Flux2Klein())
+        return
+    with pytest.raises(InputError, match="accelerate is configured for MPI"):
+        check_accelerator(stub, TrainingSettings(), Flux2Klein())
+
+
+def test_processes_wait_for_hours_while_others_draw(monkeypatch):
+    options = {}
+
+    def record(**kwargs):
+        options.update(kwargs)
+        raise ImportError("enough")
+
+    monkeypatch.setattr(launch, "Accelerator", record)
+    with pytest.raises(InputError):
+        start_accelerator(TrainingSettings(), Flux2Klein())
+    timeouts = [handler.timeout for handler in options["kwargs_handlers"] if hasattr(handler, "timeout")]
+    assert [timeout.total_seconds() >= 3600 for timeout in timeouts] == [True]
+
+
+# Precision
+
+
+def test_fp16_is_refused_for_the_model_that_overflows_in_it():
+    with pytest.raises(InputError, match="^--mixed_precision fp16: the activations of Z-Image-Turbo overflow in it"):
+        check_accelerator(accelerator_stub(precision="fp16", device="cuda"), TrainingSettings(), ZImageTurbo())
+
+
+def test_fp16_is_a_warning_for_the_other(caplog):
+    PartialState()
+    check_accelerator(accelerator_stub(precision="fp16", device="cuda"), TrainingSettings(), Flux2Klein())
+    assert "--mixed_precision fp16: can overflow; prefer bf16" in caplog.text
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_float32_on_a_gpu_is_a_warning(caplog, device):
+    PartialState()
+    check_accelerator(accelerator_stub(precision="no", device=device), TrainingSettings(), Flux2Klein())
+    assert ("the frozen model is loaded in float32" in caplog.text) == (device == "cuda")
+
+
+# What is logged
+
+
+def test_log_lines_show_no_tokens():
+    record = logging.LogRecord("any", logging.INFO, __file__, 1, "with %s", ("hf_abcdefghij",), None)
+    assert hide_tokens(record) and record.getMessage() == "with [token]"
+
+
+def log_as_libraries_do() -> None:
+    os.dup2(2, 1)
+    launch.set_up_logging()
+    for name, text in (
+        ("httpx", "HTTP Request: HEAD https://example.org"),
+        ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast from torch.bfloat16 to float16"),
+        ("bitsandbytes.autograd._functions", "something else"),
+    ):
+        logging.getLogger(name).info(text)
+        logging.getLogger(name).warning(text if name != "httpx" else "httpx failed")
+
+
+def test_routine_messages_of_other_libraries_are_not_logged(forkserver):
+    log = forkserver.new_log()
+    process = forkserver.start(logged, str(log), log_as_libraries_do)
+    process.join(timeout=60)
+    text = log.read_text()
+    assert process.exitcode == 0, text
+    assert "HTTP Request" not in text and "MatMul8bitLt" not in text
+    assert "httpx failed" in text and text.count("something else") == 2

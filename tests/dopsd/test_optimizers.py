@@ -2,7 +2,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from dopsd.optimizers import build_lr_scheduler, build_optimizer
+from dopsd.optimizers import build_lr_scheduler, build_optimizer, effective_learning_rate
 from dopsd.settings import OptimizerSettings
 
 
@@ -37,6 +37,20 @@ def test_prodigy_gets_its_settings(caplog):
     (group,) = optimizer.param_groups
     names = ("lr", "beta3", "decouple", "use_bias_correction", "safeguard_warmup", "eps")
     assert [group[name] for name in names] == [1.0, 0.5, False, False, False, 1e-3]
+
+
+def test_the_logged_rate_is_prodigys_own_estimate_times_the_schedules():
+    optimizer = build(optimizer="prodigy", learning_rate=1.0)
+    (parameter,) = optimizer.param_groups[0]["params"]
+    rates = [effective_learning_rate(optimizer)]
+    for _ in range(20):
+        optimizer.zero_grad()
+        parameter.square().sum().backward()
+        optimizer.step()
+        rates.append(effective_learning_rate(optimizer))
+    assert rates[0] == 1e-6 < rates[-1]  # Prodigy's first guess, and what it found
+    assert rates[-1] == optimizer.param_groups[0]["d"]
+    assert effective_learning_rate(build(learning_rate=0.5)) == 0.5
 
 
 def test_prodigy_with_a_small_learning_rate_gets_a_warning(caplog):

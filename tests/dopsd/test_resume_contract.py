@@ -18,7 +18,7 @@ def refused(tmp_path):
 
     def message(run, num_processes: int = 1) -> str:
         with pytest.raises(InputError) as caught:
-            check_resumable(tmp_path / "checkpoint-2", run.resume_contract(num_processes))
+            check_resumable(tmp_path / "checkpoint-2", run.resume_contract(num_processes), max_train_steps=2)
         text = str(caught.value)
         assert text.startswith("--resume_from_checkpoint checkpoint-2: ") and text.endswith("another --output_dir")
         return text.removeprefix("--resume_from_checkpoint checkpoint-2: ")
@@ -73,12 +73,16 @@ def test_a_run_is_not_resumed_with_other_flags_data_or_weights(
     shutil.copytree(model.path, other, dirs_exist_ok=True)
     moved = data.rename(tmp_path / "moved")
     run = prepare(**flags | {"instance_data_dir": moved}, pretrained_model_name_or_path=other, max_train_steps=9)
-    check_resumable(tmp_path / "checkpoint-2", run.resume_contract())
+    check_resumable(tmp_path / "checkpoint-2", run.resume_contract(), max_train_steps=2)
 
 
 def test_the_same_micro_batches_may_be_shared_by_more_processes(prepare, save, tmp_path):
     save(prepare(gradient_accumulation_steps=4).resume_contract(num_processes=1))
-    check_resumable(tmp_path / "checkpoint-2", prepare(gradient_accumulation_steps=2).resume_contract(num_processes=2))
+    check_resumable(
+        tmp_path / "checkpoint-2",
+        prepare(gradient_accumulation_steps=2).resume_contract(num_processes=2),
+        max_train_steps=2,
+    )
 
 
 @WITH_VLM
@@ -92,7 +96,9 @@ def test_a_run_is_not_resumed_with_another_vision_tower(prepare, save, refused, 
     assert refused(prepare(vlm_max_pixels=8192)).startswith("its --vlm_max_pixels was 4096, now it is 8192; ")
     moved = shutil.copytree(model.vlm_path, tmp_path / "moved")
     (moved / "notes.md").write_text("not one of the files that are read")
-    check_resumable(tmp_path / "checkpoint-2", prepare(vlm_model_name_or_path=moved).resume_contract())
+    check_resumable(
+        tmp_path / "checkpoint-2", prepare(vlm_model_name_or_path=moved).resume_contract(), max_train_steps=2
+    )
 
 
 def test_a_run_is_not_resumed_with_other_teacher_captions(prepare, save, refused, photos, tmp_path):
@@ -186,4 +192,4 @@ def test_a_checkpoint_from_before_the_settings_were_dataclasses_is_resumed(prepa
     assert {name: now[name] for name in old} == old
     assert (now["--vlm_model_name_or_path"] == "") == ("vlm_model_name_or_path" not in model.flags)
     save(old | {name: now[name] for name in IDENTITIES})
-    check_resumable(tmp_path / "checkpoint-2", now)
+    check_resumable(tmp_path / "checkpoint-2", now, max_train_steps=2)

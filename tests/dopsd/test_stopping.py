@@ -14,6 +14,7 @@ from dopsd.stopping import StopRequest
 
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
+WARNINGS = [signal.SIGHUP, signal.SIGUSR1]
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def stop_on(number: int) -> None:
     stop.end_run(accelerator, step=7)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS + WARNINGS)
 def test_the_first_signal_is_a_request(run, number):
     code, log = run(stop_on, number)
     assert code == 128 + number, log
@@ -92,6 +93,32 @@ def test_a_second_signal_ends_the_process_at_once(run, first, second):
     code, log = run(signal_twice, first, second)
     # Python's own handler for SIGINT is not back: the process dies of the signal without a traceback.
     assert code == -second and not log
+
+
+def warn_and_stop(first: int, second: int) -> None:
+    stop = StopRequest()
+    for number in (first, first, second, first):
+        os.kill(os.getpid(), number)
+    assert stop.reason == signal.Signals(first).name and stop.exit_code == 128 + first
+
+
+@pytest.mark.parametrize("first", WARNINGS)
+@pytest.mark.parametrize("second", SIGNALS + WARNINGS)
+def test_a_closed_terminal_may_be_reported_twice_and_with_another_signal(run, first, second):
+    code, log = run(warn_and_stop, first, second)
+    assert code == 0, log
+
+
+def ignore_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.is_set
+
+
+def test_hangups_stay_ignored_under_nohup(run):
+    code, log = run(ignore_hangups)
+    assert code == 0, log
 
 
 def outlive_the_launcher(file: str) -> None:

@@ -92,7 +92,7 @@ REFUSED_FLAGS = {
     "no checkpoint": (
         {"resume_from_checkpoint": "checkpoint-7"},
         1,
-        "--resume_from_checkpoint checkpoint-7: no complete checkpoint",
+        "--resume_from_checkpoint checkpoint-7: there is no such checkpoint",
     ),
     "no model": (
         {"pretrained_model_name_or_path": "nowhere/at-all"},

@@ -67,7 +67,7 @@ def test_the_stock_pipeline_draws_what_the_trained_student_draws(
 
 def test_a_checkpoint_holds_adapters_and_optimizer_and_never_the_base_model(train, tmp_path):
     succeed(train(checkpointing_steps=1, max_train_steps=3, checkpoints_total_limit=2))
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "run").glob("[!.]*")) == [
         "README.md",
         "checkpoint-2",
         "checkpoint-3",

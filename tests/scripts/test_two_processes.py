@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from command_line import LORA_FILE, assert_close_weights, succeed
@@ -48,6 +49,20 @@ def test_two_processes_give_the_lora_of_one_with_twice_the_accumulation(torchrun
     assert_close_weights(tmp_path / "one", tmp_path / "two", atol=1e-5, rtol=1e-3)
     one, two = ([line["loss"] for line in read_history(tmp_path / name)] for name in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-4)
+
+
+@ONE_MODEL
+def test_two_processes_draw_the_sheets_of_one(torchrun, command, arguments, tmp_path):
+    flags = {"validation_steps": 2, "num_validation_images": 2, "validation_prompt": ["a ball"]}
+    # So small that the weights, and with them the images, are the base's.
+    flags |= {"learning_rate": 1e-12, "context_cache_dir": tmp_path / "cache"}
+    process, log = torchrun(arguments("two", **flags))
+    succeed(command(*arguments("one", **flags, gradient_accumulation_steps=2)))
+    assert process.wait(timeout=240) == 0, log.read_text()
+    for name in ("preview", "validation-2", "rollout-2", "retention-2"):
+        one, two = (Image.open(tmp_path / folder / f"{name}.png") for folder in ("one", "two"))
+        assert one.tobytes() == two.tobytes(), name
+    assert [line for line in read_history(tmp_path / "two") if "retention" in line]
 
 
 @ONE_MODEL

@@ -38,6 +38,12 @@ def test_every_example_comes_once_in_an_epoch_in_batches_of_one_bucket(batch_siz
             assert len({examples[sample.example].bucket for sample in batch}) == 1
 
 
+def test_the_mean_batch_size_counts_the_smaller_batches():
+    assert make_order(batch_size=1).mean_batch_size == 1
+    assert make_order(batch_size=4).mean_batch_size == 11 / 3
+    assert make_order(batch_size=100).mean_batch_size == 11 / 2
+
+
 def test_every_epoch_shuffles_examples_and_batches():
     order = make_order()
     epochs = [one_epoch(order, epoch) for epoch in range(8)]

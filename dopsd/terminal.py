@@ -1,0 +1,85 @@
+"""What a script prints: streams that survive their reader, no secrets, and errors in one line."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from typing import Any, TextIO
+
+from .errors import DOPSDError, InputError, device_errors, first_line
+
+
+# Tokens of the Hugging Face Hub, and other services' keys as they appear in URLs and headers.
+TOKEN = re.compile(r"\b(hf_\w{3,}|api_org_\w{3,}|sk-[\w-]{8,}|gh[pousr]_\w{8,}|github_pat_\w{8,})|(?<=[Bb]earer )\S+")
+MAX_REFUSAL_CHARACTERS = 360
+
+
+def without_tokens(text: str) -> str:
+    """The text with `[token]` in the place of everything that looks like an access token."""
+    return TOKEN.sub("[token]", text)
+
+
+def as_line(message: str, max_characters: int | None = None) -> str:
+    """A message as one line of printable characters, without tokens, cut in the middle if it is too long."""
+    text = " ".join(without_tokens(message).split())
+    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    if max_characters is not None and len(text) > max_characters:
+        half = max_characters // 2 - 3
+        text = f"{text[:half]} ... {text[-half:]}"
+    return text
+
+
+def run_script(script: str, parse: Callable[[], Any], main: Callable[[Any], Any]) -> None:
+    """Runs a script's `main`. A `DOPSDError` ends the process with one line and a non-zero exit status."""
+    try:
+        with redirect_stdout(LastingStream(sys.stdout)), redirect_stderr(LastingStream(sys.stderr)):
+            main(parse())
+    except DOPSDError as error:
+        # Flags and files may have any length. Where a result is safe must not be cut.
+        limit = MAX_REFUSAL_CHARACTERS if isinstance(error, InputError) else None
+        sys.exit(f"{script}: error: {as_line(str(error), limit)}")
+    except device_errors() as error:
+        if "out of memory" not in str(error):
+            raise
+        sys.exit(
+            f"{script}: error: out of GPU memory ({first_line(error)}); pass --gradient_checkpointing and "
+            "--use_8bit_adam, or lower --resolution, --train_batch_size or --rank"
+        )
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: interrupted; finished encodings are kept in the context cache")
+
+
+class LastingStream:
+    """Standard output or error that goes nowhere once its reader is gone, instead of ending the run.
+
+    The reader is a terminal, or a program such as `tee`.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:  # an ASCII locale
+            encoding = self._stream.encoding
+            return self._stream.write(text.encode(encoding, errors="backslashreplace").decode(encoding))
+        except OSError:
+            self._discard()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._discard()
+
+    def _discard(self) -> None:
+        with suppress(OSError, ValueError):  # ValueError: the stream has no descriptor
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
