@@ -161,6 +161,8 @@ def replacing(path: Path) -> Iterator[Path]:
     So `path` never holds an incomplete file, even after a power cut.
     """
     unfinished = path.with_name(f".{path.name}.tmp")
+    with suppress(FileNotFoundError):  # left by a killed run, or a link to another file
+        unfinished.unlink()
     try:
         yield unfinished
         sync_to_disk(unfinished)

@@ -115,6 +115,14 @@ def test_a_file_system_that_cannot_sync_is_no_error(tmp_path, monkeypatch, numbe
     assert (tmp_path / "file").read_text() == "content" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / "other").write_text("theirs")
+    (tmp_path / ".file.tmp").symlink_to(tmp_path / "other")
+    with replacing(tmp_path / "file") as unfinished:
+        unfinished.write_text("content")
+    assert not (tmp_path / "file").is_symlink() and (tmp_path / "other").read_text() == "theirs"
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_content_that_is_lost_while_syncing_is_an_error(tmp_path, monkeypatch, number):
     def fail(descriptor):
