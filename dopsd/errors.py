@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .text import printable
+
 
 # What PyTorch raises when a GPU fails or runs out of memory. Both are RuntimeErrors; AcceleratorError came after 2.6.
 DEVICE_ERRORS = tuple(
@@ -12,8 +14,21 @@ DEVICE_ERRORS = tuple(
 )
 
 
+MAX_MESSAGE_CHARACTERS = 390
+
+
 class DOPSDError(Exception):
-    """Base class. The message is one line that says what happened and what to do."""
+    """Base class. The message is one printable line that says what happened and what to do.
+
+    A message that is too long loses its middle: the names of files and flags in it are the user's, of any length.
+    """
+
+    def __init__(self, message: str):
+        message = printable(message)
+        if len(message) > MAX_MESSAGE_CHARACTERS:
+            half = MAX_MESSAGE_CHARACTERS // 2 - 3
+            message = f"{message[:half]} ... {message[-half:]}"
+        super().__init__(message)
 
 
 class InputError(DOPSDError, ValueError):
