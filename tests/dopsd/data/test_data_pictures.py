@@ -27,7 +27,9 @@ def test_links_are_followed_and_a_loop_ends(tmp_path):
     assert list(captions_of(read_folder(tmp_path / "folder", instance_prompt="x"))) == ["b.png", "link/a.png"]
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.TGA", "a.ICNS", "a.avif", "a.heic", "a.pict", "a.svg"])
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "a.JPEG", "a.TGA", "a.ICNS", "a.avif", "a.MPO", "a.heic", "a.pict", "a.svg"]
+)
 def test_names_of_pictures(name):
     assert is_picture(name)
 
