@@ -14,25 +14,28 @@ DEVICE_ERRORS = tuple(
 )
 
 
-MAX_MESSAGE_CHARACTERS = 390
+MAX_INPUT_ERROR_CHARACTERS = 390
 
 
 class DOPSDError(Exception):
-    """Base class. The message is one printable line that says what happened and what to do.
+    """Base class. The message is one printable line that says what happened and what to do."""
 
-    A message that is too long loses its middle: the names of files and flags in it are the user's, of any length.
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+class InputError(DOPSDError, ValueError):
+    """A flag, a file or a checkpoint cannot be used. The message names it.
+
+    A message that is too long loses its middle, since what users name files may have any length.
     """
 
     def __init__(self, message: str):
         message = printable(message)
-        if len(message) > MAX_MESSAGE_CHARACTERS:
-            half = MAX_MESSAGE_CHARACTERS // 2 - 3
+        if len(message) > MAX_INPUT_ERROR_CHARACTERS:
+            half = MAX_INPUT_ERROR_CHARACTERS // 2 - 3
             message = f"{message[:half]} ... {message[-half:]}"
         super().__init__(message)
-
-
-class InputError(DOPSDError, ValueError):
-    """A flag, a file or a checkpoint cannot be used. The message names it."""
 
 
 class OutputError(DOPSDError):

@@ -123,7 +123,9 @@ class FolderFiles:
         for spelling in dict.fromkeys([written, written.replace("\\", "/")]):
             name = posixpath.normpath(spelling)
             if os.path.isabs(spelling) or name.split("/")[0] == "..":
-                raise InputError(f"{place}: {written!r} is outside {self.folder}; give a path inside that folder")
+                raise InputError(
+                    f"{place}: {written!r} is outside --instance_data_dir; give a path inside that folder"
+                )
             found = self._index.find(name)
             if len(found) > 1:
                 raise InputError(f"{place}: {written!r} may be {found[0]!r} or {found[1]!r}; write one of them")

@@ -4,7 +4,7 @@ import pytest
 
 from dopsd import text
 from dopsd.command_line import parse_settings
-from dopsd.errors import InputError
+from dopsd.errors import InputError, OutputError
 from dopsd.text import MAX_CAPTION_CHARACTERS, argument_problem, printable, text_problem
 from train_dopsd_flux2 import MODEL
 
@@ -71,5 +71,6 @@ def test_a_token_that_is_not_text_is_not_shown():
 
 def test_messages_of_errors_are_one_line_under_400_characters():
     assert str(InputError("a\nb.png: bad; fix")) == r"a\nb.png: bad; fix"
+    assert str(OutputError("a\nb.png: full; fix")) == r"a\nb.png: full; fix"
     message = str(InputError(f"{'a' * 5000}.png: cannot be read; remove it"))
     assert len(message) < 400 and message.startswith("aaa") and message.endswith("cannot be read; remove it")
