@@ -16,6 +16,7 @@ from .errors import InputError, one_line
 from .model import Model, TeacherContext
 from .settings import Settings, TeacherSettings, check_ranges
 from .terminal import MAX_REFUSAL_CHARACTERS, as_line
+from .text import argument_problem
 
 
 TRACKER_PACKAGES = ("tensorboard", "wandb", "comet_ml")
@@ -118,8 +119,17 @@ def parse_settings(model: Model, description: str, arguments: list[str] | None =
     for group in groups:
         check_ranges(group)
     settings = Settings(*groups)
+    check_text(settings)
     # Publishing a finished run needs none of the settings that it was trained with.
     return settings if settings.publishing.push_only else resolve(settings, model)
+
+
+def check_text(settings: Settings) -> None:
+    """Raises `InputError` for a value that is not text. It is not shown, since it may be a token."""
+    for name, value in settings.flat().items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (problem := argument_problem(text)):
+                raise InputError(f"--{name}: {problem}")
 
 
 def config_arguments(path: Path, parser: SettingsParser) -> list[str]:

@@ -26,7 +26,7 @@ from .settings import TeacherSettings
 logger = get_logger(__name__)
 
 # Increased when the encoding of the same inputs changes, so that older cache entries are not used.
-ENCODING_FORMAT = 1
+ENCODING_FORMAT = 2
 
 
 @dataclass(frozen=True)

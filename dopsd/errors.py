@@ -4,9 +4,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .text import printable
+
 
 class DOPSDError(Exception):
-    """Base class. The message is one line that says what happened and what to do."""
+    """Base class. The message is one printable line that says what happened and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class InputError(DOPSDError, ValueError):

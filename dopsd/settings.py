@@ -116,6 +116,11 @@ class DataSettings:
     instance_prompt: MayDiffer[str | None] = flag(
         None, "Caption of all pictures. Default: none; every picture then needs a caption of its own."
     )
+    multiline_captions: MayDiffer[Literal["one_caption", "caption_per_line"] | None] = flag(
+        None,
+        "How to read a .txt file of several lines beside a picture: as one caption with line breaks, or as one "
+        "caption per line, of which one is drawn each time the picture is used. Default: one_caption, with a warning.",
+    )
     repeats: MustMatch[Count] = flag(1, "Number of times each picture is used per epoch.")
     resolution: MustMatch[Count] = flag(
         1024, "Training resolution, in pixels: pictures are scaled and cropped to a square of this side."

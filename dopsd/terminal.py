@@ -8,6 +8,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
 from .errors import DOPSDError, InputError, device_errors, first_line
+from .text import printable
 
 
 # Tokens of the Hugging Face Hub, and other services' keys as they appear in URLs and headers.
@@ -22,8 +23,7 @@ def without_tokens(text: str) -> str:
 
 def as_line(message: str, max_characters: int | None = None) -> str:
     """A message as one line of printable characters, without tokens, cut in the middle if it is too long."""
-    text = " ".join(without_tokens(message).split())
-    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    text = printable(" ".join(without_tokens(message).split()))
     if max_characters is not None and len(text) > max_characters:
         half = max_characters // 2 - 3
         text = f"{text[:half]} ... {text[-half:]}"

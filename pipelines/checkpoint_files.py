@@ -69,7 +69,7 @@ class CheckpointFiles:
     def read_json(self, name: str) -> dict[str, Any]:
         path = self.path(name)
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise self.damaged(name, error) from error
         if not isinstance(content, dict):

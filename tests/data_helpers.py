@@ -13,6 +13,7 @@ from dopsd.data.pictures import Picture
 from dopsd.errors import InputError
 from dopsd.model import SizeLimits
 from dopsd.settings import DataSettings
+from dopsd.terminal import MAX_REFUSAL_CHARACTERS, as_line
 
 
 RED, GREEN, BLUE, YELLOW, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)
@@ -56,10 +57,10 @@ def captions_of(pictures):
 
 
 def error_of(function, *args, **kwargs):
-    """The message of the `InputError`: one line of the form "flag or file: problem; what to do"."""
+    """The `InputError` as a script prints it: one line of the form "flag or file: problem; what to do"."""
     with pytest.raises(InputError) as caught:
         function(*args, **kwargs)
-    message = str(caught.value)
+    message = as_line(str(caught.value), MAX_REFUSAL_CHARACTERS)
     assert re.fullmatch(r"[^\n]+: [^\n]+; [^\n]+[^\n.]", message), message
     return message
 

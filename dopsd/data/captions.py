@@ -1,6 +1,5 @@
-"""Captions from `--instance_prompt`, from .txt files, and from the columns of a metadata file or data set."""
+"""Captions from `--instance_prompt`, and from the columns of a metadata file or data set."""
 
-import posixpath
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,72 +10,13 @@ from accelerate.logging import get_logger
 
 from ..errors import InputError
 from ..settings import DataSettings
-from .pictures import DatasetCell, Picture
+from ..text import text_problem
+from .pictures import DatasetCell, Picture, is_picture
 
 
 logger = get_logger(__name__)
 
-
-def prompt_captions(pictures: list[str], settings: DataSettings) -> dict[str, str]:
-    """Picture -> `--instance_prompt`.
-
-    Raises:
-        InputError: there is no prompt.
-    """
-    if not is_text(settings.instance_prompt):
-        raise InputError(
-            f"--instance_data_dir {settings.instance_data_dir}: its pictures have no captions; pass "
-            "--instance_prompt, or add a .txt file beside each picture, or a metadata.jsonl or metadata.csv at the top"
-        )
-    return {name: settings.instance_prompt for name in pictures}
-
-
-def sidecar_captions(
-    folder: Path, sidecars: list[str], pictures: list[str], instance_prompt: str | None
-) -> dict[str, str]:
-    """Picture -> text of the .txt file beside it, which has the same name up to the extension.
-
-    Args:
-        folder: the folder that the names are relative to.
-        sidecars: names of all .txt files.
-        pictures: names of all pictures.
-        instance_prompt: is not used; a warning says so.
-
-    Raises:
-        InputError: a picture has no .txt file or the reverse, or a file is empty or not UTF-8.
-    """
-    sidecar_of = {posixpath.splitext(name)[0]: name for name in sidecars}
-    stem_of = {name: posixpath.splitext(name)[0] for name in pictures}
-    for name, stem in stem_of.items():
-        if stem not in sidecar_of:
-            raise InputError(
-                f"{name}: has no caption, although other pictures have a .txt file; write its caption to {stem}.txt"
-            )
-    unpaired = sidecar_of.keys() - stem_of.values()
-    for stem, sidecar in sidecar_of.items():
-        if stem in unpaired:
-            raise InputError(
-                f"{sidecar}: there is no picture named {posixpath.basename(stem)} beside it; add the picture, or move "
-                "the file elsewhere"
-            )
-    if is_text(instance_prompt):
-        logger.warning("--instance_prompt is not used: the captions come from the .txt files beside the pictures")
-    return {name: _sidecar_text(folder, sidecar_of[stem]) for name, stem in stem_of.items()}
-
-
-def _sidecar_text(folder: Path, name: str) -> str:
-    text = read_text(folder, name).strip()
-    if not text:
-        raise InputError(f"{name}: is empty; write the caption into it")
-    return text
-
-
-def read_text(folder: Path, name: str) -> str:
-    """Reads a UTF-8 file, with or without a byte order mark. Line endings are kept as they are."""
-    try:
-        return (folder / name).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+MAX_NAMES_IN_MESSAGE = 8
 
 
 @dataclass(frozen=True)
@@ -118,50 +58,78 @@ class CaptionColumns:
 
 
 def find_caption_columns(
-    columns: list[str], table: str, settings: DataSettings, teacher_caption_column: str | None
+    columns: list[str],
+    text_columns: list[str],
+    table: str,
+    settings: DataSettings,
+    teacher_caption_column: str | None,
 ) -> CaptionColumns:
     """Chooses the caption columns of a metadata file or data set by the flags.
 
     Args:
         columns: all columns of the table.
+        text_columns: those that messages propose for captions.
         table: the metadata file or data set in messages.
 
     Raises:
         InputError: a flag names a column that does not exist, or there are no captions.
     """
+    choices = text_columns or columns
     if teacher_caption_column is not None:
-        check_column("--teacher_caption_column", teacher_caption_column, columns, table)
+        check_column("--teacher_caption_column", teacher_caption_column, columns, table, choices)
     for column in settings.caption_column or ():
-        check_column("--caption_column", column, columns, table)
+        check_column("--caption_column", column, columns, table, choices)
     has_prompt = is_text(settings.instance_prompt)
     if settings.caption_column and has_prompt:
         logger.warning("--instance_prompt is not used: the captions come from --caption_column")
-    elif has_prompt:
+    elif has_prompt and text_columns:
         logger.warning(
             f"--instance_prompt is the caption of every picture in {table}; to use captions from a column, pass "
-            f"--caption_column with one of {quoted(columns)}"
+            f"--caption_column with one of {quoted(text_columns)}"
         )
-    elif not settings.caption_column:
-        raise InputError(
-            f"{table}: needs captions; pass --caption_column with one or more of {quoted(columns)}, or one "
-            "--instance_prompt for all pictures"
-        )
+    elif not settings.caption_column and not has_prompt:
+        columns_advice = f"--caption_column with one or more of {quoted(text_columns)}, or " if text_columns else ""
+        raise InputError(f"{table}: needs captions; pass {columns_advice}one --instance_prompt for all pictures")
     return CaptionColumns(tuple(settings.caption_column or ()), teacher_caption_column, settings.instance_prompt)
 
 
-def check_column(flag: str, column: str, columns: list[str], table: str) -> None:
-    """Raises `InputError` if a flag names a column that the table does not have."""
+def check_column(flag: str, column: str, columns: list[str], table: str, choices: list[str] | None = None) -> None:
+    """Raises `InputError` if a flag names a column that the table does not have.
+
+    Args:
+        choices: the columns that the message proposes. Default: all.
+    """
     if column not in columns:
-        raise InputError(f"{flag} {column}: {table} has no such column; choose one of {quoted(columns)}")
+        raise InputError(f"{flag} {column}: {table} has no such column; choose one of {quoted(choices or columns)}")
+
+
+def may_hold_captions(values: Iterable[Any]) -> bool:
+    """Whether a column with these values may contain captions: text, but not the names of pictures."""
+    values = [value for value in values if value is not None]
+    texts = [value for value in values if isinstance(value, str)]
+    return not values or (bool(texts) and not all(map(is_picture, texts)))
 
 
 def _caption(row: Mapping[str, Any], column: str, place: str) -> str:
-    value = row.get(column)
+    value, place = row.get(column), f"{place}, column {column!r}"
     if not is_text(value):
-        raise InputError(
-            f"{place}, column {column!r}: expected a caption, got {reprlib.repr(value)}; write the caption as text"
-        )
-    return value
+        raise InputError(f"{place}: expected a caption, got {reprlib.repr(value)}; write the caption as text")
+    return check_caption(value, place)
+
+
+def check_caption(caption: str, place: str) -> str:
+    """The caption.
+
+    Args:
+        caption: text that is not blank.
+        place: the caption in error messages.
+
+    Raises:
+        InputError: it is too long, or contains characters that are not text.
+    """
+    if problem := text_problem(caption):
+        raise InputError(f"{place}: {problem}")
+    return caption
 
 
 def is_text(value: object) -> bool:
@@ -170,5 +138,7 @@ def is_text(value: object) -> bool:
 
 
 def quoted(names: Iterable[str]) -> str:
-    """The names in quotes, separated by commas."""
-    return ", ".join(map(repr, names))
+    """The names in quotes, separated by commas; only the number of those beyond the first few."""
+    names = list(names)
+    more = [f"{len(names) - MAX_NAMES_IN_MESSAGE} more"] if len(names) > MAX_NAMES_IN_MESSAGE else []
+    return ", ".join([*map(repr, names[:MAX_NAMES_IN_MESSAGE]), *more])

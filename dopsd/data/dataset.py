@@ -8,26 +8,33 @@ import datasets
 
 from ..errors import InputError, first_line
 from ..settings import DataSettings
-from .captions import check_column, find_caption_columns, quoted
-from .pictures import DatasetCell, Picture, is_picture, visible_files
+from .captions import check_column, find_caption_columns, may_hold_captions, quoted
+from .cells import picture_sources
+from .files import visible_files
+from .pictures import Picture, is_picture
+
+
+NUM_ROWS_OF_TEXT = 10  # as many are read to see whether a column holds captions
 
 
 def read_dataset(settings: DataSettings, teacher_caption_column: str | None, cache_dir: str | None) -> list[Picture]:
     """The pictures of `--dataset_name`, in row order. See `sources.read_pictures` for the arguments and errors."""
     name, image_column = settings.dataset_name, settings.image_column
+    if settings.multiline_captions is not None:
+        raise InputError("--multiline_captions: goes with --instance_data_dir; drop the flag")
     dataset = _load_train_split(name, settings.dataset_config_name, cache_dir)
     columns = dataset.column_names
     captions_only = teacher_caption_column is not None and image_column == "image" and "image" not in columns
     if not captions_only:
         check_column("--image_column", image_column, columns, name)
-    captions = find_caption_columns(columns, name, settings, teacher_caption_column)
+    text_columns = [column for column in columns if column != image_column and _is_text_column(dataset, column)]
+    captions = find_caption_columns(columns, text_columns, name, settings, teacher_caption_column)
     # Without any column, `datasets` would report no rows.
     rows = dataset.select_columns(captions.names) if captions.names else [{}] * len(dataset)
     if captions_only:
         sources = [None] * len(dataset)
     else:
-        images = _undecoded_images(dataset, name, image_column)
-        sources = [DatasetCell(images, index, image_column) for index in range(len(dataset))]
+        sources = picture_sources(_undecoded_images(dataset, name, image_column), name, image_column, cache_dir)
     return [
         captions.picture(row, place=f"row {index} of {name}", source=source)
         for index, (row, source) in enumerate(zip(rows, sources, strict=True))
@@ -35,6 +42,8 @@ def read_dataset(settings: DataSettings, teacher_caption_column: str | None, cac
 
 
 def _load_train_split(name: str, config_name: str | None, cache_dir: str | None) -> datasets.Dataset:
+    if os.path.isdir(name):
+        _check_regular_files(Path(name))
     try:
         splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
     except Exception as error:  # load_dataset documents no base class for its errors
@@ -47,6 +56,19 @@ def _load_train_split(name: str, config_name: str | None, cache_dir: str | None)
             "named train, or pass a folder of pictures as --instance_data_dir"
         )
     return splits["train"]
+
+
+def _check_regular_files(folder: Path) -> None:
+    """Raises `InputError` for a pipe, socket or device, which `datasets` would wait for or read without end."""
+    for path in visible_files(folder):
+        if path.exists() and not path.is_file():
+            raise InputError(f"--dataset_name {folder}: {path.name} is not a regular file; move it elsewhere")
+
+
+def _is_text_column(dataset: datasets.Dataset, column: str) -> bool:
+    if getattr(dataset.features[column], "dtype", None) not in ("string", "large_string"):
+        return False
+    return may_hold_captions(dataset.select_columns([column])[:NUM_ROWS_OF_TEXT][column])
 
 
 def _undecoded_images(dataset: datasets.Dataset, name: str, image_column: str) -> datasets.Dataset:
@@ -79,8 +101,8 @@ def _check_none_left_out(dataset: datasets.Dataset, folder: Path) -> None:
     if left_out:
         raise InputError(
             f"--dataset_name {folder}: does not read {left_out[0].relative_to(folder).as_posix()} ({len(left_out)} of "
-            f"{len(pictures)} pictures are left out: without a metadata row, or because of file names with train, val "
-            f"or test); pass --instance_data_dir {folder} instead"
+            f"{len(pictures)} pictures are left out: without a metadata row, in a folder that starts with __, or "
+            f"because of file names with train, val or test); pass --instance_data_dir {folder} instead"
         )
 
 

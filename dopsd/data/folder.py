@@ -6,9 +6,12 @@ from accelerate.logging import get_logger
 
 from ..errors import InputError
 from ..settings import DataSettings
-from .captions import prompt_captions, sidecar_captions
+from ..text import printable
+from .captions import is_text
+from .files import FolderFiles, warn_of_links_out
 from .metadata import find_metadata, metadata_pictures
-from .pictures import Picture, is_picture, visible_files
+from .pictures import Picture, is_picture
+from .sidecars import match_sidecars, sidecar_captions
 
 
 logger = get_logger(__name__)
@@ -23,44 +26,92 @@ def read_folder(settings: DataSettings, teacher_caption_column: str | None) -> l
     `sources.read_pictures` for the arguments and errors.
     """
     folder = _existing_folder(settings.instance_data_dir)
-    names = sorted(path.relative_to(folder).as_posix() for path in visible_files(folder))
+    files = FolderFiles(folder)
+    names = list(files.paths)
     pictures = [name for name in names if is_picture(name)]
-    sidecars = [name for name in names if name.lower().endswith(".txt")]
+    texts = [name for name in names if name.lower().endswith(".txt")]
     metadata = find_metadata(names)
-    _warn_of_ignored_files(sorted({*names} - {*pictures, *sidecars, metadata}))
+    text_of = match_sidecars(pictures, texts)
+    used = {*pictures, *text_of.values(), metadata}
+    ignored = [name for name in names if name not in used]
     if not pictures and teacher_caption_column is None:
-        raise InputError(f"--instance_data_dir {folder}: contains no pictures; give a folder with pictures")
-    if metadata and sidecars:
+        only = f", only files such as {ignored[0]}" if ignored else ""
+        raise InputError(f"--instance_data_dir {folder}: contains no pictures{only}; give a folder with pictures")
+    if metadata and text_of:
         raise InputError(
-            f"{metadata}, {sidecars[0]}: both contain captions; keep either the metadata file or the .txt files"
+            f"{metadata}, {next(iter(text_of.values()))}: both contain captions; keep either the metadata file or the "
+            ".txt files"
         )
+    if settings.multiline_captions is not None and not text_of:
+        raise InputError("--multiline_captions: needs a .txt file beside each picture; add them, or drop the flag")
     if metadata:
-        return metadata_pictures(folder, metadata, pictures, settings, teacher_caption_column)
-    _refuse_column_flags(settings, teacher_caption_column)
-    if sidecars:
-        captions = sidecar_captions(folder, sidecars, pictures, settings.instance_prompt)
+        found = metadata_pictures(files, metadata, pictures, settings, teacher_caption_column)
     else:
-        captions = prompt_captions(pictures, settings)
-    return [Picture(name, (captions[name],), folder / name) for name in pictures]
+        _refuse_column_flags(settings, teacher_caption_column)
+        if text_of:
+            captions = sidecar_captions(files.paths, pictures, texts, text_of, settings)
+        else:
+            captions = dict.fromkeys(pictures, (_prompt(settings, texts),))
+            _warn_of_ignored_texts(texts)
+            ignored = sorted({*ignored} - {*texts})
+        found = [Picture(name, captions[name], files.paths[name]) for name in pictures]
+    _warn_of_ignored_files(ignored)
+    read = {picture.name: picture.source for picture in found if picture.source is not None}
+    warn_of_links_out(folder, read | {name: files.paths[name] for name in (*text_of.values(), metadata) if name})
+    return found
 
 
 def _existing_folder(name: str) -> Path:
     if not name.strip():
         raise InputError(f"--instance_data_dir {name!r}: is blank; give the folder with the pictures")
     folder = Path(name)
-    if not folder.exists():
+    try:
+        exists = folder.exists()
+    except OSError as error:  # the name is too long, or a parent folder cannot be read
+        raise InputError(f"--instance_data_dir {folder}: cannot be read ({error.strerror}); check the path") from error
+    if not exists:
         raise InputError(f"--instance_data_dir {folder}: does not exist; check the path")
     if not folder.is_dir():
         raise InputError(f"--instance_data_dir {folder}: is a file; give the folder that contains it")
     return folder
 
 
+def _prompt(settings: DataSettings, texts: list[str]) -> str:
+    """`--instance_prompt`, which the pictures need since they have no captions.
+
+    Args:
+        texts: names of the .txt files, of which none has the name of a picture.
+    """
+    if is_text(settings.instance_prompt):
+        return settings.instance_prompt
+    if texts:
+        raise InputError(
+            f"{texts[0]}: no picture beside it has this name, nor do other .txt files fit a picture ({len(texts)} in "
+            "all); name each picture's .txt file like the picture, or pass one --instance_prompt for all pictures"
+        )
+    raise InputError(
+        f"--instance_data_dir {settings.instance_data_dir}: its pictures have no captions; pass "
+        "--instance_prompt, or add a .txt file beside each picture, or a metadata.jsonl or metadata.csv at the top"
+    )
+
+
 def _warn_of_ignored_files(names: list[str]) -> None:
     if names:
-        num_more = len(names) - MAX_NAMES_IN_WARNING
-        more = f" and {num_more} more" if num_more > 0 else ""
-        shown = ", ".join(names[:MAX_NAMES_IN_WARNING])
-        logger.warning(f"Ignoring files that are neither pictures nor captions: {shown}{more}")
+        logger.warning(f"Ignoring files that are neither pictures nor captions: {_first_names(names)}")
+
+
+def _warn_of_ignored_texts(names: list[str]) -> None:
+    if names:
+        logger.warning(
+            "--instance_prompt is the caption of every picture; ignoring .txt files, since none has the name of a "
+            f"picture: {_first_names(names)}"
+        )
+
+
+def _first_names(names: list[str]) -> str:
+    num_more = len(names) - MAX_NAMES_IN_WARNING
+    more = f" and {num_more} more" if num_more > 0 else ""
+    return printable(", ".join(names[:MAX_NAMES_IN_WARNING])) + more
 
 
 def _refuse_column_flags(settings: DataSettings, teacher_caption_column: str | None) -> None:

@@ -4,15 +4,22 @@ import hashlib
 import io
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import fsspec
 import numpy as np
+from accelerate.logging import get_logger
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from ..errors import InputError, first_line
+from ..text import printable
+from .color import ProfileError, to_srgb
+from .files import read_regular_file
 from .pictures import Picture
 
+
+logger = get_logger(__name__)
 
 # Pillow documents no base class for its errors. This list was found by damaging files of many formats; RuntimeError
 # comes from the AVIF decoder.
@@ -27,11 +34,35 @@ PILLOW_ERRORS = (
     Image.DecompressionBombError,
 )
 
+CONVERT = "convert it to JPEG or PNG, or remove it"
+
+
+class SourceError(ValueError):
+    """There is no encoded picture."""
+
+
+class Decoded(NamedTuple):
+    """A decoded picture.
+
+    Attributes:
+        image: 8-bit RGB, in sRGB.
+        profile_problem: why its color profile could not be used. None if it was used, or if there is none.
+    """
+
+    image: Image.Image
+    profile_problem: str | None
+
 
 def read_image(picture: Picture) -> Image.Image:
+    """Decodes a picture to 8-bit RGB; see `decode`."""
+    return decode(picture).image
+
+
+def decode(picture: Picture) -> Decoded:
     """Decodes a picture to 8-bit RGB.
 
-    The first frame is read, turned upright as its EXIF data say, and put on white where it is transparent.
+    The first frame is read, turned upright as its EXIF data say, converted to sRGB if it has a color profile, and put
+    on white where it is transparent.
 
     Raises:
         InputError: the picture is missing, damaged or of an unknown format.
@@ -43,12 +74,29 @@ def read_image(picture: Picture) -> Image.Image:
             # `info`, and fails if they contain an invalid tag.
             image.getexif()
             image.info.pop("exif", None)
-            return to_rgb(ImageOps.exif_transpose(image))
+            profile = image.info.pop("icc_profile", None)
+            upright = ImageOps.exif_transpose(image)
+            try:
+                return Decoded(to_rgb(upright, profile), None)
+            except ProfileError as error:
+                return Decoded(to_rgb(upright), str(error))
     except PILLOW_ERRORS as error:
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else first_line(error)
-        raise InputError(
-            f"{picture.name}: cannot be read as a picture ({reason}); convert it to JPEG or PNG, or remove it"
-        ) from error
+        raise InputError(f"{picture.name}: cannot be read as a picture ({_reason_and_advice(error)}") from error
+
+
+def _reason_and_advice(error: Exception) -> str:
+    """The end of the message for a picture that cannot be read, from inside the parenthesis."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"unknown format); {CONVERT}"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels); shrink it, or remove it"
+    if isinstance(error, OSError) and error.errno is not None:  # the file could not be read
+        return f"{error.strerror}); correct that, or remove it"
+    if isinstance(error, SourceError):
+        return f"{error}); add the picture, or remove the row"
+    if "MAX_TEXT_" in str(error) or "memory used in text chunks" in str(error):
+        return "its text metadata or color profile are too large); save it again without them, or remove it"
+    return f"{first_line(error)}); {CONVERT}"
 
 
 def source_bytes(picture: Picture) -> bytes:
@@ -56,37 +104,51 @@ def source_bytes(picture: Picture) -> bytes:
 
     Raises:
         OSError: its file cannot be read.
-        ValueError: its cell in the data set is empty.
+        SourceError: its cell in the data set is empty.
     """
     if isinstance(picture.source, Path):
-        return picture.source.read_bytes()
+        return read_regular_file(picture.source)
     dataset, row, column = picture.source
     cell = dataset[row][column] or {"bytes": None, "path": None}
     if cell["bytes"] is not None:
         return cell["bytes"]
     if cell["path"] is None:
-        raise ValueError(f"column {column!r} is empty")
-    with fsspec.open(cell["path"], "rb") as file:  # the path may point into an archive: zip://...
+        raise SourceError(f"column {column!r} is empty")
+    with fsspec.open(cell["path"], "rb") as file:  # in an archive: zip://..., checked by `cells.picture_sources`
         return file.read()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
     """Converts an image of any mode to RGB, with transparent pixels on white.
+
+    Args:
+        image: the image.
+        profile: its ICC profile, if it has one: the result is then sRGB.
 
     Raises:
         ValueError: the range of its pixels is unknown.
+        ProfileError: the profile cannot be used.
     """
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I"):
         image = to_8_bits(image)
+    is_gray = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        if image.mode == "La":
+            image = image.convert("LA")  # the only mode that Pillow converts premultiplied grayscale to
+        image = image.convert("RGBA")
+    colors = image
+    if profile and image.mode != "LAB":  # the colors of a LAB picture are known without a profile
+        if image.mode != "CMYK":
+            colors = image.convert("RGB")
+        colors = to_srgb(colors.getchannel("R") if is_gray else colors, profile)
+        colors.info.pop("icc_profile", None)  # sRGB, which `to_srgb` may attach
+    colors = colors.convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")  # the only mode that Pillow converts premultiplied grayscale to
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+        return colors
+    white = Image.new("RGB", image.size, "white")
+    return Image.composite(colors, white, image.getchannel("A"))
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -126,11 +188,24 @@ def check_pictures(pictures: list[Picture], *, resolution: int, disable_progress
     Raises:
         InputError: a picture cannot be decoded.
     """
-    sizes = []
+    sizes, problems = [], []
     for picture in tqdm(pictures, desc="Reading pictures", disable=disable_progress):
         if picture.source is None:
             sizes.append((resolution, resolution))
         else:
-            image = read_image(picture)
+            image, problem = decode(picture)
             sizes.append((image.height, image.width))
+            if problem is not None:
+                problems.append((picture.name, problem))
+    warn_of_profiles(problems)
     return sizes
+
+
+def warn_of_profiles(problems: list[tuple[str, str]]) -> None:
+    """Warns once of all pictures whose color profiles could not be used: (name, `Decoded.profile_problem`)."""
+    if problems:
+        name, problem = problems[0]
+        logger.warning(
+            f"{printable(name)}: its color profile cannot be used ({printable(problem)}); {len(problems)} such "
+            "pictures are used as if they were sRGB: convert them to sRGB if their colors look wrong"
+        )

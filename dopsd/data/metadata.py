@@ -7,16 +7,17 @@ renames columns.
 import csv
 import io
 import json
-import os
 import posixpath
 import reprlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..settings import DataSettings
-from .captions import CaptionColumns, find_caption_columns, is_text, quoted, read_text
+from .captions import CaptionColumns, find_caption_columns, is_text, may_hold_captions, quoted
+from .files import FolderFiles, read_text
 from .pictures import Picture
 
 
@@ -63,7 +64,7 @@ def find_metadata(names: list[str]) -> str | None:
 
 
 def metadata_pictures(
-    folder: Path, metadata: str, pictures: list[str], settings: DataSettings, teacher_caption_column: str | None
+    files: FolderFiles, metadata: str, pictures: list[str], settings: DataSettings, teacher_caption_column: str | None
 ) -> list[Picture]:
     """The pictures that a metadata file lists, sorted by path.
 
@@ -71,7 +72,7 @@ def metadata_pictures(
     captions are returned without pictures, in row order.
 
     Args:
-        folder: the folder that all names are relative to.
+        files: the folder's files.
         metadata: name of the metadata file.
         pictures: names of all pictures in the folder.
         settings: flags that choose the columns.
@@ -80,13 +81,18 @@ def metadata_pictures(
     Raises:
         InputError: rows and pictures do not match, or a row, caption or column is missing or malformed.
     """
-    rows = read_rows(folder, metadata)
+    rows = read_rows(files.paths[metadata], metadata)
     columns = list(dict.fromkeys(column for row in rows for column in row.values))
-    captions = find_caption_columns(columns, metadata, settings, teacher_caption_column)
     path_column = "file_name" if settings.image_column == "image" else f"{settings.image_column}_file_name"
+    text_columns = [
+        column
+        for column in columns
+        if not _is_path_column(column) and may_hold_captions(row.values.get(column) for row in rows)
+    ]
+    captions = find_caption_columns(columns, text_columns, metadata, settings, teacher_caption_column)
     if path_column in columns:
-        found = _listed_pictures(folder, rows, path_column, captions)
-        _check_every_picture_has_a_row(pictures, rows, metadata)
+        found = _listed_pictures(files, rows, path_column, captions)
+        _check_every_picture_has_a_row(files, pictures, rows, metadata)
         return sorted(found, key=lambda picture: picture.name)
     if not pictures:
         return [captions.picture(row.values, place=row.place, source=None) for row in rows]
@@ -96,41 +102,38 @@ def metadata_pictures(
     )
 
 
-def _listed_pictures(folder: Path, rows: list[Row], path_column: str, captions: CaptionColumns) -> list[Picture]:
+def _is_path_column(column: str) -> bool:
+    return column == "file_name" or column.endswith("_file_name")
+
+
+def _listed_pictures(files: FolderFiles, rows: list[Row], path_column: str, captions: CaptionColumns) -> list[Picture]:
     pictures = []
     line_of: dict[str, int] = {}
     for row in rows:
-        name = _picture_name(folder, row.values.get(path_column), f"{row.place}, column {path_column!r}")
+        value, place = row.values.get(path_column), f"{row.place}, column {path_column!r}"
+        if not is_text(value):
+            raise InputError(
+                f"{place}: expected the path of a picture, got {reprlib.repr(value)}; write the path there"
+            )
+        name = files.find(value, place)
         if name in line_of:
             raise InputError(
                 f"{row.place}: {name} is already listed in line {line_of[name]}; put several captions of one picture "
                 "into several columns"
             )
         line_of[name] = row.line
-        pictures.append(captions.picture(row.values, place=row.place, source=folder / name, name=name))
+        pictures.append(captions.picture(row.values, place=row.place, source=files.path(name), name=name))
     return pictures
 
 
-def _picture_name(folder: Path, value: object, place: str) -> str:
-    """The path of a picture in a metadata file, checked and normalized."""
-    if not is_text(value):
-        raise InputError(f"{place}: expected the path of a picture, got {reprlib.repr(value)}; write the path there")
-    name = posixpath.normpath(value)
-    if os.path.isabs(value) or name.split("/")[0] == "..":
-        raise InputError(f"{place}: {value!r} is outside --instance_data_dir; give a path inside that folder")
-    if not (folder / name).is_file():
-        raise InputError(f"{place}: there is no file {value!r}; correct the path or delete the row")
-    return name
-
-
-def _check_every_picture_has_a_row(pictures: list[str], rows: list[Row], metadata: str) -> None:
+def _check_every_picture_has_a_row(files: FolderFiles, pictures: list[str], rows: list[Row], metadata: str) -> None:
     # Editing pairs have several columns of paths, so a picture may be in any of them.
-    with_row = {
-        posixpath.normpath(value)
-        for row in rows
-        for column, value in row.values.items()
-        if (column == "file_name" or column.endswith("_file_name")) and isinstance(value, str)
-    }
+    with_row = set()
+    for row in rows:
+        for column, value in row.values.items():
+            if _is_path_column(column) and isinstance(value, str):
+                with suppress(InputError):  # only the paths in --image_column's column must exist
+                    with_row.add(files.find(value, row.place))
     without_row = [name for name in pictures if name not in with_row]
     if without_row:
         raise InputError(
@@ -139,14 +142,14 @@ def _check_every_picture_has_a_row(pictures: list[str], rows: list[Row], metadat
         )
 
 
-def read_rows(folder: Path, metadata: str) -> list[Row]:
-    """Reads a metadata file.
+def read_rows(path: Path, metadata: str) -> list[Row]:
+    """Reads a metadata file, which is called `metadata` in messages.
 
     Raises:
         InputError: it is malformed or has no rows.
     """
     parse = _parse_csv if metadata.endswith(".csv") else _parse_jsonl
-    return [Row(line, _place(metadata, line), values) for line, values in parse(metadata, read_text(folder, metadata))]
+    return [Row(line, _place(metadata, line), values) for line, values in parse(metadata, read_text(path, metadata))]
 
 
 def _place(metadata: str, line: int) -> str:
@@ -164,6 +167,11 @@ def _parse_jsonl(metadata: str, text: str) -> list[tuple[int, dict[str, Any]]]:
             values = json.loads(row_text)
         except json.JSONDecodeError as error:
             raise InputError(f"{_place(metadata, line)}: is not valid JSON ({error}); correct it") from error
+        except (ValueError, RecursionError) as error:  # Python reads at most 4,300 digits
+            raise InputError(
+                f"{_place(metadata, line)}: contains a number that is too long, or brackets in too many levels; "
+                "correct it"
+            ) from error
         if not isinstance(values, dict):
             raise InputError(
                 f"{_place(metadata, line)}: is not a JSON object; write "

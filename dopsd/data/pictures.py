@@ -1,8 +1,7 @@
-"""A training picture with its captions, and how picture files are found in a folder."""
+"""A training picture with its captions."""
 
 import mimetypes
 import posixpath
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -43,24 +42,6 @@ def is_picture(name: str) -> bool:
     This includes formats that Pillow cannot open, so that such a file becomes an error instead of being skipped.
     """
     pillow_format = Image.registered_extensions().get(posixpath.splitext(name)[1].lower())
-    pillow_opens = pillow_format in Image.OPEN and Image.MIME.get(pillow_format, "").startswith("image/")
+    # Pillow's JPEG plugin opens MPO, the format of phones that add a gain map or a second view.
+    pillow_opens = pillow_format in (*Image.OPEN, "MPO") and Image.MIME.get(pillow_format, "").startswith("image/")
     return pillow_opens or (mimetypes.guess_type(name, strict=False)[0] or "").startswith("image/")
-
-
-def visible_files(folder: Path, parents: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yields the files in a folder and its subfolders. Follows links.
-
-    Files and subfolders whose names start with "." or "__" are skipped.
-
-    Args:
-        folder: the folder to search.
-        parents: the resolved folders that are being searched already, for the recursion.
-    """
-    parents = (*parents, folder.resolve())
-    for path in folder.iterdir():
-        if path.name.startswith((".", "__")):
-            continue
-        if not path.is_dir():
-            yield path
-        elif path.resolve() not in parents:  # a link to a parent folder would recurse forever
-            yield from visible_files(path, parents)

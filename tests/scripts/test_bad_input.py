@@ -176,7 +176,7 @@ BAD_DATA = {
     "no caption": (lambda f: png(f) | {"instance_prompt": None}, "--instance_prompt"),
     "empty caption": (lambda f: metadata(f, {"file_name": "0.png", "text": " "}), "metadata.jsonl line 1"),
     "number caption": (lambda f: metadata(f, {"file_name": "0.png", "text": 7}), "metadata.jsonl line 1"),
-    "unknown column": (lambda f: metadata(f, {"file_name": "0.png", "caption": "x"}), "'file_name', 'caption'"),
+    "unknown column": (lambda f: metadata(f, {"file_name": "0.png", "caption": "x"}), "choose one of 'caption'"),
     "outside": (lambda f: metadata(f, {"file_name": "../0.png", "text": "x"}), "is outside --instance_data_dir"),
     "row without picture": (lambda f: metadata(f, {"file_name": "1.png", "text": "x"}), "1.png"),
     "two sources": (lambda f: png(f) | {"dataset_name": f}, "--dataset_name"),

@@ -37,7 +37,10 @@ def with_csv(folder, photos):
 def with_parquet(folder, photos):
     folder.mkdir()
     table = datasets.Dataset.from_dict(
-        {"picture": [str(photos / f"{n}.png") for n in range(3)], "text": [f"ball {n}" for n in range(3)]}
+        {
+            "picture": [{"bytes": (photos / f"{n}.png").read_bytes(), "path": None} for n in range(3)],
+            "text": [f"ball {n}" for n in range(3)],
+        }
     ).cast_column("picture", datasets.Image())
     table.to_parquet(folder / "train.parquet")
     flags = {"instance_data_dir": None, "instance_prompt": None, "dataset_name": folder, "caption_column": "text"}

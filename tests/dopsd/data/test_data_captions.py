@@ -9,7 +9,7 @@ from data_helpers import assert_names, captions_of, error_of, read_folder, warni
 def test_sidecars(tmp_path, caplog):
     write_pictures(tmp_path, "a.png", "sub/b.c.jpg", "sub/d.webp", "e.png", "e.jpg")
     (tmp_path / "a.txt").write_bytes("\ufeff  ein Hündchen\r\n".encode())
-    (tmp_path / "sub/b.c.txt").write_text("two\nlines\n", encoding="utf-8")
+    (tmp_path / "sub/b.c.txt").write_text("one line\n", encoding="utf-8")
     (tmp_path / "sub/d.TXT").write_text("007", encoding="utf-8")
     (tmp_path / "e.txt").write_text("both", encoding="utf-8")
     (tmp_path / ".hidden.txt").write_text("not a caption", encoding="utf-8")
@@ -17,7 +17,7 @@ def test_sidecars(tmp_path, caplog):
         "a.png": ("ein Hündchen",),
         "e.jpg": ("both",),
         "e.png": ("both",),
-        "sub/b.c.jpg": ("two\nlines",),
+        "sub/b.c.jpg": ("one line",),
         "sub/d.webp": ("007",),
     }
     assert not warnings_in(caplog)
@@ -81,7 +81,10 @@ def test_caption_column_wins_over_the_prompt_with_a_warning(tmp_path, caplog):
     [
         ({}, ["metadata.jsonl", "--caption_column", "--instance_prompt", "'text'"]),
         ({"instance_prompt": "  "}, ["metadata.jsonl", "--caption_column", "--instance_prompt", "'text'"]),
-        ({"caption_column": ["text", "prompt"]}, ["--caption_column prompt", "metadata.jsonl", "'file_name', 'text'"]),
+        (
+            {"caption_column": ["text", "prompt"]},
+            ["--caption_column prompt", "metadata.jsonl", "choose one of 'text'"],
+        ),
         ({"image_column": "x", "caption_column": ["text"]}, ["--image_column x", "'x_file_name'", "'file_name'"]),
     ],
 )

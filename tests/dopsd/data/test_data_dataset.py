@@ -86,7 +86,7 @@ def test_dataset_with_a_prompt(parquet_dataset, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        ({}, ["--caption_column", "--instance_prompt", "'text'", "'year'"]),
+        ({}, ["--caption_column", "--instance_prompt", "more of 'text', 'short', 'gaps', 'blank', or"]),
         ({"caption_column": ["prompt"]}, ["--caption_column prompt", "'text'", "'short'"]),
         ({"caption_column": ["text", "gaps"]}, ["row 1 of", "'gaps'", "None"]),
         ({"caption_column": ["blank"]}, ["row 2 of", "'blank'"]),
@@ -132,8 +132,8 @@ def test_dataset_with_an_empty_split(tmp_path):
 
 
 def test_dataset_whose_image_column_contains_paths(tmp_path):
-    write_pictures(tmp_path, "pictures/a.png")
-    write_jsonl(tmp_path / "data", {"photo": str(tmp_path / "pictures/a.png"), "text": "a dog"}, name="train.jsonl")
+    write_pictures(tmp_path, "data/pictures/a.png")
+    write_jsonl(tmp_path / "data", {"photo": str(tmp_path / "data/pictures/a.png"), "text": "a dog"}, name="t.jsonl")
     (picture,) = read_dataset(tmp_path / "data", tmp_path, image_column="photo", caption_column=["text"])
     assert picture.captions == ("a dog",)
     assert read_image(picture).getpixel((0, 0)) == RED

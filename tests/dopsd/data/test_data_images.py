@@ -238,8 +238,50 @@ def damaged_files():
 def test_damaged_pictures_are_errors_that_name_them(tmp_path, name):
     (tmp_path / name).write_bytes(damaged_files()[name])
     message = error_of(check_pictures, [as_picture(tmp_path / name)], resolution=64, disable_progress=True)
-    assert_names(message, name, "cannot be read", "JPEG or PNG")
+    assert_names(message, name, "cannot be read", "shrink it" if name == "bomb.png" else "JPEG or PNG")
     assert "0x" not in message
+
+
+def png_with(*chunks):
+    whole = encoded(Image.new("RGB", (4, 4)), "PNG")
+    return whole[:33] + b"".join(png_chunk(kind, data) for kind, data in chunks) + whole[33:]  # after IHDR
+
+
+def zipped(num_bytes):
+    return zlib.compress(bytes(num_bytes))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png_with((b"zTXt", b"prompt\0\0" + zipped(3 * 2**20))),
+        png_with((b"iTXt", b"prompt\0\1\0\0\0" + zipped(3 * 2**20))),
+        png_with((b"iCCP", b"profile\0\0" + zipped(3 * 2**20))),
+        png_with(*[(b"zTXt", b"prompt\0\0" + zipped(2**20))] * 65),
+    ],
+    ids=["zTXt", "iTXt", "iCCP", "many"],
+)
+def test_pictures_with_too_much_text_are_told_to_drop_it(tmp_path, data):
+    (tmp_path / "a.png").write_bytes(data)
+    message = error_of(read_image, as_picture(tmp_path / "a.png"))
+    assert_names(message, "a.png", "metadata", "save it again without them")
+    assert "PNG" not in message
+
+
+def test_pictures_with_more_pixels_than_pillow_reads_are_told_to_shrink(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(14000, 13000, 8, 0, []))  # 182 megapixels
+    message = error_of(read_image, as_picture(tmp_path / "a.png"))
+    assert_names(message, "a.png", "more than 179 megapixels", "shrink it")
+    assert "PNG" not in message and "JPEG" not in message
+
+
+def test_the_first_frame_of_an_mpo(tmp_path):
+    first, second = Image.new("RGB", (16, 16), RED), Image.new("RGB", (16, 16), BLUE)
+    first.save(tmp_path / "a.mpo", save_all=True, append_images=[second], quality=100)
+    with Image.open(tmp_path / "a.mpo") as image:
+        assert (image.format, image.n_frames) == ("MPO", 2)
+    red, green, blue = read_image(as_picture(tmp_path / "a.mpo")).getpixel((8, 8))
+    assert red > 250 and green < 5 and blue < 5
 
 
 def test_a_picture_deleted_after_the_folder_was_read(tmp_path):

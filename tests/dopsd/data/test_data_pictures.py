@@ -6,7 +6,8 @@ from dopsd.data.pictures import is_picture
 
 def test_pictures_are_found_in_subfolders_in_order_and_hidden_ones_are_skipped(tmp_path):
     names = ["B.JPG", "a-b/x.png", "a/b/c.webp", "a/z.jpeg", "train.png", "my_test_1.png", "val/validation.bmp"]
-    write_pictures(tmp_path, *names, ".git/x.png", "__MACOSX/x.png", "a/.x.png", "a/__x.png")
+    names += ["__original__.png", "__hatsune_miku__drawn_by_someone.jpg", "__new/a.png"]
+    write_pictures(tmp_path, *names, ".git/x.png", "__MACOSX/x.png", "a/.x.png", "a/__pycache__/x.png")
     pictures = read_folder(tmp_path, instance_prompt="a dog")
     assert [picture.name for picture in pictures] == sorted(names)
     assert all(picture.captions == ("a dog",) for picture in pictures)
@@ -26,7 +27,9 @@ def test_links_are_followed_and_a_loop_ends(tmp_path):
     assert list(captions_of(read_folder(tmp_path / "folder", instance_prompt="x"))) == ["b.png", "link/a.png"]
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.TGA", "a.ICNS", "a.avif", "a.heic", "a.pict", "a.svg"])
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "a.JPEG", "a.TGA", "a.ICNS", "a.avif", "a.MPO", "a.heic", "a.pict", "a.svg"]
+)
 def test_names_of_pictures(name):
     assert is_picture(name)
 

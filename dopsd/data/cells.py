@@ -1,0 +1,120 @@
+"""The cells of a data set that hold pictures: which files they may name.
+
+A data set from elsewhere may name any file of this machine, or an address. It would be trained on, and drawn on sheets
+that may be published.
+"""
+
+import functools
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import datasets
+import pyarrow.compute as pc
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from ..errors import InputError
+from .files import FolderFiles, is_inside, warn_of_links_out
+from .pictures import DatasetCell
+
+
+# Data sets whose paths `datasets` has found itself. In the others, such as Parquet, the table's author wrote them.
+FOLDER_BUILDERS = ("imagefolder",)
+
+
+def picture_sources(
+    dataset: datasets.Dataset, name: str, column: str, cache_dir: str | None
+) -> list[Path | DatasetCell]:
+    """The encoded picture of each row.
+
+    Args:
+        dataset: the column of undecoded pictures, with cells of the form {"bytes": ..., "path": ...}.
+        name: `--dataset_name`.
+        column: name of the column.
+        cache_dir: folder for downloaded data sets. Default: the cache of `datasets`.
+
+    Raises:
+        InputError: a cell names an address, or a file that is not part of the data set.
+    """
+    folder = Path(name) if Path(name).is_dir() else None
+    if dataset.builder_name in FOLDER_BUILDERS:
+        check = FoundPaths(folder, [HF_HUB_CACHE, cache_dir or datasets.config.HF_DATASETS_CACHE])
+    else:
+        check = WrittenPaths(folder)
+    sources, files = [], {}
+    for row, path in enumerate(_named_paths(dataset, column)):
+        place = f"row {row} of {name}"
+        source = None
+        if path is not None:
+            source = check.file(path)
+            if source is None and not check.is_in_archive(path):
+                raise InputError(
+                    f"{place}, column {column!r}: {path!r} is not a file of the data set; put the pictures into its "
+                    "folder, or into the column itself"
+                )
+        if source is not None:
+            files[place] = source
+        sources.append(source or DatasetCell(dataset, row, column))
+    if folder is not None:
+        warn_of_links_out(folder, files)
+    return sources
+
+
+def _named_paths(dataset: datasets.Dataset, column: str) -> list[str | None]:
+    """The path in each cell that names a picture instead of containing it."""
+    cells = dataset.with_format("arrow")[:][column]
+    is_named = pc.is_null(pc.struct_field(cells, "bytes"))
+    return pc.if_else(is_named, pc.struct_field(cells, "path"), None).to_pylist()
+
+
+class WrittenPaths:
+    """Paths that the data set's author wrote. Only those of files inside its folder are followed, links included.
+
+    Args:
+        folder: the data set's folder; None for a data set on the Hub.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._root = None if folder is None else os.path.realpath(folder)
+
+    def file(self, path: str) -> Path | None:
+        """The file that a cell means. A path may be absolute, or relative to the folder or to the current folder."""
+        if "://" in path or self.folder is None:
+            return None
+        if not os.path.isabs(path):
+            with suppress(InputError):
+                path = self._files.path(self._files.find(path, ""))
+        return Path(path) if self._is_allowed(path) else None
+
+    def is_in_archive(self, path: str) -> bool:
+        """Whether a path names a file in an archive, zip://PICTURE::ARCHIVE, that may be read."""
+        *inner, archive = path.split("::")
+        is_zip = bool(inner) and all(part.startswith("zip://") for part in inner)
+        return is_zip and "://" not in archive and self._is_allowed(archive)
+
+    def _is_allowed(self, path: str | Path) -> bool:
+        try:
+            return self._root is not None and is_inside(path, self._root)
+        except ValueError:  # a zero byte
+            return False
+
+    @functools.cached_property
+    def _files(self) -> FolderFiles:
+        return FolderFiles(self.folder)
+
+
+class FoundPaths(WrittenPaths):
+    """Paths that `datasets` found itself: in the folder, where they may be links, or in one of its caches."""
+
+    def __init__(self, folder: Path | None, caches: list[str | Path]):
+        super().__init__(folder)
+        self._roots = [*map(os.path.realpath, caches)]
+
+    def file(self, path: str) -> Path | None:
+        return None if "://" in path or not self._is_allowed(path) else Path(path)
+
+    def _is_allowed(self, path: str | Path) -> bool:
+        if self.folder is not None and Path(os.path.abspath(path)).is_relative_to(os.path.abspath(self.folder)):
+            return True
+        return super()._is_allowed(path) or any(is_inside(path, root) for root in self._roots)
