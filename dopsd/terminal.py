@@ -23,7 +23,7 @@ def without_tokens(text: str) -> str:
 
 def as_line(message: str, max_characters: int | None = None) -> str:
     """A message as one line of printable characters, without tokens, cut in the middle if it is too long."""
-    text = printable(" ".join(without_tokens(message).split()))
+    text = printable(re.sub(r"\s*[\r\n]\s*", " ", without_tokens(message).strip()))
     if max_characters is not None and len(text) > max_characters:
         half = max_characters // 2 - 3
         text = f"{text[:half]} ... {text[-half:]}"
