@@ -9,7 +9,7 @@ import datasets
 from ..errors import InputError, first_line
 from ..settings import DataSettings
 from .captions import check_column, find_caption_columns, may_hold_captions, quoted
-from .cells import picture_sources
+from .cells import check_data_files, picture_sources
 from .files import visible_files
 from .pictures import Picture, is_picture
 
@@ -42,10 +42,14 @@ def read_dataset(settings: DataSettings, teacher_caption_column: str | None, cac
 
 
 def _load_train_split(name: str, config_name: str | None, cache_dir: str | None) -> datasets.Dataset:
-    if os.path.isdir(name):
-        _check_regular_files(Path(name))
     try:
+        if os.path.isdir(name):
+            _check_regular_files(Path(name))
+            builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir)
+            check_data_files(builder.config.data_files, Path(name))
         splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+    except InputError:
+        raise
     except Exception as error:  # load_dataset documents no base class for its errors
         raise InputError(
             f"--dataset_name {name}: cannot be loaded ({first_line(error)}); check the name and --dataset_config_name"
