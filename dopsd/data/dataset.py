@@ -1,6 +1,7 @@
 """Pictures and captions from `--dataset_name`, read by `datasets`."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def _load_train_split(name: str, config_name: str | None, cache_dir: str | None)
     try:
         if os.path.isdir(name):
             _check_regular_files(Path(name))
-            builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir)
+            with tempfile.TemporaryDirectory() as scratch:  # it writes there, and --cache_dir may be in the folder
+                builder = datasets.load_dataset_builder(name, config_name, cache_dir=scratch)
             check_data_files(builder.config.data_files, Path(name))
         splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
     except InputError:
