@@ -5,6 +5,7 @@ that may be published.
 """
 
 import functools
+import itertools
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,20 @@ from .pictures import DatasetCell
 
 # Data sets whose paths `datasets` has found itself. In the others, such as Parquet, the table's author wrote them.
 FOLDER_BUILDERS = ("imagefolder",)
+
+
+def check_data_files(data_files: dict[str, list[str]] | None, folder: Path) -> None:
+    """Checks the files that a data set on disk consists of, by split: its README.md may name others.
+
+    Raises:
+        InputError: one of them is outside the data set's folder.
+    """
+    paths = FoundPaths(folder, [])
+    for file in itertools.chain.from_iterable((data_files or {}).values()):
+        if paths.file(str(file)) is None:
+            raise InputError(
+                f"--dataset_name {folder}: its README.md names {str(file)!r}, not a file in the folder; move it there"
+            )
 
 
 def picture_sources(

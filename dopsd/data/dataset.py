@@ -1,6 +1,7 @@
 """Pictures and captions from `--dataset_name`, read by `datasets`."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import datasets
 from ..errors import InputError, first_line
 from ..settings import DataSettings
 from .captions import check_column, find_caption_columns, may_hold_captions, quoted
-from .cells import picture_sources
+from .cells import check_data_files, picture_sources
 from .files import visible_files
 from .pictures import Picture, is_picture
 
@@ -42,10 +43,15 @@ def read_dataset(settings: DataSettings, teacher_caption_column: str | None, cac
 
 
 def _load_train_split(name: str, config_name: str | None, cache_dir: str | None) -> datasets.Dataset:
-    if os.path.isdir(name):
-        _check_regular_files(Path(name))
     try:
+        if os.path.isdir(name):
+            _check_regular_files(Path(name))
+            with tempfile.TemporaryDirectory() as scratch:  # it writes there, and --cache_dir may be in the folder
+                builder = datasets.load_dataset_builder(name, config_name, cache_dir=scratch)
+            check_data_files(builder.config.data_files, Path(name))
         splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+    except InputError:
+        raise
     except Exception as error:  # load_dataset documents no base class for its errors
         raise InputError(
             f"--dataset_name {name}: cannot be loaded ({first_line(error)}); check the name and --dataset_config_name"

@@ -128,6 +128,23 @@ def test_links_out_of_an_imagefolder_are_followed_with_one_warning(tmp_path, out
     assert_names(warning, "row 2 of", str(outside), "2 of 4 files")
 
 
+@pytest.mark.parametrize("pattern", ["../outside/*.png", "{outside}", "../data-2/*.png"])
+def test_the_card_of_a_data_set_may_not_name_files_outside(tmp_path, outside, pattern):
+    write_pictures(tmp_path / "data", "a.png")
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {pattern.format(outside=outside)!r}\n---\n"
+    (tmp_path / "data/README.md").write_text(card)
+    assert_names(
+        error_of(read_dataset, tmp_path), "--dataset_name", "README.md", "secret.png", "not a file in the folder"
+    )
+
+
+def test_the_card_of_a_data_set_may_name_its_files(tmp_path):
+    write_pictures(tmp_path / "data", "test.png", "validation.png")
+    card = "---\nconfigs:\n- config_name: default\n  data_files: '*.png'\n---\n"
+    (tmp_path / "data/README.md").write_text(card)
+    assert len(read_dataset(tmp_path)) == 2
+
+
 def test_a_hub_data_set_may_name_no_file(tmp_path, outside):
     paths = WrittenPaths(None)
     for path in (str(outside), "a.png", f"zip://a.png::{outside}"):
