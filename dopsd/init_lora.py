@@ -12,7 +12,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from .errors import InputError
-from .loading import LOAD_ERRORS, brief, is_device_error
+from .loading import LOAD_ERRORS, brief, is_device_error, quiet_diffusers
 from .model import Model
 from .roles import LORA_PREFIX, StudentTeacherLoRA
 
@@ -69,11 +69,14 @@ def read_init_lora(
     }
     advice = f"give a plain LoRA of this size of {model.name}"
     try:
-        weights, metadata = convert(model, path, raw)
+        with quiet_diffusers():
+            weights, metadata = convert(model, path, raw)
         if problem := shape_problem(weights, linear):
             raise InputError(f"{flag}: {problem}; {advice}")
         # The same as after the encodings, on the meta device.
-        StudentTeacherLoRA(skeleton, **lora_options, teacher="base").load_lora(weights, metadata, origin=name_or_path)
+        roles = StudentTeacherLoRA(skeleton, **lora_options, teacher="base")
+        with quiet_diffusers():
+            roles.load_lora(weights, metadata, origin=name_or_path)
     except InputError:
         raise
     except LOAD_ERRORS as error:

@@ -3,8 +3,11 @@
 import importlib
 import inspect
 import json
+import logging
 import math
 import re
+import types
+import typing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,13 +70,25 @@ def is_device_error(error: Exception) -> bool:
 
 
 @contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Mutes diffusers, which logs errors that it raises too."""
+    verbosity = diffusers_files.logging.get_verbosity()
+    diffusers_files.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers_files.logging.set_verbosity(verbosity)
+
+
+@contextmanager
 def reporting_load_errors(settings: ModelSettings) -> Iterator[None]:
     """Turns the error for a missing or damaged file of the checkpoint into an `InputError`.
 
     A device's errors pass. Keep the block to the libraries' loaders: it would hide a bug of this project.
     """
     try:
-        yield
+        with quiet_diffusers():
+            yield
     except InputError:
         raise
     except LOAD_ERRORS as error:
@@ -119,7 +134,7 @@ def check_config(config: dict[str, Any], name: str, diffusers_class: type | None
 
     Args:
         name: of the component, for the message.
-        diffusers_class: whose arguments are named in the configuration; their defaults tell the types.
+        diffusers_class: whose arguments are named in the configuration; their annotations tell the types.
 
     Raises:
         ValueError: a number is absurd, or a value has another type.
@@ -128,17 +143,35 @@ def check_config(config: dict[str, Any], name: str, diffusers_class: type | None
     def refuse(key: str, value: Any) -> None:
         raise ValueError(f"{name}'s configuration sets {brief(key, 40)} to {brief(repr(value), 40)}")
 
+    if not isinstance(config, dict):
+        raise ValueError(f"{name}'s configuration is not a JSON object")
     for key, value in _numbers(config):
         limit = MAX_LAYERS if _COUNT_NAME.search(key) else MAX_NUMBER
         if not math.isfinite(value) or abs(value) > limit:
             refuse(key, value)
         if diffusers_class is not None and isinstance(value, int) and value < 0:
             refuse(key, value)
-    parameters = {} if diffusers_class is None else inspect.signature(diffusers_class.__init__).parameters
-    for key, parameter in parameters.items():
-        value = config.get(key)
-        if isinstance(parameter.default, (bool, int, float)) and not isinstance(value, (bool, int, float, type(None))):
-            refuse(key, value)
+    if diffusers_class is not None:
+        for key, parameter in inspect.signature(diffusers_class.__init__).parameters.items():
+            default, kind = parameter.default, parameter.annotation
+            if kind is parameter.empty:
+                kind = Any if default in (None, parameter.empty) else type(default)
+            if key in config and not _fits(config[key], kind) and (config[key] is not None or default is not None):
+                refuse(key, config[key])
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is one of an annotation's type. True for types that are not JSON's."""
+    origin = typing.get_origin(kind) or kind
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, choice) for choice in typing.get_args(kind))
+    if origin in (None, types.NoneType):
+        return value is None
+    if origin in (int, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if origin in (list, tuple):
+        return isinstance(value, list)
+    return isinstance(value, origin) if origin in (bool, str, dict) else True
 
 
 def _numbers(config: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
@@ -181,21 +214,24 @@ def check_weight_files(folder: Path, component: str, variant: str | None) -> Non
     The libraries say less about a damaged file, and read all of it to find that out.
 
     Args:
-        folder: the checkpoint. A component without weights of that variant is left to the library.
+        folder: the checkpoint.
 
     Raises:
-        ValueError: a file is damaged, a shard is missing, or the weights are pickled.
+        ValueError: a file is missing or damaged, or the weights are pickled.
     """
     place = folder / component
     single, index = (place / name for name in _weight_names(component, variant))
     if not single.is_file() and not index.is_file():
-        pickled = sorted(path.name for path in place.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickled and not list(place.glob("*.safetensors")):
+        names = sorted(path.name for path in place.iterdir())
+        if any(name.endswith(".safetensors") and variant is not None and f".{variant}" in name for name in names):
+            return  # with an index whose name is an older form, which the library knows
+        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        if pickled and not any(name.endswith(".safetensors") for name in names):
             raise ValueError(
                 f"{component} has only {brief(pickled[0], 60)}, a pickled file, which could run code; convert it to "
                 "safetensors"
             )
-        return
+        raise ValueError(f"{component} has no {single.name}")
     paths = [single]
     if index.is_file() and not (component == "text_encoder" and single.is_file()):
         shard_of = read_config(index).get("weight_map")
@@ -270,11 +306,13 @@ def load_tokenizer(folder: Path, kind: tuple[str, str] | list[str]) -> PreTraine
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConfig) -> None:
-    """Raises ValueError if the tokenizer loses text, or has tokens that the text encoder does not have."""
+    """Raises ValueError if the tokenizer loses text, cannot pad, or has tokens that the text encoder does not have."""
     sample = "a photo of a small dog"
     ids = tokenizer(sample).input_ids
     if tokenizer.decode(ids, skip_special_tokens=True).strip() != sample:
         raise ValueError("tokenizer cannot represent a simple text; its vocabulary is damaged")
+    if tokenizer.pad_token is None:
+        raise ValueError("tokenizer has no padding token")
     if len(tokenizer) > text_config.vocab_size:
         raise ValueError(
             f"tokenizer has {len(tokenizer)} tokens, but text_encoder's vocabulary only {text_config.vocab_size}"

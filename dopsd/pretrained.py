@@ -160,6 +160,9 @@ def open_pipeline(
             vae=load_vae(model, settings, folder, dtype),
             trust_remote_code=False,
         )
+        sigmas = pipeline.schedule(512, 512, 4).sigmas
+        if not (sigmas.isfinite().all() and (sigmas.diff() < 0).all()):
+            raise ValueError(f"its scheduler's noise levels do not fall: {sigmas.tolist()}")
     with naming_flag(f"--pretrained_model_name_or_path {name}:"):
         pipeline.chat_token_count("a photo")  # Tries the chat template.
     return pipeline, folder, text_config
