@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.utils import check_min_version
 from PIL import Image
 from tqdm.auto import tqdm
@@ -38,6 +38,7 @@ from dopsd.encoders import CAPTION_CONTEXT, PictureAndPromptEncoder, PromptEncod
 from dopsd.errors import InputError
 from dopsd.gallery import Gallery, drawn_prompts
 from dopsd.history import MetricsLog, last_retention, rewind_history
+from dopsd.init_lora import read_init_lora
 from dopsd.launch import log_plan, resolve_seed, start_accelerator, weight_dtype
 from dopsd.model import Conditioning, Encoder, Model, SizeLimits, TeacherContext, TokenLimit
 from dopsd.model_card import CardInfo, License, write_run_card
@@ -51,7 +52,6 @@ from dopsd.pretrained import (
     load_text_encoder,
     load_transformer,
     open_pipeline,
-    read_init_lora,
 )
 from dopsd.publish import push_to_hub
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
@@ -119,10 +119,9 @@ class KleinSettings(ModelSettings):
 class Flux2Klein(Model):
     name = "FLUX.2-klein"
     example = "black-forest-labs/FLUX.2-klein-4B"
-    pipeline_class = Flux2KleinDOPSDPipeline
-    stock_pipeline_class = Flux2KleinPipeline
-    transformer_class = Flux2Transformer2DModel
-    text_encoder_class = Qwen3ForCausalLM
+    pipeline_class, stock_pipeline_class = Flux2KleinDOPSDPipeline, Flux2KleinPipeline
+    transformer_class, text_encoder_class, vae_class = Flux2Transformer2DModel, Qwen3ForCausalLM, AutoencoderKLFlux2
+    portable_lora_layers = DEFAULT_LORA_LAYERS
     tracker_name = "dopsd-flux2-klein-lora"
     sizes = SizeLimits(
         pixels_per_token=16,  # the VAE's factor 8 times patches of 2
@@ -238,7 +237,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         conditioning,
         data,
         teacher_prompt_suffix=settings.teacher.teacher_prompt_suffix,
-        load_text_encoder=partial(load_text_encoder, model, settings.model, folder, dtype),
+        load_text_encoder=partial(load_text_encoder, model, settings.model, folder, dtype, accelerator.device),
         device=accelerator.device,
     )
     check_prompts(contexts, drawn_prompts(settings.validation), settings.teacher)
@@ -255,7 +254,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     if settings.training.encode_only:
         end_training(accelerator)
         return
-    pipeline.transformer = load_transformer(model, settings.model, dtype)
+    pipeline.transformer = load_transformer(model, settings.model, dtype, accelerator.device)
     set_seed(seed)
     roles = StudentTeacherLoRA(pipeline.transformer, **lora_options, teacher=settings.distillation.teacher)
     if init_lora is not None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from diffusers.utils import check_min_version
 from PIL import Image
@@ -39,6 +39,7 @@ from dopsd.encoders import CAPTION_CONTEXT, PictureAndPromptEncoder, PromptEncod
 from dopsd.errors import InputError
 from dopsd.gallery import Gallery, drawn_prompts
 from dopsd.history import MetricsLog, last_retention, rewind_history
+from dopsd.init_lora import read_init_lora
 from dopsd.launch import log_plan, resolve_seed, start_accelerator, weight_dtype
 from dopsd.model import Conditioning, Model, SizeLimits, TokenLimit
 from dopsd.model_card import CardInfo, License, write_run_card
@@ -52,7 +53,6 @@ from dopsd.pretrained import (
     load_text_encoder,
     load_transformer,
     open_pipeline,
-    read_init_lora,
 )
 from dopsd.publish import push_to_hub
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
@@ -107,10 +107,9 @@ class ZImageSettings(ModelSettings):
 class ZImageTurbo(Model):
     name = "Z-Image-Turbo"
     example = "Tongyi-MAI/Z-Image-Turbo"
-    pipeline_class = ZImageDOPSDPipeline
-    stock_pipeline_class = ZImagePipeline
-    transformer_class = ZImageTransformer2DModel
-    text_encoder_class = Qwen3Model
+    pipeline_class, stock_pipeline_class = ZImageDOPSDPipeline, ZImagePipeline
+    transformer_class, text_encoder_class, vae_class = ZImageTransformer2DModel, Qwen3Model, AutoencoderKL
+    portable_lora_layers = DEFAULT_LORA_LAYERS
     tracker_name = "dopsd-z-image-lora"
     works_in_fp16 = False
     sizes = SizeLimits(
@@ -218,7 +217,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         conditioning,
         data,
         teacher_prompt_suffix=settings.teacher.teacher_prompt_suffix,
-        load_text_encoder=partial(load_text_encoder, model, settings.model, folder, dtype),
+        load_text_encoder=partial(load_text_encoder, model, settings.model, folder, dtype, accelerator.device),
         device=accelerator.device,
     )
     check_prompts(contexts, drawn_prompts(settings.validation), settings.teacher)
@@ -235,7 +234,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     if settings.training.encode_only:
         end_training(accelerator)
         return
-    pipeline.transformer = load_transformer(model, settings.model, dtype)
+    pipeline.transformer = load_transformer(model, settings.model, dtype, accelerator.device)
     set_seed(seed)
     roles = StudentTeacherLoRA(pipeline.transformer, **lora_options, teacher=settings.distillation.teacher)
     if init_lora is not None:

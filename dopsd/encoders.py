@@ -13,6 +13,9 @@ from .settings import Settings, TeacherSettings
 
 VLM_FLAG = "--vlm_model_name_or_path"
 
+# Increased when the vision tower's arithmetic changes. The last time, a convolution became a matrix product.
+PICTURE_FORMAT = 2
+
 
 class PromptEncoder(Encoder):
     """Prompts through the pipeline's text encoder. Subclasses add `encode`.
@@ -88,7 +91,14 @@ class PictureAndPromptEncoder(PromptEncoder):
 
     def cache_key(self) -> list[Any]:
         teacher = self.teacher
-        return [self.options, self.fingerprint, teacher.vlm_min_pixels, teacher.vlm_max_pixels, teacher.vlm_rope]
+        return [
+            PICTURE_FORMAT,
+            self.options,
+            self.fingerprint,
+            teacher.vlm_min_pixels,
+            teacher.vlm_max_pixels,
+            teacher.vlm_rope,
+        ]
 
     def identity(self) -> dict[str, str]:
         return {VLM_FLAG: self.fingerprint[:16]}

@@ -199,7 +199,8 @@ class Model(ABC):
         name, example: what to call it in messages, and a hub id of it.
         pipeline_class: a `FewStepPipeline`.
         stock_pipeline_class: the diffusers pipeline that it extends, which loads the saved LoRA.
-        transformer_class, text_encoder_class: of its components.
+        transformer_class, text_encoder_class, vae_class: of its components.
+        portable_lora_layers: regular expression for the modules whose LoRA other software can load; None if unknown.
         sizes: the sizes it can be trained at.
         teacher_contexts: choices of `--teacher_context`; the first is the default.
         settings_class: `ModelSettings`, or a subclass with flags that only this model has.
@@ -215,6 +216,8 @@ class Model(ABC):
     stock_pipeline_class: ClassVar[type[DiffusionPipeline]]
     transformer_class: ClassVar[type]
     text_encoder_class: ClassVar[type]
+    vae_class: ClassVar[type]
+    portable_lora_layers: ClassVar[str | None] = None
     sizes: ClassVar[SizeLimits]
     teacher_contexts: ClassVar[dict[str, TeacherContext]]
     settings_class: ClassVar[type[ModelSettings]] = ModelSettings

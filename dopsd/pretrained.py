@@ -2,21 +2,30 @@
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from diffusers import BitsAndBytesConfig, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 
 from .context_cache import checkpoint_fingerprint
-from .errors import InputError, first_line, one_line
+from .errors import InputError, first_line, naming_flag
+from .loading import (
+    LOAD_ERRORS,
+    brief,
+    check_config,
+    check_loaded,
+    check_text_config,
+    check_tokenizer,
+    check_weight_files,
+    limited_size,
+    load_tokenizer,
+    read_config,
+    reporting_load_errors,
+)
 from .model import FewStepPipeline, Model
-from .roles import StudentTeacherLoRA
 from .settings import ModelSettings
 
 
@@ -27,20 +36,6 @@ COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 
 def hub_options(settings: ModelSettings) -> dict[str, Any]:
     return {"revision": settings.revision, "cache_dir": settings.cache_dir}
-
-
-@contextmanager
-def reporting_load_errors(settings: ModelSettings) -> Iterator[None]:
-    """Turns the error for a missing or damaged file of the checkpoint into an `InputError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"--pretrained_model_name_or_path {settings.pretrained_model_name_or_path}: cannot be loaded "
-            f"({first_line(error)}); check its files and --variant, --revision"
-        ) from error
 
 
 def read_configs(
@@ -61,18 +56,21 @@ def read_configs(
     try:
         config = pipeline_class.load_config(name_or_path, **kwargs)
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(name_or_path, subfolder="scheduler", **kwargs)
-    except (OSError, ValueError) as error:
-        reason = one_line(error)
-        is_local = Path(name_or_path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path))
-        problem = (
-            "this is not the folder of a diffusers checkpoint (with a model_index.json); check the path"
-            if is_local
-            else "there is no such folder, and it could not be read from the Hub; check the name and the connection, "
-            "and for a gated model accept its license there and run hf auth login"
-        )
-        raise InputError(f"{flag}: {problem} ({reason})") from error
-    if (kind := config.get("_class_name")) != pipeline_class.__name__:
-        raise InputError(f"{flag}: this is a {kind}, not {model}; pass for example {example}")
+        check_config(scheduler, "scheduler", FlowMatchEulerDiscreteScheduler)
+        kind = config.get("_class_name")
+    except LOAD_ERRORS as error:
+        if Path(name_or_path, "model_index.json").exists():
+            problem = "its model_index.json or its scheduler cannot be used; download them again"
+        elif Path(name_or_path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
+            problem = "this is not the folder of a diffusers checkpoint (with a model_index.json); check the path"
+        else:
+            problem = (
+                "there is no such folder, and it could not be read from the Hub; check the name and the connection, "
+                "and for a gated model accept its license there and run hf auth login"
+            )
+        raise InputError(f"{flag}: {problem} ({brief(error)})") from error
+    if kind != pipeline_class.__name__:
+        raise InputError(f"{flag}: this is a {brief(kind, 60)}, not {model}; pass for example {example}")
     if scheduler.get("stochastic_sampling") or scheduler.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
         raise InputError(
             f"{flag}: its scheduler is not a deterministic FlowMatchEulerDiscreteScheduler, whose steps the rollout "
@@ -108,16 +106,19 @@ def encoders_fingerprint(folder: Path) -> str:
 
 
 def load_skeleton(model: Model, settings: ModelSettings) -> torch.nn.Module:
+    name = settings.pretrained_model_name_or_path
     with reporting_load_errors(settings):
-        return transformer_skeleton(
-            model.transformer_class, settings.pretrained_model_name_or_path, **hub_options(settings)
-        )
+        skeleton = transformer_skeleton(model.transformer_class, name, **hub_options(settings))
+        if Path(name).is_dir():
+            check_weight_files(Path(name), "transformer", settings.variant)
+        return skeleton
 
 
 def transformer_skeleton(transformer_class: type, name_or_path: str, **kwargs) -> torch.nn.Module:
     """The transformer on the meta device: its configuration and module names, without reading a weight."""
     config = transformer_class.load_config(name_or_path, subfolder="transformer", **kwargs)
-    with torch.device("meta"):
+    check_config(config, "transformer", transformer_class)
+    with torch.device("meta"), limited_size():
         return transformer_class.from_config(config)
 
 
@@ -128,26 +129,102 @@ def open_pipeline(
 
     Returns:
         The pipeline, the checkpoint's folder (downloaded without the transformer), the text encoder's configuration.
+
+    Raises:
+        InputError: a file is missing or damaged, or would run code.
     """
     name = settings.pretrained_model_name_or_path
     with reporting_load_errors(settings):
         folder = Path(name)
         if not folder.is_dir():
-            options = hub_options(settings)
-            folder = Path(model.pipeline_class.download(name, transformer=None, variant=settings.variant, **options))
-        text_config = AutoConfig.from_pretrained(folder, subfolder="text_encoder")
+            folder = Path(
+                model.pipeline_class.download(
+                    name,
+                    transformer=None,
+                    variant=settings.variant,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    **hub_options(settings),
+                )
+            )
+        text_config = read_text_config(model, folder)
+        check_weight_files(folder, "text_encoder", settings.variant)
+        index = model.pipeline_class.load_config(folder)
+        tokenizer = load_tokenizer(folder, index["tokenizer"])
+        check_tokenizer(tokenizer, text_config)
         pipeline = model.pipeline_class.from_pretrained(
-            folder, transformer=None, text_encoder=None, dtype=dtype, variant=settings.variant
+            folder,
+            transformer=None,
+            text_encoder=None,
+            tokenizer=tokenizer,
+            vae=load_vae(model, settings, folder, dtype),
+            trust_remote_code=False,
         )
+        sigmas = pipeline.schedule(512, 512, 4).sigmas
+        if not (sigmas.isfinite().all() and (sigmas.diff() < 0).all()):
+            raise ValueError(f"its scheduler's noise levels do not fall: {sigmas.tolist()}")
+    with naming_flag(f"--pretrained_model_name_or_path {name}:"):
+        pipeline.chat_token_count("a photo")  # Tries the chat template.
     return pipeline, folder, text_config
 
 
-def load_text_encoder(model: Model, settings: ModelSettings, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """The text encoder from the checkpoint's `folder`."""
-    with reporting_load_errors(settings):
-        return model.text_encoder_class.from_pretrained(
-            folder, subfolder="text_encoder", dtype=dtype, variant=settings.variant
+def read_text_config(model: Model, folder: Path) -> PretrainedConfig:
+    """The text encoder's configuration. Raises ValueError, or what transformers raises, if it cannot be used."""
+    content = read_config(folder / "text_encoder" / "config.json")
+    config_class = model.text_encoder_class.config_class
+    check_config(content, "text_encoder")
+    if (kind := content.get("model_type")) != config_class.model_type:
+        raise ValueError(f"its text encoder's model_type is {brief(repr(kind), 60)}, not {config_class.model_type!r}")
+    config = AutoConfig.from_pretrained(folder, subfolder="text_encoder", trust_remote_code=False)
+    check_text_config(config)
+    return config
+
+
+def load_vae(model: Model, settings: ModelSettings, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """The VAE from the checkpoint's `folder`, on the CPU. Raises what diffusers raises, or ValueError."""
+    check_config(model.vae_class.load_config(folder, subfolder="vae"), "vae", model.vae_class)
+    has_variant = any(f".{settings.variant}." in path.name for path in (folder / "vae").iterdir())
+    variant = settings.variant if has_variant else None
+    check_weight_files(folder, "vae", variant)
+    with limited_size():
+        vae, info = model.vae_class.from_pretrained(
+            folder, subfolder="vae", dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
         )
+    check_loaded("vae", info)
+    return vae
+
+
+def load_text_encoder(
+    model: Model, settings: ModelSettings, folder: Path, dtype: torch.dtype, device: torch.device | None = None
+) -> torch.nn.Module:
+    """The text encoder from the checkpoint's `folder`.
+
+    Args:
+        device: the accelerator, onto which it is loaded piece by piece; without one, it stays on the CPU.
+
+    Raises:
+        InputError: a weight is missing, has another shape, or belongs to another model.
+    """
+    with reporting_load_errors(settings):
+        with limited_size():
+            text_encoder, info = model.text_encoder_class.from_pretrained(
+                folder,
+                subfolder="text_encoder",
+                dtype=dtype,
+                variant=settings.variant,
+                use_safetensors=True,
+                trust_remote_code=False,
+                device_map=device_map(device),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # They are in `info`.
+            )
+        check_loaded("text_encoder", info)
+        return text_encoder
+
+
+def device_map(device: torch.device | None) -> dict[str, torch.device] | None:
+    """`from_pretrained`'s argument that puts each weight onto the accelerator when it is read and cast."""
+    return None if device is None or device.type == "cpu" else {"": device}
 
 
 def read_quantization_settings(settings: ModelSettings) -> dict | None:
@@ -176,41 +253,33 @@ def check_quantization(settings: ModelSettings) -> None:
     read_quantization_settings(settings)
 
 
-def load_transformer(model: Model, settings: ModelSettings, dtype: torch.dtype) -> torch.nn.Module:
+def load_transformer(
+    model: Model, settings: ModelSettings, dtype: torch.dtype, device: torch.device | None = None
+) -> torch.nn.Module:
+    """The transformer, quantized if the settings say so.
+
+    Args:
+        device: the accelerator, onto which it is loaded piece by piece: a float32 checkpoint is then never in host
+            memory as a whole. Without one, it stays on the CPU.
+
+    Raises:
+        InputError: a weight is missing, has another shape, or belongs to another model.
+    """
     quantization = read_quantization_settings(settings)
     if quantization is not None and quantization.get("load_in_4bit"):
         quantization["bnb_4bit_compute_dtype"] = dtype
     with reporting_load_errors(settings):
-        return model.transformer_class.from_pretrained(
-            settings.pretrained_model_name_or_path,
-            subfolder="transformer",
-            dtype=dtype,
-            variant=settings.variant,
-            quantization_config=None if quantization is None else BitsAndBytesConfig(**quantization),
-            **hub_options(settings),
-        )
-
-
-def read_init_lora(
-    model: Model, name_or_path: str | None, skeleton: torch.nn.Module, lora_options: dict[str, Any]
-) -> tuple[dict[str, torch.Tensor], dict | None] | None:
-    """Weights and metadata of `--init_lora`, as diffusers reads them; None without the flag.
-
-    Args:
-        skeleton: the transformer on the meta device.
-        lora_options: of the LoRA that will be trained, for `StudentTeacherLoRA`.
-
-    Raises:
-        InputError: there is no LoRA, or it does not fit the one that will be trained.
-    """
-    if name_or_path is None:
-        return None
-    try:
-        weights, metadata = model.stock_pipeline_class.lora_state_dict(name_or_path, return_lora_metadata=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"--init_lora {name_or_path}: no LoRA is found there ({first_line(error)}); give a .safetensors file, its "
-            "folder or a hub id"
-        ) from error
-    StudentTeacherLoRA(skeleton, **lora_options, teacher="base").check_lora(weights, origin=name_or_path)
-    return weights, metadata
+        with limited_size():
+            transformer, info = model.transformer_class.from_pretrained(
+                settings.pretrained_model_name_or_path,
+                subfolder="transformer",
+                dtype=dtype,
+                variant=settings.variant,
+                use_safetensors=True,
+                device_map=device_map(device),
+                quantization_config=None if quantization is None else BitsAndBytesConfig(**quantization),
+                output_loading_info=True,
+                **hub_options(settings),
+            )
+        check_loaded("transformer", info)
+        return transformer

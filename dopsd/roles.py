@@ -8,12 +8,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate.logging import get_logger
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .errors import InputError
 
+
+logger = get_logger(__name__)
 
 TeacherKind = Literal["ema", "base", "student"]
 
@@ -36,17 +39,29 @@ class CastLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def lora_target_modules(transformer: nn.Module, lora_layers: str) -> list[str]:
+def lora_target_modules(transformer: nn.Module, lora_layers: str, portable: str | None = None) -> list[str]:
     """Full names of the linear modules that `--lora_layers` selects.
 
     Args:
         transformer: may be on the meta device.
         lora_layers: names or endings of names, separated by commas ("to_q,to_k"), or a regular expression that
             matches whole names.
+        portable: `Model.portable_lora_layers`; a selection beyond it gets a warning.
 
     Raises:
         InputError: a name or the regular expression matches no linear module.
     """
+    names = _select_modules(transformer, lora_layers)
+    unknown = [] if portable is None else [name for name in names if not re.fullmatch(portable, name)]
+    if unknown:
+        logger.warning(
+            f"--lora_layers: ComfyUI and Forge have no name for {len(unknown)} of the {len(names)} trained modules, "
+            f"such as {unknown[0]}, and leave their part of the LoRA out; diffusers loads all of it"
+        )
+    return names
+
+
+def _select_modules(transformer: nn.Module, lora_layers: str) -> list[str]:
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     hint = f"; some of the linear modules are {', '.join(linear[1:200:25])}"
     if _REGULAR_EXPRESSION.search(lora_layers):

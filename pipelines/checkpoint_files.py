@@ -10,7 +10,8 @@ import safetensors
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from dopsd.errors import InputError, one_line
+from dopsd.errors import InputError
+from dopsd.loading import LOAD_ERRORS, brief
 
 
 class CheckpointFiles:
@@ -37,7 +38,7 @@ class CheckpointFiles:
         return InputError(f"{self.name_or_path}: {message}")
 
     def damaged(self, name: str, error: Exception) -> InputError:
-        return self.error(f"its {name} is damaged ({one_line(error)}); download it again")
+        return self.error(f"its {name} is damaged ({brief(error)}); download it again")
 
     def path(self, name: str) -> Path:
         """Path of a file, downloaded if necessary. Raises `InputError` if the checkpoint does not have it."""
@@ -51,7 +52,7 @@ class CheckpointFiles:
         except (OSError, ValueError) as error:
             raise self.error(
                 f"there is no such folder, and its {name} could not be read from the Hub; check the name and the "
-                f"connection ({one_line(error)})"
+                f"connection ({brief(error)})"
             ) from error
 
     def has(self, name: str) -> bool:
@@ -70,7 +71,7 @@ class CheckpointFiles:
         path = self.path(name)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except LOAD_ERRORS as error:
             raise self.damaged(name, error) from error
         if not isinstance(content, dict):
             raise self.error(f"its {name} is not a JSON object; download it again")

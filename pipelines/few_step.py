@@ -8,6 +8,7 @@ import torch
 
 from dopsd.rollout import few_step_sample
 
+from .chat_template import apply_chat_template
 from .vision_encoder import VisionEncoder
 
 
@@ -25,12 +26,7 @@ class FewStepMixin:
 
     def chat_text(self, content: str) -> str:
         """The user's message in the chat template, as the text encoder reads it."""
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=self.enable_thinking,
-        )
+        return apply_chat_template(self.tokenizer, content, enable_thinking=self.enable_thinking)
 
     def chat_token_count(self, content: str) -> int:
         """Number of tokens of `chat_text`, before padding. The stock pipeline truncates a longer text."""

@@ -8,11 +8,11 @@ from typing import Literal
 
 import PIL.Image
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLVisionModel
 
 from dopsd.errors import InputError
+from dopsd.loading import LOAD_ERRORS, brief, check_config, limited_size
 
 from .checkpoint_files import CheckpointFiles
 
@@ -42,8 +42,6 @@ LANGUAGE_FIELDS = (
 PREPROCESSOR_FILE = "preprocessor_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# What transformers raises for a configuration that is valid JSON but wrong, as found by damaging some.
-CONFIG_ERRORS = (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError)
 
 # A checkpoint that was saved without the language model head has no "model." prefix.
 VISUAL_KEY = re.compile(r"(?:model\.)?visual\.(?P<name>.+)")
@@ -51,6 +49,27 @@ VISUAL_KEY = re.compile(r"(?:model\.)?visual\.(?P<name>.+)")
 # By the hidden size of the text encoder.
 DEFAULT_VLMS = {2560: "Qwen/Qwen3-VL-4B-Instruct", 4096: "Qwen/Qwen3-VL-8B-Instruct"}
 WHICH_VLM = "pass Qwen/Qwen3-VL-4B-Instruct (Z-Image, FLUX.2-klein-4B) or Qwen/Qwen3-VL-8B-Instruct (FLUX.2-klein-9B)"
+
+
+class PatchProjection(torch.nn.Linear):
+    """Linear map of flattened patches, equal to a convolution whose kernel and stride are the patch.
+
+    Some versions of PyTorch compute that convolution thousands of times more slowly.
+
+    Args:
+        convolution: its weights are shared, not copied.
+    """
+
+    def __init__(self, convolution: torch.nn.Conv3d):
+        assert convolution.kernel_size == convolution.stride and convolution.groups == 1
+        weight = convolution.weight.flatten(1)
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = convolution.bias
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(N, D) from (N, C, frames, height, width)."""
+        return super().forward(patches.flatten(1))
 
 
 class VisionEncoder:
@@ -103,8 +122,9 @@ class VisionEncoder:
         if (kind := content.get("model_type")) != "qwen3_vl":
             raise self._checkpoint.error(f"its model_type is {kind}, not qwen3_vl; {WHICH_VLM}")
         try:
+            check_config(content, "its vision-language model")
             config = Qwen3VLConfig.from_dict(content)
-        except CONFIG_ERRORS as error:
+        except LOAD_ERRORS as error:
             raise self._checkpoint.damaged("config.json", error) from error
         if problem := _mismatch(config, text_config):
             raise self._checkpoint.error(problem)
@@ -145,7 +165,7 @@ class VisionEncoder:
         try:
             processor = Qwen2VLImageProcessorPil.from_dict(settings)
             processor(PIL.Image.new("RGB", (64, 64)), size={"shortest_edge": 64 * 64, "longest_edge": 64 * 64})
-        except CONFIG_ERRORS as error:
+        except LOAD_ERRORS as error:
             raise self._checkpoint.damaged(PREPROCESSOR_FILE, error) from error
         return processor
 
@@ -221,14 +241,18 @@ class VisionEncoder:
             InputError: a weight file is damaged, or does not contain the tower that config.json describes.
         """
         self._config._attn_implementation = text_encoder.config._attn_implementation
-        with torch.device("meta"):
-            model = Qwen3VLModel(self._config)
+        try:
+            with torch.device("meta"), limited_size():
+                model = Qwen3VLModel(self._config)
+        except LOAD_ERRORS as error:
+            raise self._checkpoint.damaged("config.json", error) from error
         model.visual = Qwen3VLVisionModel.from_pretrained(
             None,
             config=self._config.vision_config,
             state_dict=self._read_tower(model.visual),
             dtype=text_encoder.dtype,
         ).to(text_encoder.device)
+        model.visual.patch_embed.proj = PatchProjection(model.visual.patch_embed.proj)
         # With keep_vars, the parameters themselves are shared. Plain tensors would become a second copy when one of
         # the two models is moved or cast.
         parameters = text_encoder.base_model.state_dict(keep_vars=True)
@@ -246,7 +270,12 @@ class VisionEncoder:
                 for key in file.keys():
                     if match := VISUAL_KEY.fullmatch(key):
                         tensors[match["name"]] = file.get_tensor(key)
-        for name, expected in skeleton.state_dict().items():
+        known = skeleton.state_dict()
+        if unknown := sorted(tensors.keys() - known.keys()):
+            raise self._checkpoint.error(
+                f"its visual.{brief(unknown[0], 80)} is no part of the tower in its config.json; download it again"
+            )
+        for name, expected in known.items():
             if name not in tensors:
                 raise self._checkpoint.error(f"its weights have no visual.{name}; download it again")
             if tensors[name].shape != expected.shape:

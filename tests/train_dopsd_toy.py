@@ -12,7 +12,7 @@ from dopsd.encoders import PromptEncoder
 from dopsd.model import Conditioning, Encoder, Model, SizeLimits, TeacherContext, TokenLimit
 from dopsd.model_card import CardInfo
 from dopsd.terminal import run_script
-from toy_pipeline import ToyContext, ToyPipeline, ToyTransformer
+from toy_pipeline import ToyContext, ToyPipeline, ToyTransformer, ToyVAE
 from train_dopsd_flux2 import main
 
 
@@ -47,7 +47,7 @@ class Colours(Encoder):
 class Toy(Model):
     name, example, tracker_name = "Toy", "someone/toy", "dopsd-toy"
     pipeline_class = stock_pipeline_class = ToyPipeline
-    transformer_class, text_encoder_class = ToyTransformer, Qwen3Model
+    transformer_class, text_encoder_class, vae_class = ToyTransformer, Qwen3Model, ToyVAE
     sizes = SizeLimits(pixels_per_token=16, min_side=16, max_tokens=100)
     default_settings = {"lora_layers": "linear_in,linear_out", "learning_rate": 1e-2}
     teacher_contexts = {"colours": TeacherContext("it sees the picture's colours", encoders=("text", "colours"))}

@@ -7,6 +7,7 @@ from accelerate import PartialState
 
 from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
+from dopsd.init_lora import read_init_lora
 from dopsd.pretrained import (
     check_pretrained,
     load_skeleton,
@@ -15,7 +16,6 @@ from dopsd.pretrained import (
     model_identity,
     open_pipeline,
     read_configs,
-    read_init_lora,
     read_quantization_settings,
 )
 from dopsd.roles import lora_target_modules

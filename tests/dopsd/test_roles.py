@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -87,6 +88,16 @@ def test_targets_that_match_nothing_are_refused(skeleton, lora_layers, message):
     with pytest.raises(InputError) as caught:
         lora_target_modules(skeleton, lora_layers)
     assert str(caught.value).startswith(f"--lora_layers {lora_layers}: {message}")
+
+
+def test_layers_that_other_software_does_not_load_get_one_warning(skeleton, caplog):
+    PartialState()  # accelerate's logger asks it which process this is
+    lora_target_modules(skeleton, "to_q,to_k", DEFAULT_LORA_LAYERS)
+    lora_target_modules(skeleton, "x_embedder")  # of a model whose portable layers are not known
+    assert not caplog.records
+    names = lora_target_modules(skeleton, "x_embedder,proj_out,to_q", DEFAULT_LORA_LAYERS)
+    (record,) = caplog.records
+    assert f"no name for 2 of the {len(names)} trained modules, such as x_embedder, and leave" in record.getMessage()
 
 
 def test_only_linear_modules_are_targets(skeleton):

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import Qwen3ForCausalLM, Qwen3Model, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from dopsd.errors import InputError
+from pipelines.vision_encoder import PatchProjection
 from tiny_klein import byte_tokenizer
 from tiny_vlm import make_tiny_vlm
 from vlm_helpers import (
@@ -30,8 +31,11 @@ from vlm_helpers import (
 ROPE_THETA = {"vlm": 5e6, "text_encoder": 1e6}
 
 
-def whole_model(path, text_encoder, rope, dtype=torch.float32):
-    """`Qwen3VLForConditionalGeneration` as transformers loads it, with the text encoder's weights copied in."""
+def whole_model(path, text_encoder, rope, dtype=torch.float32, *, convolution=False):
+    """`Qwen3VLForConditionalGeneration` as transformers loads it, with the text encoder's weights copied in.
+
+    Its convolution becomes a matrix product too, which rounds differently, so that the rest can be compared exactly.
+    """
     config = Qwen3VLConfig.from_pretrained(path)
     config.text_config.rope_parameters["rope_theta"] = ROPE_THETA[rope]
     vocabulary = byte_tokenizer().get_vocab()
@@ -40,6 +44,10 @@ def whole_model(path, text_encoder, rope, dtype=torch.float32):
         path, config=config, dtype=dtype, attn_implementation=text_encoder.config._attn_implementation
     )
     model.model.language_model.load_state_dict(text_encoder.base_model.state_dict())
+    embedding = model.model.visual.patch_embed
+    assert isinstance(embedding.proj, torch.nn.Conv3d)
+    if not convolution:
+        embedding.proj = PatchProjection(embedding.proj)
     return model.eval()
 
 
@@ -102,6 +110,28 @@ def test_features_with_an_image_equal_those_of_the_whole_model(vlm_paths, make_p
             found = features(encoder, image, pad_to=pad_to)
             assert len(found) == 6 and found[0].shape[2] == 32 and (pad_to is None or found[0].shape[1] == pad_to)
             assert equal(found, whole_features(whole, image, pad_to))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_patch_projection_equals_the_convolution_and_shares_its_weights(dtype):
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv3d(3, 32, (2, 16, 16), (2, 16, 16)).to(dtype)
+    linear = PatchProjection(convolution)
+    pixels = torch.randn(24, 3, 2, 16, 16).to(dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(pixels), convolution(pixels).flatten(1))
+    assert linear.weight.data_ptr() == convolution.weight.data_ptr()
+    assert linear.bias.data_ptr() == convolution.bias.data_ptr()
+
+
+def test_no_convolution_remains_in_the_vision_tower(vlm_path, text_encoder, make_picture):
+    encoder = make_encoder(vlm_path)
+    encoder.load(text_encoder)
+    assert not any(isinstance(module, torch.nn.Conv3d) for module in encoder._model.modules())
+    picture = make_picture(1, *WIDE)
+    whole = whole_model(vlm_path, text_encoder, "vlm", convolution=True)
+    for found, expected in zip(features(encoder, picture), whole_features(whole, picture), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
