@@ -4,6 +4,7 @@ import hashlib
 import io
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import fsspec
 import numpy as np
@@ -28,7 +29,24 @@ PILLOW_ERRORS = (
 )
 
 
+class Decoded(NamedTuple):
+    """A decoded picture.
+
+    Attributes:
+        image: 8-bit RGB.
+        digest: SHA-256 of the encoded picture in hexadecimal.
+    """
+
+    image: Image.Image
+    digest: str
+
+
 def read_image(picture: Picture) -> Image.Image:
+    """Decodes a picture to 8-bit RGB; see `decode`."""
+    return decode(picture).image
+
+
+def decode(picture: Picture) -> Decoded:
     """Decodes a picture to 8-bit RGB.
 
     The first frame is read, turned upright as its EXIF data say, and put on white where it is transparent.
@@ -37,13 +55,14 @@ def read_image(picture: Picture) -> Image.Image:
         InputError: the picture is missing, damaged or of an unknown format.
     """
     try:
-        with Image.open(io.BytesIO(source_bytes(picture))) as image:
+        encoded = source_bytes(picture)
+        with Image.open(io.BytesIO(encoded)) as image:
             image.load()
             # Parses the EXIF data, which exif_transpose takes from here. It would also rewrite the encoded data in
             # `info`, and fails if they contain an invalid tag.
             image.getexif()
             image.info.pop("exif", None)
-            return to_rgb(ImageOps.exif_transpose(image))
+            return Decoded(to_rgb(ImageOps.exif_transpose(image)), hashlib.sha256(encoded).hexdigest())
     except PILLOW_ERRORS as error:
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise InputError(
@@ -105,32 +124,34 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return gray
 
 
-def picture_digests(pictures: list[Picture]) -> list[str]:
-    """SHA-256 of each encoded picture in hexadecimal, or "" for a caption without a picture."""
-    return [
-        "" if picture.source is None else hashlib.sha256(source_bytes(picture)).hexdigest() for picture in pictures
-    ]
+class CheckedPicture(NamedTuple):
+    """What planning and caching need to know of a picture.
+
+    Attributes:
+        size: upright (height, width) in pixels.
+        digest: SHA-256 of the encoded picture in hexadecimal; "" for a caption without a picture.
+    """
+
+    size: tuple[int, int]
+    digest: str
 
 
-def check_pictures(pictures: list[Picture], *, resolution: int, disable_progress: bool) -> list[tuple[int, int]]:
-    """Decodes every picture once to check it. Keeps none of them in memory.
+def check_pictures(pictures: list[Picture], *, resolution: int, disable_progress: bool) -> list[CheckedPicture]:
+    """Reads and decodes every picture once to check it. Keeps none of them in memory.
 
     Args:
         pictures: the pictures to check.
         resolution: height and width, in pixels, to return for a caption without a picture.
         disable_progress: whether to hide the progress bar.
 
-    Returns:
-        The upright (height, width) of each picture, in pixels.
-
     Raises:
         InputError: a picture cannot be decoded.
     """
-    sizes = []
+    checked = []
     for picture in tqdm(pictures, desc="Reading pictures", disable=disable_progress):
         if picture.source is None:
-            sizes.append((resolution, resolution))
+            checked.append(CheckedPicture((resolution, resolution), ""))
         else:
-            image = read_image(picture)
-            sizes.append((image.height, image.width))
-    return sizes
+            image, digest = decode(picture)
+            checked.append(CheckedPicture((image.height, image.width), digest))
+    return checked
