@@ -76,8 +76,8 @@ logger = get_logger(__name__)
 class Prompts(PromptEncoder):
     """Prompt embeddings, (1, L, D). L is the same for all prompts, since the transformer sees the padding."""
 
-    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
-        return self.pipeline.encode_student([prompt], **self.options).prompt_embeds
+    def encode_batch(self, prompts: list[str]) -> list[torch.Tensor]:
+        return list(self.pipeline.encode_student(prompts, **self.options).prompt_embeds.split(1))
 
 
 class PicturesAndPrompts(PictureAndPromptEncoder):
@@ -222,7 +222,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
 
     # Everything that a user can get wrong is checked before any weight is loaded.
     check_quantization(settings.model)
-    data = load_training_data(settings, model.sizes, disable_progress=not accelerator.is_local_main_process)
+    data = load_training_data(settings, model.sizes, accelerator)
     check_pretrained(model, settings.model)
     dtype = weight_dtype(settings.training.mixed_precision)
     skeleton = load_skeleton(model, settings.model)

@@ -76,9 +76,12 @@ logger = get_logger(__name__)
 class Prompts(PromptEncoder):
     """Prompt embeddings, (L, D), without padding. L may exceed the limit: a teacher's caption has its own."""
 
-    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
-        length = max(self.options["max_sequence_length"], self.num_tokens(prompt, None))
-        return self.pipeline.encode_student([prompt], max_sequence_length=length).prompt_embeds[0]
+    def encode_batch(self, prompts: list[str]) -> list[torch.Tensor]:
+        (length,) = {self.batch_length(prompt) for prompt in prompts}
+        return list(self.pipeline.encode_student(prompts, max_sequence_length=length).prompt_embeds)
+
+    def batch_length(self, prompt: str) -> int | None:
+        return max(self.options["max_sequence_length"], self.num_tokens(prompt, None))
 
 
 class PicturesAndPrompts(PictureAndPromptEncoder):
@@ -202,7 +205,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
 
     # Everything that a user can get wrong is checked before any weight is loaded.
     check_quantization(settings.model)
-    data = load_training_data(settings, model.sizes, disable_progress=not accelerator.is_local_main_process)
+    data = load_training_data(settings, model.sizes, accelerator)
     check_pretrained(model, settings.model)
     dtype = weight_dtype(settings.training.mixed_precision)
     skeleton = load_skeleton(model, settings.model)

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -20,6 +21,9 @@ from .errors import InputError, OutputError, one_line
 MIB = 2**20
 # One MiB in every 64 and the last MiB of a file are hashed: 0.25 GB of a 16 GB text encoder.
 FINGERPRINT_STRIDE = 64 * MIB
+
+# Threads that check entries: reading and hashing happen outside of Python's lock.
+NUM_READERS = 4
 
 # Kept free on the cache's disk for the run's other files.
 RESERVE_BYTES = 500 * 10**6
@@ -139,10 +143,11 @@ class ContextCache:
         """
         path = self.path(key)
         try:
-            with safetensors.safe_open(path, framework="pt") as entry:
-                recorded = (entry.metadata() or {}).get("sha256")
-                # Copied, because the tensor is a view of the mapped file, which may change after the check.
-                tensor = entry.get_tensor("tensor").clone()
+            data = path.read_bytes()  # not mapped: the file may change after the check
+            tensor = safetensors.torch.load(data)["tensor"]
+            recorded = _metadata(data).get("sha256")
+        except KeyError:
+            reason = "no encoding in it"
         except (OSError, safetensors.SafetensorError) as error:
             reason = one_line(error)
         else:
@@ -186,7 +191,13 @@ class ContextCache:
         Args:
             progress: wraps the list of distinct keys, for example in `tqdm`.
         """
-        return [key for key in progress(list(dict.fromkeys(keys))) if not self.is_valid(key)]
+        # Listed first: NFS remembers for a while that a file was missing when it was opened, and another machine may
+        # be about to write it.
+        present = {path.stem for path in self.folder.glob("??/*.safetensors")}
+        keys = list(dict.fromkeys(keys))
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            are_valid = pool.map(lambda key: key in present and self.is_valid(key), keys)
+            return [key for key, is_valid in zip(progress(keys), are_valid, strict=True) if not is_valid]
 
     def check_space(self, num_bytes: int) -> None:
         """Checks that this many bytes of new entries fit on the disk. Zero bytes always fit.
@@ -203,6 +214,11 @@ class ContextCache:
                 f"--context_cache_dir {self.folder}: the encodings need {needed / 1e9:.2f} GB, but its disk has only "
                 f"{free / 1e9:.2f} GB free; free some space or choose a folder on a larger disk"
             )
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a valid safetensors file: the length of its header in 8 bytes, then the header in JSON."""
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
 
 
 def _checksum(key: str, tensor: torch.Tensor) -> str:

@@ -6,7 +6,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from accelerate import Accelerator
@@ -21,9 +21,16 @@ from .data.training_data import Crop, TrainingData
 from .errors import InputError
 from .model import Conditioning, Context, Encoder, FewStepPipeline, TokenLimit
 from .settings import TeacherSettings
+from .sharing import failing_together, machine_of_each_process, machine_share, share_on_each_machine
 
 
 logger = get_logger(__name__)
+
+# What is encoded at a time: 8 prompts of 512 tokens. Bounds the memory for hidden states and logits.
+MAX_BATCH_TOKENS = 4096
+
+# A cache that grows by more than this is announced with what would make it smaller.
+LARGE_BYTES = 20 * 10**9
 
 # Increased when the encoding of the same inputs changes, so that older cache entries are not used.
 ENCODING_FORMAT = 2
@@ -99,10 +106,20 @@ class Contexts:
         """(height, width) in pixels of the encoding's crop."""
         return None if encoding.crop is None else self.data.bucket(encoding.crop)
 
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the encodings. The VAE would look for it in all of its modules each time it is asked."""
+        return self.pipeline.vae.dtype
+
+    def num_bytes(self, encodings: Iterable[Encoding]) -> int:
+        """Size of the encodings in the cache, without encoding them."""
+        shapes = (encoding.encoder.shape(encoding.prompt, self.size(encoding)) for encoding in encodings)
+        return sum(map(math.prod, shapes)) * self.dtype.itemsize
+
     def key(self, encoding: Encoding) -> str:
         """The cache key: everything that the encoding depends on."""
         encoder, crop = encoding.encoder, encoding.crop
-        parts = [ENCODING_FORMAT, encoder.name, self.checkpoint_fingerprint, str(self.pipeline.vae.dtype)]
+        parts = [ENCODING_FORMAT, encoder.name, self.checkpoint_fingerprint, str(self.dtype)]
         if encoder.reads_prompt:
             parts.append(encoding.prompt)
         parts += encoder.cache_key()
@@ -125,22 +142,31 @@ class Contexts:
         self.pipeline.text_encoder = None
         free_memory()
 
-    @torch.no_grad()
     def encode(self, encoding: Encoding) -> torch.Tensor:
         """Computes an encoding; its encoder's component is on the accelerator.
 
         Raises:
             InputError: the result is not finite.
         """
-        picture = None if encoding.crop is None else self.data.cropped(encoding.crop)
-        encoded = encoding.encoder.encode(encoding.prompt, picture)
-        if not encoded.isfinite().all():
-            name = reprlib.repr(encoding.prompt)
-            if encoding.crop is not None:
-                name = self.data.picture(encoding.crop).name
-            in_fp16 = self.pipeline.vae.dtype == torch.float16
-            advice = "use --mixed_precision bf16 or no" if in_fp16 else "check the checkpoint's weights"
-            raise InputError(f"{name}: its encoding is not finite; {advice}")
+        return self.encode_batch([encoding])[0]
+
+    @torch.no_grad()
+    def encode_batch(self, batch: list[Encoding]) -> list[torch.Tensor]:
+        """Computes the encodings of one of the `batches`; see `encode`."""
+        first, encoder = batch[0], batch[0].encoder
+        if len(batch) > 1:
+            encoded = encoder.encode_batch([encoding.prompt for encoding in batch])
+        else:
+            picture = None if first.crop is None else self.data.cropped(first.crop)
+            encoded = [encoder.encode(first.prompt, picture)]
+        for encoding, tensor in zip(batch, encoded, strict=True):
+            if not tensor.isfinite().all():
+                name = reprlib.repr(encoding.prompt)
+                if encoding.crop is not None:
+                    name = self.data.picture(encoding.crop).name
+                in_fp16 = self.dtype == torch.float16
+                advice = "use --mixed_precision bf16 or no" if in_fp16 else "check the checkpoint's weights"
+                raise InputError(f"{name}: its encoding is not finite; {advice}")
         return encoded
 
     def tensor(self, encoding: Encoding) -> torch.Tensor:
@@ -168,6 +194,18 @@ def prepare_without_cache(contexts: Contexts) -> None:
     contexts.pipeline.vae.to(contexts.device)
 
 
+def batches(encodings: Iterable[Encoding]) -> Iterator[list[Encoding]]:
+    """One encoder's encodings in groups that are encoded at once: see `Encoder.batch_length`."""
+    by_length: dict[int | None, list[Encoding]] = {}
+    for encoding in encodings:
+        length = None if encoding.crop is not None else encoding.encoder.batch_length(encoding.prompt)
+        by_length.setdefault(length, []).append(encoding)
+    for length, members in by_length.items():
+        count = 1 if length is None else max(1, MAX_BATCH_TOKENS // length)
+        for start in range(0, len(members), count):
+            yield members[start : start + count]
+
+
 def fill_cache(
     contexts: Contexts,
     cache: ContextCache,
@@ -185,34 +223,61 @@ def fill_cache(
         InputError, OutputError: something cannot be encoded, or the cache cannot be written.
     """
     contexts.cache, contexts.checkpoint_fingerprint = cache, checkpoint_fingerprint
-    needed = contexts.all_encodings(drawn_prompts)
-    encoding_of = {contexts.key(encoding): encoding for encoding in dict.fromkeys(needed)}
+    needed = dict.fromkeys(contexts.all_encodings(drawn_prompts))
+    encoding_of = {contexts.key(encoding): encoding for encoding in needed}
     bar = partial(tqdm, desc="Checking the context cache", disable=not accelerator.is_local_main_process)
-    missing = [encoding_of[key] for key in cache.missing(encoding_of, bar)]
-    accelerator.wait_for_everyone()  # All processes have found the same gaps before the first one is filled.
-    shapes = [encoding.encoder.shape(encoding.prompt, contexts.size(encoding)) for encoding in missing]
-    num_bytes = sum(map(math.prod, shapes)) * contexts.pipeline.vae.dtype.itemsize
-    summary = summarize(missing, encoding_of.values())
-    logger.info(f"Encoding {summary}: {num_bytes / 1e6:,.1f} MB in {cache.folder}")
-    cache.check_space(num_bytes)
-    encode_missing(contexts, missing, accelerator)
-    accelerator.wait_for_everyone()
+    # Sorted keys are in random order, so that each process checks as many large entries as the others.
+    by_machine = share_on_each_machine(partial(cache.missing, progress=bar), sorted(encoding_of), accelerator)
+    missing_keys = set().union(*by_machine)
+    missing = {key: encoding for key, encoding in encoding_of.items() if key in missing_keys}
+    num_bytes = contexts.num_bytes(missing.values())
+    announce(contexts, missing.values(), encoding_of.values(), num_bytes)
+    with failing_together():
+        cache.check_space(num_bytes)
+        share = list(missing.values())[accelerator.process_index :: accelerator.num_processes]
+        encode_missing(contexts, share, accelerator)
+    # A machine with a disk of its own lacks what the others have encoded.
+    machines = machine_of_each_process(accelerator)
+    machine = machines[accelerator.process_index]
+    elsewhere = [key for number, key in enumerate(missing) if machines[number % len(machines)] != machine]
+    lacking = share_on_each_machine(
+        lambda keys: [key for key in keys if not cache.is_valid(key)], sorted(elsewhere), accelerator
+    )[machine]
+    with failing_together():
+        share = [encoding_of[key] for key in machine_share(lacking, accelerator)]
+        encode_missing(contexts, share, accelerator)
 
 
-def encode_missing(contexts: Contexts, missing: list[Encoding], accelerator: Accelerator) -> None:
+def announce(contexts: Contexts, missing: Iterable[Encoding], needed: Iterable[Encoding], num_bytes: int) -> None:
+    """Logs what will be encoded and its size on disk; warns if it is large.
+
+    Args:
+        num_bytes: of what is missing.
+    """
+    folder = contexts.cache.folder
+    sizes = f"{in_units(num_bytes)} of {in_units(contexts.num_bytes(needed))}"
+    logger.info(f"Encoding {summarize(missing, needed)}: {sizes} in {folder}")
+    if num_bytes > LARGE_BYTES:
+        advice = "; ".join(smaller_cache(contexts))
+        logger.warning(f"The context cache needs {in_units(num_bytes)} more in {folder}: {advice}")
+
+
+def encode_missing(contexts: Contexts, share: list[Encoding], accelerator: Accelerator) -> None:
     """Encodes this process's share into the cache.
 
     Only one of text encoder and VAE is on the accelerator at a time; afterwards neither is.
     """
-    encoders = list(dict.fromkeys(encoding.encoder for encoding in missing))
+    encoders = list(dict.fromkeys(encoding.encoder for encoding in share))
 
     def encode_with(component: str) -> None:
         for encoder in (encoder for encoder in encoders if encoder.component == component):
-            share = [encoding for encoding in missing if encoding.encoder is encoder]
-            share = share[accelerator.process_index :: accelerator.num_processes]
-            bar = tqdm(share, desc=f"Encoding {encoder.noun}", disable=not accelerator.is_local_main_process)
-            for encoding in bar:
-                contexts.cache.save(contexts.key(encoding), contexts.encode(encoding))
+            encodings = [encoding for encoding in share if encoding.encoder is encoder]
+            is_quiet = not accelerator.is_local_main_process
+            with tqdm(total=len(encodings), desc=f"Encoding {encoder.noun}", disable=is_quiet) as bar:
+                for batch in batches(encodings):
+                    for encoding, tensor in zip(batch, contexts.encode_batch(batch), strict=True):
+                        contexts.cache.save(contexts.key(encoding), tensor)
+                    bar.update(len(batch))
 
     components = {encoder.component for encoder in encoders}
     assert components <= {"text_encoder", "vae"}
@@ -231,6 +296,24 @@ def summarize(missing: Iterable[Encoding], needed: Iterable[Encoding]) -> str:
     """How many encodings of each kind are missing: "1 of 2 prompts and 0 of 3 pictures"."""
     num_missing, num_needed = (Counter(encoding.encoder.noun for encoding in some) for some in (missing, needed))
     return " and ".join(f"{num_missing[noun]} of {count} {noun}" for noun, count in num_needed.items())
+
+
+def in_units(num_bytes: int) -> str:
+    """The number in MB or GB."""
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes < 10**9 else f"{num_bytes / 1e9:,.1f} GB"
+
+
+def smaller_cache(contexts: Contexts) -> list[str]:
+    """What makes the cache smaller, most useful first."""
+    conditioning = contexts.conditioning
+    advice = []
+    has_teacher_captions = any(picture.teacher_caption for picture in contexts.data.pictures)
+    is_shared = any(encoder in conditioning.teacher for encoder in conditioning.student)
+    if contexts.teacher_prompt_suffix and is_shared and not has_teacher_captions:
+        advice.append('with --teacher_prompt_suffix "" one encoding of each caption serves student and teacher')
+    flags = dict.fromkeys(flag for encoder in conditioning.encoders for flag in encoder.size_flags())
+    advice.append(" and ".join(["fewer captions", *(f"a lower {flag}" for flag in flags)]) + " make it smaller")
+    return [*advice, "--no_context_cache does without it, but keeps the encoders in memory"]
 
 
 def check_prompts(contexts: Contexts, drawn_prompts: list[str], teacher: TeacherSettings) -> None:

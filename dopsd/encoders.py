@@ -1,8 +1,11 @@
 """Encoders and teacher contexts that several models share. Scripts add what their own model does with them."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import torch
+from PIL import Image
 from transformers import PretrainedConfig
 
 from .context_cache import files_fingerprint
@@ -18,7 +21,7 @@ PICTURE_FORMAT = 2
 
 
 class PromptEncoder(Encoder):
-    """Prompts through the pipeline's text encoder. Subclasses add `encode`.
+    """Prompts through the pipeline's text encoder. Subclasses add `encode_batch`, or `encode` if it takes one prompt.
 
     Args:
         pipeline: offers `chat_token_count(prompt)`.
@@ -33,15 +36,26 @@ class PromptEncoder(Encoder):
         self, pipeline: FewStepPipeline, *, width: int, padded_length: int | None = None, options: dict[str, Any]
     ):
         self.pipeline, self.width, self.padded_length, self.options = pipeline, width, padded_length, options
+        # Counts are asked for when prompts are checked, when sizes are predicted and when batches are made.
+        self.count_tokens = cache(pipeline.chat_token_count)
+
+    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
+        return self.encode_batch([prompt])[0]
+
+    def batch_length(self, prompt: str) -> int | None:
+        return self.padded_length or self.num_tokens(prompt, None)
 
     def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
         return self.padded_length or self.num_tokens(prompt, size), self.width
 
     def num_tokens(self, prompt: str, size: tuple[int, int] | None) -> int:
-        return self.pipeline.chat_token_count(prompt)
+        return self.count_tokens(prompt)
 
     def cache_key(self) -> list[Any]:
         return [self.options]
+
+    def size_flags(self) -> tuple[str, ...]:
+        return () if self.padded_length is None else ("--max_sequence_length",)
 
 
 class PictureAndPromptEncoder(PromptEncoder):
@@ -83,11 +97,18 @@ class PictureAndPromptEncoder(PromptEncoder):
                 cache_dir=cache_dir,
             )
             self.fingerprint = files_fingerprint(self.vision_encoder.files())
+        self.count_image_tokens = cache(self.vision_encoder.num_image_tokens)
 
     def num_tokens(self, prompt: str, size: tuple[int, int] | None) -> int:
         # Counted separately, so that a huge picture does not build a huge string.
         without_picture = self.vision_encoder.content(prompt, 0)
-        return self.pipeline.chat_token_count(without_picture) + self.vision_encoder.num_image_tokens(*size)
+        return self.count_tokens(without_picture) + self.count_image_tokens(*size)
+
+    def batch_length(self, prompt: str) -> int | None:
+        return None
+
+    def size_flags(self) -> tuple[str, ...]:
+        return super().size_flags() or ("--vlm_max_pixels",)
 
     def cache_key(self) -> list[Any]:
         teacher = self.teacher

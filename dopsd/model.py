@@ -98,6 +98,18 @@ class Encoder:
         """The encoding of one sample, on the component's device."""
         raise NotImplementedError
 
+    def encode_batch(self, prompts: list[str]) -> list[torch.Tensor]:
+        """The encodings of prompts with equal `batch_length`. Called if it has one, and sees no picture."""
+        return [self.encode(prompt, None) for prompt in prompts]
+
+    def batch_length(self, prompt: str) -> int | None:
+        """Tokens that the text encoder computes for a prompt, with padding; None to encode each prompt by itself.
+
+        Only prompts of equal length are encoded together, so that none is padded because of another: its encoding does
+        not depend on the others, but for the rounding of matrix products of another size.
+        """
+        return None
+
     def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
         """Shape of `encode`'s result for a picture of that (height, width) in pixels, without encoding it."""
         raise NotImplementedError
@@ -109,6 +121,10 @@ class Encoder:
     def cache_key(self) -> list[Any]:
         """What encodings depend on besides the checkpoint, prompt and picture (see `context_cache.content_key`)."""
         return []
+
+    def size_flags(self) -> tuple[str, ...]:
+        """Flags whose lower values make encodings smaller."""
+        return ()
 
     def identity(self) -> dict[str, str]:
         """`--flag` -> fingerprint of the files that it names, which a resumed run must share with its checkpoint."""

@@ -60,6 +60,7 @@ def one_process(device: str = "cpu", **changed) -> SimpleNamespace:
         "device": torch.device(device),
         "num_processes": 1,
         "process_index": 0,
+        "local_process_index": 0,
         "is_main_process": True,
         "is_local_main_process": True,
         "scaler": None,
@@ -116,7 +117,7 @@ def prepare_run(model: Model, arguments: list[str]) -> PreparedRun:
     PartialState()  # accelerate's logger asks it which process this is
     settings = parse_settings(model, "", arguments)
     settings = settings.replace(mixed_precision=settings.training.mixed_precision or "no")
-    data = load_training_data(settings, model.sizes, disable_progress=True)
+    data = load_training_data(settings, model.sizes, one_process(is_local_main_process=False))
     dtype = weight_dtype(settings.training.mixed_precision)
     skeleton = load_skeleton(model, settings.model)
     pipeline, folder, text_config = open_pipeline(model, settings.model, dtype)

@@ -46,10 +46,12 @@ class Decoded(NamedTuple):
 
     Attributes:
         image: 8-bit RGB, in sRGB.
+        digest: SHA-256 of the encoded picture in hexadecimal.
         profile_problem: why its color profile could not be used. None if it was used, or if there is none.
     """
 
     image: Image.Image
+    digest: str
     profile_problem: str | None
 
 
@@ -68,18 +70,19 @@ def decode(picture: Picture) -> Decoded:
         InputError: the picture is missing, damaged or of an unknown format.
     """
     try:
-        with Image.open(io.BytesIO(source_bytes(picture))) as image:
+        encoded = source_bytes(picture)
+        with Image.open(io.BytesIO(encoded)) as image:
             image.load()
             # Parses the EXIF data, which exif_transpose takes from here. It would also rewrite the encoded data in
             # `info`, and fails if they contain an invalid tag.
             image.getexif()
             image.info.pop("exif", None)
             profile = image.info.pop("icc_profile", None)
-            upright = ImageOps.exif_transpose(image)
+            upright, digest = ImageOps.exif_transpose(image), hashlib.sha256(encoded).hexdigest()
             try:
-                return Decoded(to_rgb(upright, profile), None)
+                return Decoded(to_rgb(upright, profile), digest, None)
             except ProfileError as error:
-                return Decoded(to_rgb(upright), str(error))
+                return Decoded(to_rgb(upright), digest, str(error))
     except PILLOW_ERRORS as error:
         raise InputError(f"{picture.name}: cannot be read as a picture ({_reason_and_advice(error)}") from error
 
@@ -167,42 +170,45 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return gray
 
 
-def picture_digests(pictures: list[Picture]) -> list[str]:
-    """SHA-256 of each encoded picture in hexadecimal, or "" for a caption without a picture."""
-    return [
-        "" if picture.source is None else hashlib.sha256(source_bytes(picture)).hexdigest() for picture in pictures
-    ]
+class CheckedPicture(NamedTuple):
+    """What planning and caching need to know of a picture.
+
+    Attributes:
+        size: upright (height, width) in pixels.
+        digest: SHA-256 of the encoded picture in hexadecimal; "" for a caption without a picture.
+        profile_problem: see `Decoded`.
+    """
+
+    size: tuple[int, int]
+    digest: str
+    profile_problem: str | None
 
 
-def check_pictures(pictures: list[Picture], *, resolution: int, disable_progress: bool) -> list[tuple[int, int]]:
-    """Decodes every picture once to check it. Keeps none of them in memory.
+def check_pictures(pictures: list[Picture], *, resolution: int, disable_progress: bool) -> list[CheckedPicture]:
+    """Reads and decodes every picture once to check it. Keeps none of them in memory.
 
     Args:
         pictures: the pictures to check.
         resolution: height and width, in pixels, to return for a caption without a picture.
         disable_progress: whether to hide the progress bar.
 
-    Returns:
-        The upright (height, width) of each picture, in pixels.
-
     Raises:
         InputError: a picture cannot be decoded.
     """
-    sizes, problems = [], []
+    checked = []
     for picture in tqdm(pictures, desc="Reading pictures", disable=disable_progress):
         if picture.source is None:
-            sizes.append((resolution, resolution))
+            checked.append(CheckedPicture((resolution, resolution), "", None))
         else:
-            image, problem = decode(picture)
-            sizes.append((image.height, image.width))
-            if problem is not None:
-                problems.append((picture.name, problem))
-    warn_of_profiles(problems)
-    return sizes
+            image, digest, profile_problem = decode(picture)
+            checked.append(CheckedPicture((image.height, image.width), digest, profile_problem))
+    return checked
 
 
-def warn_of_profiles(problems: list[tuple[str, str]]) -> None:
-    """Warns once of all pictures whose color profiles could not be used: (name, `Decoded.profile_problem`)."""
+def warn_of_profiles(pictures: list[Picture], checked: list[CheckedPicture]) -> None:
+    """Warns once of all pictures whose color profiles could not be used."""
+    problems = [(picture.name, one.profile_problem) for picture, one in zip(pictures, checked, strict=True)]
+    problems = [(name, problem) for name, problem in problems if problem is not None]
     if problems:
         name, problem = problems[0]
         logger.warning(

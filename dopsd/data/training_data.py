@@ -2,13 +2,17 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
+from accelerate import Accelerator
 from PIL import Image
 
+from ..errors import InputError
 from ..model import SizeLimits
 from ..settings import Settings
+from ..sharing import failing_together, share_on_each_machine
 from .buckets import Example, crop_image, plan_examples
-from .images import check_pictures, picture_digests, read_image
+from .images import check_pictures, read_image, warn_of_profiles
 from .order import Sample, SampleOrder
 from .pictures import Picture
 from .sources import read_pictures
@@ -71,23 +75,33 @@ class TrainingData:
         return crop_image(self._last_image[1], example, crop.flip)
 
 
-def load_training_data(settings: Settings, limits: SizeLimits, *, disable_progress: bool) -> TrainingData:
-    """Reads captions, decodes every picture once to check it, and plans crops and order.
+def load_training_data(settings: Settings, limits: SizeLimits, accelerator: Accelerator) -> TrainingData:
+    """Reads captions, checks the pictures, and plans crops and order.
+
+    Every picture is read and decoded once on each machine, by one of its processes.
 
     Args:
         settings: with a seed.
 
     Raises:
-        InputError: a picture, a caption or a flag cannot be used.
+        InputError: a picture, a caption or a flag cannot be used. If it is one process's, all raise it.
     """
     data, training = settings.data, settings.training
-    pictures = read_pictures(
-        data,
-        teacher_caption_column=settings.teacher.teacher_caption_column,
-        cache_dir=settings.model.cache_dir,
-    )
-    sizes = check_pictures(pictures, resolution=data.resolution, disable_progress=disable_progress)
-    examples = plan_examples(pictures, sizes, data, limits, training.seed)
+    with failing_together():
+        pictures = read_pictures(
+            data,
+            teacher_caption_column=settings.teacher.teacher_caption_column,
+            cache_dir=settings.model.cache_dir,
+        )
+    check = partial(check_pictures, resolution=data.resolution, disable_progress=not accelerator.is_local_main_process)
+    checked, *others = share_on_each_machine(check, pictures, accelerator)
+    if any(other != checked for other in others):
+        source = f"--instance_data_dir {data.instance_data_dir}"
+        if data.instance_data_dir is None:
+            source = f"--dataset_name {data.dataset_name}"
+        raise InputError(f"{source}: the pictures differ between the machines of this run; copy the same ones to each")
+    warn_of_profiles(pictures, checked)
+    examples = plan_examples(pictures, [picture.size for picture in checked], data, limits, training.seed)
     order = SampleOrder(
         pictures,
         examples,
@@ -95,7 +109,7 @@ def load_training_data(settings: Settings, limits: SizeLimits, *, disable_progre
         random_flip=data.random_flip,
         seed=training.seed,
     )
-    return TrainingData(pictures, picture_digests(pictures), examples, order)
+    return TrainingData(pictures, [picture.digest for picture in checked], examples, order)
 
 
 def resolve_data_defaults(settings: Settings, data: TrainingData, num_processes: int) -> Settings:

@@ -175,16 +175,6 @@ def test_damaged_entries_are_encoded_again(prepare, tmp_path, caplog):
     assert same_tensors(again.all_contexts(), before)
 
 
-@ONE_MODEL
-def test_processes_share_the_encoding(prepare, tmp_path):
-    """Each encodes every other one; together they fill the cache."""
-    for process_index in (0, 1):
-        run = prepare()
-        run.fill_cache(tmp_path / str(process_index), one_process(num_processes=2, process_index=process_index))
-    shares = [{path.name for path in (tmp_path / name).glob("*/*.safetensors")} for name in ("0", "1")]
-    assert sorted(map(len, shares)) == [2, 3] and not shares[0] & shares[1]
-
-
 def test_summary_counts_the_missing_encodings_of_each_kind():
     prompts, pictures = SimpleNamespace(noun="prompts"), SimpleNamespace(noun="pictures")
     needed = [Encoding(prompts, "a"), Encoding(prompts, "b"), Encoding(pictures)]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +100,31 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both(torchrun, command, 
     assert not (tmp_path / "two" / LORA_FILE).exists()
     history = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     assert len(history) < 2  # three pictures, two per step: the damaged one is in step 1 or 2
+
+
+@ONE_MODEL
+def test_two_processes_share_pictures_and_cache(torchrun, arguments, tmp_path):
+    flags = {"context_cache_dir": tmp_path / "cache", "preview_only": True}
+    process, log = torchrun(arguments("cold", **flags))
+    assert process.wait(timeout=240) == 0, log.read_text()
+    assert "Encoding 2 of 2 prompts and 3 of 3 pictures" in log.read_text()
+    damaged = sorted((tmp_path / "cache").glob("*/*.safetensors"))[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    process, log = torchrun(arguments("warm", **flags))
+    assert process.wait(timeout=240) == 0, log.read_text()
+    assert re.search("Encoding (1 of 2 prompts and 0 of 3|0 of 2 prompts and 1 of 3) pictures", log.read_text())
+    assert ContextCache(tmp_path / "cache").is_valid(damaged.stem)
+
+
+@ONE_MODEL
+@pytest.mark.parametrize("name", ["0.png", "2.png"])
+def test_a_damaged_picture_in_either_processs_share_ends_both(torchrun, arguments, photos, tmp_path, name):
+    folder = shutil.copytree(photos, tmp_path / "damaged")
+    (folder / name).write_bytes(b"no picture")
+    process, log = torchrun(arguments(instance_data_dir=folder))
+    assert process.wait(timeout=120) != 0
+    errors = [line for line in log.read_text().splitlines() if f"error: {name}: cannot be read as a picture" in line]
+    assert errors and "Error: " not in errors[0]
 
 
 @ONE_MODEL

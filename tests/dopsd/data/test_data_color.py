@@ -6,7 +6,7 @@ from accelerate import PartialState
 from PIL import Image, ImageCms
 
 from data_helpers import WHITE, as_picture, assert_names, warnings_in
-from dopsd.data.images import check_pictures, decode, read_image
+from dopsd.data.images import check_pictures, decode, read_image, warn_of_profiles
 from icc_profiles import ADOBE_RGB, DISPLAY_P3, SRGB, cmyk_profile, gamma_curve, gray_profile, rgb_profile
 
 
@@ -152,11 +152,14 @@ def test_unusable_profiles_give_one_warning(tmp_path, caplog):
     PartialState()  # accelerate's logger needs it
     pictures = [saved(tmp_path, Image.new("RGB", (4, 4)), b"not a profile", f"{n}.png") for n in range(3)]
     pictures.append(saved(tmp_path, Image.new("RGB", (4, 4)), P3, "good.png"))
-    assert check_pictures(pictures, resolution=64, disable_progress=True) == [(4, 4)] * 4
+    checked = check_pictures(pictures, resolution=64, disable_progress=True)
+    assert [one.size for one in checked] == [(4, 4)] * 4
+    warn_of_profiles(pictures, checked)
     (warning,) = warnings_in(caplog)
     assert_names(warning, "0.png", "color profile", "3 such pictures")
 
 
 def test_profiles_that_work_give_no_warning(tmp_path, caplog):
-    check_pictures([saved(tmp_path, Image.new("RGB", (4, 4)), P3)], resolution=64, disable_progress=True)
+    pictures = [saved(tmp_path, Image.new("RGB", (4, 4)), P3)]
+    warn_of_profiles(pictures, check_pictures(pictures, resolution=64, disable_progress=True))
     assert not warnings_in(caplog)

@@ -18,7 +18,7 @@ from data_helpers import (
     write_jsonl,
     write_pictures,
 )
-from dopsd.data.images import check_pictures, picture_digests, read_image
+from dopsd.data.images import check_pictures, read_image
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def read_dataset(folder, tmp_path, **flags):
 
 
 def sizes_of(pictures):
-    return check_pictures(pictures, resolution=64, disable_progress=True)
+    return [one.size for one in check_pictures(pictures, resolution=64, disable_progress=True)]
 
 
 def test_parquet_dataset(parquet_dataset, tmp_path, caplog):
@@ -160,7 +160,7 @@ def test_teacher_captions_need_no_pictures(tmp_path):
     assert captions_of(pictures) == {f"row 0 of {data}": ("a dog",), f"row 1 of {data}": ("a cat",)}
     assert [picture.teacher_caption for picture in pictures] == ["a big dog", "a fat cat"]
     assert sizes_of(pictures) == [(64, 64), (64, 64)]  # the resolution
-    assert picture_digests(pictures) == ["", ""]
+    assert [one.digest for one in check_pictures(pictures, resolution=64, disable_progress=True)] == ["", ""]
     # Pictures are needed if a flag names their column, or without teacher captions.
     message = error_of(read_dataset, data, tmp_path, **flags, image_column="photo")
     assert_names(message, "--image_column photo", "'short', 'long'")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data_helpers import BLUE, GREEN, RED, WHITE, YELLOW, as_picture, assert_names, error_of, write_pictures
-from dopsd.data.images import check_pictures, picture_digests, read_image, to_rgb
+from dopsd.data.images import check_pictures, read_image, to_rgb
 from dopsd.data.pictures import Picture
 
 
@@ -30,6 +30,10 @@ def palette(color_mode, *colors):
 def with_transparency(image, value):
     image.info["transparency"] = value
     return image
+
+
+def sizes_of(pictures, resolution=64):
+    return [one.size for one in check_pictures(pictures, resolution=resolution, disable_progress=True)]
 
 
 def pixels_of(image):
@@ -180,7 +184,7 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     picture = as_picture(tmp_path / f"a.{suffix}")
     assert corners(read_image(picture)) == UPRIGHT_CORNERS[orientation]
     upright = (24, 16) if orientation >= 5 else (16, 24)  # (height, width)
-    assert check_pictures([picture], resolution=64, disable_progress=True) == [upright]
+    assert sizes_of([picture]) == [upright]
 
 
 def test_jpeg_with_orientation_and_a_tag_that_cannot_be_written_again(tmp_path):
@@ -297,7 +301,7 @@ def test_pixels_of_unknown_range_are_errors(tmp_path, mode, pixel):
 def test_digests_are_of_the_encoded_picture(tmp_path):
     write_pictures(tmp_path, "a.png", "b.bmp")
     pictures = [as_picture(tmp_path / "a.png"), as_picture(tmp_path / "b.bmp"), Picture("line 3", ("a dog",), None)]
-    digests = picture_digests(pictures)
+    digests = [one.digest for one in check_pictures(pictures, resolution=64, disable_progress=True)]
     assert digests[0] == hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
     assert digests[0] != digests[1]  # the same pixels
     assert digests[2] == ""
@@ -306,4 +310,4 @@ def test_digests_are_of_the_encoded_picture(tmp_path):
 def test_captions_without_a_picture_have_the_size_of_the_resolution(tmp_path):
     write_pictures(tmp_path, "a.png", size=(20, 10))
     pictures = [Picture("line 1", ("a dog",), None), as_picture(tmp_path / "a.png")]
-    assert check_pictures(pictures, resolution=96, disable_progress=True) == [(96, 96), (10, 20)]
+    assert sizes_of(pictures, resolution=96) == [(96, 96), (10, 20)]

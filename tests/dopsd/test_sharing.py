@@ -1,0 +1,223 @@
+"""What processes share, on one machine and on several."""
+
+import shutil
+
+import pytest
+from PIL import Image
+
+from dopsd.command_line import parse_settings
+from dopsd.context_cache import ContextCache
+from dopsd.data import images
+from dopsd.data.training_data import load_training_data
+from dopsd.errors import InputError, OutputError
+from dopsd.sharing import failing_together, machine_share, share_on_each_machine
+from models import EVERY_CONTEXT, ONE_MODEL
+from processes import Processes
+from short_runs import one_process, same_tensors
+
+
+def test_results_are_in_order_and_known_to_all(monkeypatch):
+    processes = Processes(monkeypatch, 3, 1)
+    items = list(range(10))
+
+    def double(accelerator):
+        return share_on_each_machine(lambda part: [2 * item for item in part], items, accelerator)
+
+    doubled = [2 * item for item in items]
+    assert processes.run(double) == [[doubled, doubled]] * 4
+    shares = processes.run(lambda accelerator: machine_share(items, accelerator))
+    assert sorted(map(len, shares)) == [3, 3, 4, 10] and sum(shares[:3], []) == shares[3] == items
+
+
+def test_fewer_items_than_processes(monkeypatch):
+    find = Processes(monkeypatch, 3).run(lambda one: share_on_each_machine(lambda part: part, ["a"], one))
+    assert find == [[["a"]]] * 3
+
+
+def test_an_error_is_raised_in_all_processes(monkeypatch):
+    def fail(accelerator):
+        with failing_together():
+            if accelerator.process_index == 1:
+                raise OutputError("the disk is full")
+
+    errors = Processes(monkeypatch, 2, 1).run(fail)
+    assert [(type(error), str(error)) for error in errors] == 3 * [(OutputError, "the disk is full")]
+
+
+def test_of_several_errors_all_processes_raise_the_first(monkeypatch):
+    def fail(accelerator):
+        with failing_together():
+            raise InputError(f"error {accelerator.process_index}")
+
+    assert [str(error) for error in Processes(monkeypatch, 2).run(fail)] == ["error 0", "error 0"]
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), failing_together():
+        raise ZeroDivisionError
+
+
+# Training data
+
+
+@pytest.fixture
+def load(monkeypatch, arguments, model, photos):
+    """Loads training data in each of some processes: (sizes of machines, folder of each machine)."""
+
+    def run(*sizes, folders=(photos, photos)):
+        processes = Processes(monkeypatch, *sizes)
+
+        def load_one(accelerator):
+            folder = folders[processes.machines[accelerator.process_index]]
+            settings = parse_settings(model.script.MODEL, "", arguments(instance_data_dir=folder))
+            return load_training_data(settings, model.script.MODEL.sizes, accelerator)
+
+        return processes.run(load_one)
+
+    return run
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the pictures that are decoded."""
+    names, decode = [], images.decode
+    monkeypatch.setattr(images, "decode", lambda picture: names.append(picture.name) or decode(picture))
+    return names
+
+
+@ONE_MODEL
+@pytest.mark.parametrize("sizes", [(1,), (2,), (2, 2)])
+def test_every_picture_is_decoded_once_on_each_machine(load, decoded, sizes):
+    results = load(*sizes)
+    assert sorted(decoded) == sorted(["0.png", "1.png", "2.png"] * len(sizes))
+    assert all((data.digests, data.examples) == (results[0].digests, results[0].examples) for data in results)
+    assert [example.picture for example in results[0].examples] == [0, 1, 2] and len({*results[0].digests}) == 3
+
+
+@ONE_MODEL
+def test_every_picture_is_read_once(load, monkeypatch):
+    read, source_bytes = [], images.source_bytes
+    monkeypatch.setattr(images, "source_bytes", lambda picture: read.append(picture.name) or source_bytes(picture))
+    load(1)
+    assert read == ["0.png", "1.png", "2.png"]
+
+
+@ONE_MODEL
+@pytest.mark.parametrize("name", ["0.png", "2.png"])
+def test_a_damaged_picture_in_one_processs_share_ends_all(load, photos, tmp_path, name):
+    folder = shutil.copytree(photos, tmp_path / "damaged")
+    (folder / name).write_bytes(b"no picture")
+    errors = load(2, folders=[folder])
+    assert [type(error) for error in errors] == [InputError, InputError] and str(errors[0]) == str(errors[1])
+    assert str(errors[0]).startswith(f"{name}: cannot be read as a picture")
+
+
+@ONE_MODEL
+def test_a_folder_that_one_machine_lacks_ends_all(load, photos, tmp_path):
+    errors = load(1, 1, folders=[photos, tmp_path / "missing"])
+    assert [str(error) for error in errors] == [
+        f"--instance_data_dir {tmp_path / 'missing'}: does not exist; check the path"
+    ] * 2
+
+
+@ONE_MODEL
+@pytest.mark.parametrize("change", ["content", "number"])
+def test_pictures_that_differ_between_machines_are_refused(load, photos, tmp_path, change):
+    folder = shutil.copytree(photos, tmp_path / "other")
+    if change == "content":
+        Image.new("RGB", (64, 64), "red").save(folder / "0.png")
+    else:
+        (folder / "2.png").unlink()
+    errors = load(1, 1, folders=[photos, folder])
+    assert all(
+        str(error).endswith("the pictures differ between the machines of this run; copy the same ones to each")
+        for error in errors
+    )
+
+
+# The cache
+
+
+def entries(folder):
+    """Name and modification time of each entry."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*/*.safetensors")}
+
+
+@ONE_MODEL
+def test_processes_share_the_encoding(prepare, tmp_path, monkeypatch):
+    shares = {}
+
+    def fill(accelerator):
+        run, share = prepare(), shares.setdefault(accelerator.process_index, [])
+        encode_batch = run.contexts.encode_batch
+        run.contexts.encode_batch = lambda batch: share.extend(map(run.contexts.key, batch)) or encode_batch(batch)
+        run.fill_cache(tmp_path, accelerator)
+
+    assert Processes(monkeypatch, 2).run(fill) == [None, None]
+    assert sorted(map(len, shares.values())) == [2, 3] and len({*shares[0], *shares[1]}) == 5
+
+
+@ONE_MODEL
+def test_processes_share_the_check_of_the_cache(prepare, tmp_path, monkeypatch):
+    prepare().fill_cache(tmp_path, one_process())
+    checked = []
+    is_valid = ContextCache.is_valid
+    monkeypatch.setattr(ContextCache, "is_valid", lambda cache, key: checked.append(key) or is_valid(cache, key))
+    before = entries(tmp_path)
+    processes = Processes(monkeypatch, 2)
+    assert processes.run(lambda accelerator: prepare().fill_cache(tmp_path, accelerator)) == [None, None]
+    assert len(checked) == len({*checked}) == 5
+    # A damaged entry is encoded once, whoever finds it.
+    damaged = sorted(tmp_path.glob("*/*.safetensors"))[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert processes.run(lambda accelerator: prepare().fill_cache(tmp_path, accelerator)) == [None, None]
+    after = entries(tmp_path)
+    assert [name for name in before if after[name] != before[name]] == [damaged.name]
+    assert ContextCache(tmp_path).is_valid(damaged.stem)
+
+
+@EVERY_CONTEXT
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1)])
+def test_machines_with_disks_of_their_own_all_have_every_entry(prepare, tmp_path, monkeypatch, sizes):
+    prepare().fill_cache(tmp_path / "expected", one_process())
+    processes = Processes(monkeypatch, *sizes)
+
+    def fill(accelerator):
+        run, machine = prepare(), processes.machines[accelerator.process_index]
+        run.fill_cache(tmp_path / str(machine), accelerator)
+        return run.all_contexts()
+
+    results = processes.run(fill)
+    assert all(same_tensors(results[0], result) for result in results)
+    for machine in (0, 1):
+        assert entries(tmp_path / str(machine)).keys() == entries(tmp_path / "expected").keys()
+    # Damaged entries are replaced here too if another machine encodes them.
+    for damaged in sorted((tmp_path / "1").glob("*/*.safetensors"))[:3]:
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+    results = processes.run(fill)
+    assert all(same_tensors(results[0], result) for result in results)
+
+
+@ONE_MODEL
+def test_machines_that_share_a_disk_encode_everything_once(prepare, tmp_path, monkeypatch):
+    saved = []
+    save = ContextCache.save
+    monkeypatch.setattr(ContextCache, "save", lambda cache, key, tensor: saved.append(key) or save(cache, key, tensor))
+    assert Processes(monkeypatch, 1, 1).run(lambda one: prepare().fill_cache(tmp_path, one)) == [None, None]
+    assert len(saved) == len({*saved}) == 5
+
+
+@ONE_MODEL
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_process_ends_all(prepare, tmp_path, monkeypatch, failing):
+    def fill(accelerator):
+        run = prepare()
+        if accelerator.process_index == failing:
+            run.contexts.load_text_encoder = raise_input_error
+        run.fill_cache(tmp_path, accelerator)
+
+    def raise_input_error():
+        raise InputError("the text encoder is broken")
+
+    errors = Processes(monkeypatch, 2).run(fill)
+    assert [(type(error), str(error)) for error in errors] == 2 * [(InputError, "the text encoder is broken")]
