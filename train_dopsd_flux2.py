@@ -12,13 +12,64 @@
 # limitations under the License.
 """Trains a LoRA for FLUX.2-klein by on-policy self-distillation (D-OPSD, arXiv 2605.05204).
 
-From top to bottom: what student and teacher are conditioned on, this model's settings and limits, and `main` with the
+From top to bottom: the model's flags and limits, what student and teacher are conditioned on, and `main` with the
 training loop. The method, and all of training that does not depend on the model, is in `dopsd/`.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from dopsd.command_line import parse_settings
+from dopsd.errors import InputError
+from dopsd.model_flags import CAPTION_CONTEXT, ModelFlags, TeacherContext, vlm_context
+from dopsd.settings import ModelSettings, MustMatch, Settings, flag
+from dopsd.sizes import SizeLimits
+from dopsd.terminal import ending_in_one_line, lasting_output
+from pipelines import published
+
+
+# The model's flags and limits
+
+
+@dataclass(frozen=True)
+class KleinSettings(ModelSettings):
+    text_encoder_out_layers: MustMatch[list[int]] = flag(
+        published.KLEIN_OUT_LAYERS, "Text encoder layers whose hidden states make up the prompt embeddings."
+    )
+
+
+class KleinFlags(ModelFlags):
+    name = "FLUX.2-klein"
+    example = "black-forest-labs/FLUX.2-klein-4B"
+    sizes = SizeLimits(
+        pixels_per_token=16,  # the VAE's factor 8 times patches of 2
+        min_side=64,  # the pipeline refuses smaller reference images
+        max_tokens=4300,  # beyond, the shift of the schedule falls sharply
+    )
+    settings_class = KleinSettings
+    default_settings = {
+        "output_dir": "flux2-klein-dopsd-lora",
+        "learning_rate": 2e-5,
+        "num_inference_steps": 4,
+        "lora_layers": published.KLEIN_LORA_LAYERS,
+    }
+    teacher_contexts = {
+        "edit": TeacherContext(
+            "it gets the picture as reference tokens",
+            encoders=("text", "vae"),
+            prompt_suffix=" Reproduce the reference image: the same subject with the same identity, shape, colours "
+            "and details, the same background, the same composition.",
+        ),
+        "vlm": vlm_context("Qwen3-VL", published.DEFAULT_VLMS, min_pixels=512 * 512, max_pixels=512 * 512),
+        "caption": CAPTION_CONTEXT,
+    }
+
+
+if __name__ == "__main__":
+    # The imports below take seconds: --help and mistakes are answered before them.
+    with ending_in_one_line(__file__):
+        SETTINGS = parse_settings(KleinFlags(), __doc__)
 
 import torch
 from accelerate.logging import get_logger
@@ -30,23 +81,20 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, Qwen3ForCausalLM
 
 from dopsd.checkpoints import Checkpoints, check_resumable, find_checkpoint, resume_contract
-from dopsd.command_line import parse_settings
 from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, check_prompts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
-from dopsd.encoders import CAPTION_CONTEXT, PictureAndPromptEncoder, PromptEncoder, resolve_vlm, vlm_context
-from dopsd.errors import InputError
+from dopsd.encoders import PictureAndPromptEncoder, PromptEncoder, resolve_vlm
 from dopsd.gallery import Gallery, drawn_prompts
-from dopsd.history import MetricsLog, last_retention, rewind_history
+from dopsd.history import MetricsLog, last_retention
 from dopsd.init_lora import read_init_lora
 from dopsd.launch import log_plan, resolve_seed, start_accelerator, weight_dtype
-from dopsd.model import Conditioning, Encoder, Model, SizeLimits, TeacherContext, TokenLimit
-from dopsd.model_card import CardInfo, License, write_run_card
+from dopsd.model import Conditioning, Encoder, Model, TokenLimit
+from dopsd.model_card import CardInfo, write_run_card
 from dopsd.optimizers import build_lr_scheduler, build_optimizer
-from dopsd.output import open_output_dir, tidy_output_dir
+from dopsd.output import open_output_dir
 from dopsd.pretrained import (
     check_pretrained,
-    check_quantization,
     encoders_fingerprint,
     load_skeleton,
     load_text_encoder,
@@ -55,14 +103,12 @@ from dopsd.pretrained import (
 )
 from dopsd.publish import push_to_hub
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
-from dopsd.settings import ModelSettings, MustMatch, Settings, flag
 from dopsd.step import StudentVelocity, TrainingStep
 from dopsd.stopping import StopRequest
-from dopsd.terminal import run_script
 from dopsd.tracking import end_training, start_trackers
-from pipelines.flux2_klein import DEFAULT_LORA_LAYERS, TEXT_ENCODER_OUT_LAYERS, Flux2KleinDOPSDPipeline, KleinContext
-from pipelines.published import NON_COMMERCIAL_NOTICE
-from pipelines.vision_encoder import DEFAULT_VLMS, VisionEncoder, default_vlm
+from pipelines.flux2_klein import Flux2KleinDOPSDPipeline, KleinContext
+from pipelines.licenses import FLUX2_KLEIN_LICENSES
+from pipelines.vision_encoder import VisionEncoder, default_vlm
 
 
 check_min_version("0.40.0")
@@ -84,10 +130,8 @@ class PicturesAndPrompts(PictureAndPromptEncoder):
     """Prompt embeddings, (1, L, D), of a picture followed by a prompt, padded to the student's length."""
 
     def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
-        context = self.pipeline.encode_vlm_teacher(
-            [prompt], [picture], vision_encoder=self.vision_encoder, **self.options
-        )
-        return context.prompt_embeds
+        inputs = {"vision_encoder": self.vision_encoder, **self.options}
+        return self.pipeline.encode_vlm_teacher([prompt], [picture], **inputs).prompt_embeds
 
 
 class References(Encoder):
@@ -106,61 +150,20 @@ class References(Encoder):
         return self.pipeline.latent_shape(*size)
 
 
-# The model's settings and limits
-
-
-@dataclass(frozen=True)
-class KleinSettings(ModelSettings):
-    text_encoder_out_layers: MustMatch[list[int]] = flag(
-        TEXT_ENCODER_OUT_LAYERS, "Text encoder layers whose hidden states make up the prompt embeddings."
-    )
-
-
-class Flux2Klein(Model):
-    name = "FLUX.2-klein"
-    example = "black-forest-labs/FLUX.2-klein-4B"
+class Flux2Klein(KleinFlags, Model):
     pipeline_class, stock_pipeline_class = Flux2KleinDOPSDPipeline, Flux2KleinPipeline
     transformer_class, text_encoder_class, vae_class = Flux2Transformer2DModel, Qwen3ForCausalLM, AutoencoderKLFlux2
-    portable_lora_layers = DEFAULT_LORA_LAYERS
+    portable_lora_layers = published.KLEIN_LORA_LAYERS
     tracker_name = "dopsd-flux2-klein-lora"
-    sizes = SizeLimits(
-        pixels_per_token=16,  # the VAE's factor 8 times patches of 2
-        min_side=64,  # the pipeline refuses smaller reference images
-        max_tokens=4300,  # beyond, the shift of the schedule falls sharply
-    )
-    settings_class = KleinSettings
-    default_settings = {
-        "output_dir": "flux2-klein-dopsd-lora",
-        "learning_rate": 2e-5,
-        "num_inference_steps": 4,
-        "lora_layers": DEFAULT_LORA_LAYERS,
-    }
-    teacher_contexts = {
-        "edit": TeacherContext(
-            "it gets the picture as reference tokens",
-            encoders=("text", "vae"),
-            prompt_suffix=" Reproduce the reference image: the same subject with the same identity, shape, colours "
-            "and details, the same background, the same composition.",
-        ),
-        "vlm": vlm_context("Qwen3-VL", DEFAULT_VLMS, min_pixels=512 * 512, max_pixels=512 * 512),
-        "caption": CAPTION_CONTEXT,
-    }
     card = CardInfo(
         pipeline="Flux2KleinPipeline",
         tags=("flux2", "flux2-klein"),
         guidance_scale=1.0,
-        sampling_defaults={"max_sequence_length": 512, "text_encoder_out_layers": list(TEXT_ENCODER_OUT_LAYERS)},
-        licenses=(
-            License(r"black-forest-labs/FLUX\.2-klein-(base-)?4B\b.*", title="Apache-2.0", id="apache-2.0"),
-            License(
-                r"black-forest-labs/FLUX\.2-klein-(base-)?9B\b.*",
-                title="FLUX Non-Commercial License",
-                id="other",
-                name="flux-non-commercial-license",
-                file="LICENSE.md",
-                notice=NON_COMMERCIAL_NOTICE,
-            ),
-        ),
+        sampling_defaults={
+            "max_sequence_length": 512,
+            "text_encoder_out_layers": list(published.KLEIN_OUT_LAYERS),
+        },
+        licenses=FLUX2_KLEIN_LICENSES,
     )
 
     def is_distilled(self, index: dict, scheduler: dict) -> bool:
@@ -221,13 +224,14 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     settings = settings.replace(mixed_precision=accelerator.mixed_precision, seed=seed)
 
     # Everything that a user can get wrong is checked before any weight is loaded.
-    check_quantization(settings.model)
     data = load_training_data(settings, model.sizes, accelerator)
     check_pretrained(model, settings.model)
     dtype = weight_dtype(settings.training.mixed_precision)
     skeleton = load_skeleton(model, settings.model)
-    lora_options = settings.lora.adapter_options(lora_target_modules(skeleton, settings.lora.lora_layers))
-    init_lora = read_init_lora(model, settings.lora.init_lora, skeleton, lora_options)
+    lora_options = settings.lora.adapter_options(
+        lora_target_modules(skeleton, settings.lora.lora_layers, model.portable_lora_layers)
+    )
+    init_lora = read_init_lora(model, settings.lora.init_lora, skeleton, lora_options, settings.model.cache_dir)
     pipeline, folder, text_config = open_pipeline(model, settings.model, dtype)
     settings = resolve_data_defaults(settings, data, accelerator.num_processes)
     settings = model.resolve_settings(settings, skeleton.config, text_config)
@@ -290,14 +294,10 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         save_dtype=save_dtype,
         contract=contract,
     )
-    first_step = 0 if checkpoint is None else checkpoints.load(checkpoint)
+    first_step = checkpoints.resume(checkpoint)
     log_plan(settings, accelerator, data, roles, first_step)
     start_trackers(accelerator, model.tracker_name, settings)
-    if accelerator.is_main_process:
-        tidy_output_dir(output_dir, first_step)
-        rewind_history(output_dir, first_step)
-    accelerator.wait_for_everyone()
-    metrics_log = MetricsLog(accelerator, output_dir)
+    metrics_log = MetricsLog(accelerator, output_dir, first_step)
     gallery = Gallery(
         settings,
         accelerator,
@@ -345,4 +345,5 @@ def main(settings: Settings, model: Model = MODEL) -> None:
 
 
 if __name__ == "__main__":
-    run_script(Path(__file__).name, partial(parse_settings, MODEL, __doc__.splitlines()[0]), main)
+    with ending_in_one_line(__file__), lasting_output():
+        main(SETTINGS)

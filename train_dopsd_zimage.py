@@ -12,13 +12,64 @@
 # limitations under the License.
 """Trains a LoRA for Z-Image-Turbo by on-policy self-distillation (D-OPSD, arXiv 2605.05204).
 
-From top to bottom: what student and teacher are conditioned on, this model's settings and limits, and `main` with the
+From top to bottom: the model's flags and limits, what student and teacher are conditioned on, and `main` with the
 training loop. The method, and all of training that does not depend on the model, is in `dopsd/`.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from dopsd.command_line import parse_settings
+from dopsd.errors import InputError
+from dopsd.model_flags import CAPTION_CONTEXT, ModelFlags, vlm_context
+from dopsd.settings import Count, MayDiffer, ModelSettings, Settings, flag
+from dopsd.sizes import SizeLimits
+from dopsd.terminal import ending_in_one_line, lasting_output
+from pipelines import published
+
+
+# The model's flags and limits
+
+
+DEFAULT_TEACHER_MAX_SEQUENCE_LENGTH = 1024  # as in the published runs
+
+
+@dataclass(frozen=True)
+class ZImageSettings(ModelSettings):
+    teacher_max_sequence_length: MayDiffer[Count | None] = flag(
+        None,
+        "Maximum number of tokens in the teacher's text, including its picture's. Default: "
+        f"{DEFAULT_TEACHER_MAX_SEQUENCE_LENGTH}, or fewer if the transformer has fewer positions.",
+    )
+
+
+class ZImageFlags(ModelFlags):
+    name = "Z-Image-Turbo"
+    example = "Tongyi-MAI/Z-Image-Turbo"
+    sizes = SizeLimits(
+        pixels_per_token=16,  # the VAE's factor 8 times patches of 2
+        min_side=64,  # less is most likely a typing error
+        max_tokens=128 * 128,  # 2048 x 2048 pixels
+    )
+    settings_class = ZImageSettings
+    default_settings = {
+        "output_dir": "z-image-dopsd-lora",
+        "learning_rate": 1e-4,
+        "num_inference_steps": 8,
+        "lora_layers": published.Z_IMAGE_LORA_LAYERS,
+    }
+    teacher_contexts = {
+        # The limits of the published runs.
+        "vlm": vlm_context("Qwen3-VL", published.DEFAULT_VLMS, min_pixels=512 * 512, max_pixels=768 * 768),
+        "caption": CAPTION_CONTEXT,
+    }
+
+
+if __name__ == "__main__":
+    # The imports below take seconds: --help and mistakes are answered before them.
+    with ending_in_one_line(__file__):
+        SETTINGS = parse_settings(ZImageFlags(), __doc__)
 
 import torch
 from accelerate.logging import get_logger
@@ -31,23 +82,20 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, Qwen3Model
 
 from dopsd.checkpoints import Checkpoints, check_resumable, find_checkpoint, resume_contract
-from dopsd.command_line import parse_settings
 from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, check_prompts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
-from dopsd.encoders import CAPTION_CONTEXT, PictureAndPromptEncoder, PromptEncoder, resolve_vlm, vlm_context
-from dopsd.errors import InputError
+from dopsd.encoders import PictureAndPromptEncoder, PromptEncoder, resolve_vlm
 from dopsd.gallery import Gallery, drawn_prompts
-from dopsd.history import MetricsLog, last_retention, rewind_history
+from dopsd.history import MetricsLog, last_retention
 from dopsd.init_lora import read_init_lora
 from dopsd.launch import log_plan, resolve_seed, start_accelerator, weight_dtype
-from dopsd.model import Conditioning, Model, SizeLimits, TokenLimit
+from dopsd.model import Conditioning, Model, TokenLimit
 from dopsd.model_card import CardInfo, License, write_run_card
 from dopsd.optimizers import build_lr_scheduler, build_optimizer
-from dopsd.output import open_output_dir, tidy_output_dir
+from dopsd.output import open_output_dir
 from dopsd.pretrained import (
     check_pretrained,
-    check_quantization,
     encoders_fingerprint,
     load_skeleton,
     load_text_encoder,
@@ -56,13 +104,11 @@ from dopsd.pretrained import (
 )
 from dopsd.publish import push_to_hub
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
-from dopsd.settings import Count, MayDiffer, ModelSettings, Settings, flag
 from dopsd.step import StudentVelocity, TrainingStep
 from dopsd.stopping import StopRequest
-from dopsd.terminal import run_script
 from dopsd.tracking import end_training, start_trackers
-from pipelines.vision_encoder import DEFAULT_VLMS, VisionEncoder, default_vlm
-from pipelines.z_image import DEFAULT_LORA_LAYERS, ZImageContext, ZImageDOPSDPipeline, is_turbo
+from pipelines.vision_encoder import VisionEncoder, default_vlm
+from pipelines.z_image import ZImageContext, ZImageDOPSDPipeline, is_turbo
 
 
 check_min_version("0.40.0")
@@ -92,46 +138,12 @@ class PicturesAndPrompts(PictureAndPromptEncoder):
         return context.prompt_embeds[0]
 
 
-# The model's settings and limits
-
-
-DEFAULT_TEACHER_MAX_SEQUENCE_LENGTH = 1024  # as in the published runs
-
-
-@dataclass(frozen=True)
-class ZImageSettings(ModelSettings):
-    teacher_max_sequence_length: MayDiffer[Count | None] = flag(
-        None,
-        "Maximum number of tokens in the teacher's text, including its picture's. Default: "
-        f"{DEFAULT_TEACHER_MAX_SEQUENCE_LENGTH}, or fewer if the transformer has fewer positions.",
-    )
-
-
-class ZImageTurbo(Model):
-    name = "Z-Image-Turbo"
-    example = "Tongyi-MAI/Z-Image-Turbo"
+class ZImageTurbo(ZImageFlags, Model):
     pipeline_class, stock_pipeline_class = ZImageDOPSDPipeline, ZImagePipeline
     transformer_class, text_encoder_class, vae_class = ZImageTransformer2DModel, Qwen3Model, AutoencoderKL
-    portable_lora_layers = DEFAULT_LORA_LAYERS
+    portable_lora_layers = published.Z_IMAGE_LORA_LAYERS
     tracker_name = "dopsd-z-image-lora"
     works_in_fp16 = False
-    sizes = SizeLimits(
-        pixels_per_token=16,  # the VAE's factor 8 times patches of 2
-        min_side=64,  # less is most likely a typing error
-        max_tokens=128 * 128,  # 2048 x 2048 pixels
-    )
-    settings_class = ZImageSettings
-    default_settings = {
-        "output_dir": "z-image-dopsd-lora",
-        "learning_rate": 1e-4,
-        "num_inference_steps": 8,
-        "lora_layers": DEFAULT_LORA_LAYERS,
-    }
-    teacher_contexts = {
-        # The limits of the published runs.
-        "vlm": vlm_context("Qwen3-VL", DEFAULT_VLMS, min_pixels=512 * 512, max_pixels=768 * 768),
-        "caption": CAPTION_CONTEXT,
-    }
     card = CardInfo(
         pipeline="ZImagePipeline",
         tags=("z-image",),
@@ -204,13 +216,14 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     settings = settings.replace(mixed_precision=accelerator.mixed_precision, seed=seed)
 
     # Everything that a user can get wrong is checked before any weight is loaded.
-    check_quantization(settings.model)
     data = load_training_data(settings, model.sizes, accelerator)
     check_pretrained(model, settings.model)
     dtype = weight_dtype(settings.training.mixed_precision)
     skeleton = load_skeleton(model, settings.model)
-    lora_options = settings.lora.adapter_options(lora_target_modules(skeleton, settings.lora.lora_layers))
-    init_lora = read_init_lora(model, settings.lora.init_lora, skeleton, lora_options)
+    lora_options = settings.lora.adapter_options(
+        lora_target_modules(skeleton, settings.lora.lora_layers, model.portable_lora_layers)
+    )
+    init_lora = read_init_lora(model, settings.lora.init_lora, skeleton, lora_options, settings.model.cache_dir)
     pipeline, folder, text_config = open_pipeline(model, settings.model, dtype)
     settings = resolve_data_defaults(settings, data, accelerator.num_processes)
     settings = model.resolve_settings(settings, skeleton.config, text_config)
@@ -273,14 +286,10 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         save_dtype=save_dtype,
         contract=contract,
     )
-    first_step = 0 if checkpoint is None else checkpoints.load(checkpoint)
+    first_step = checkpoints.resume(checkpoint)
     log_plan(settings, accelerator, data, roles, first_step)
     start_trackers(accelerator, model.tracker_name, settings)
-    if accelerator.is_main_process:
-        tidy_output_dir(output_dir, first_step)
-        rewind_history(output_dir, first_step)
-    accelerator.wait_for_everyone()
-    metrics_log = MetricsLog(accelerator, output_dir)
+    metrics_log = MetricsLog(accelerator, output_dir, first_step)
     gallery = Gallery(
         settings,
         accelerator,
@@ -328,4 +337,5 @@ def main(settings: Settings, model: Model = MODEL) -> None:
 
 
 if __name__ == "__main__":
-    run_script(Path(__file__).name, partial(parse_settings, MODEL, __doc__.splitlines()[0]), main)
+    with ending_in_one_line(__file__), lasting_output():
+        main(SETTINGS)

@@ -32,6 +32,7 @@ from .output import (
     replacing,
     reporting_write_errors,
     sync_to_disk,
+    tidy_output_dir,
 )
 from .pretrained import model_identity
 from .roles import StudentTeacherLoRA
@@ -250,6 +251,13 @@ class Checkpoints:
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.stock_pipeline_class, self.save_dtype = stock_pipeline_class, save_dtype
         self.contract = contract
+
+    def resume(self, checkpoint: Path | None) -> int:
+        """Loads the checkpoint, if there is one, and tidies the output folder; returns the number of steps trained."""
+        first_step = 0 if checkpoint is None else self.load(checkpoint)
+        if self.accelerator.is_main_process:
+            tidy_output_dir(self.folder, first_step)
+        return first_step
 
     def load(self, checkpoint: Path) -> int:
         """Restores what `save` wrote; returns the number of steps trained. `damage` has found nothing wrong."""

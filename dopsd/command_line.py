@@ -11,10 +11,10 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from .data.buckets import check_geometry, size_problem
 from .errors import InputError, one_line
-from .model import Model, TeacherContext
+from .model_flags import ModelFlags, TeacherContext
 from .settings import Settings, TeacherSettings, check_ranges
+from .sizes import check_geometry, size_problem
 from .terminal import MAX_REFUSAL_CHARACTERS, as_line
 from .text import argument_problem
 
@@ -55,13 +55,13 @@ class SettingsParser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {as_line(message, MAX_REFUSAL_CHARACTERS)}\n")
 
 
-def build_parser(model: Model, description: str) -> SettingsParser:
+def build_parser(model: ModelFlags, description: str) -> SettingsParser:
     """The parser for a model's script, with the model's choices and defaults."""
     groups = [model.settings_class if group.name == "model" else group.type for group in fields(Settings)]
     parser = SettingsParser(
         groups,
         usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER ...",
-        description=description,
+        description=description.partition("\n")[0],
         allow_abbrev=False,
         formatter_class=DefaultsHelpFormatter,
     )
@@ -102,7 +102,7 @@ def _describe_teacher_contexts(action_of: dict, contexts: dict[str, TeacherConte
             )
 
 
-def parse_settings(model: Model, description: str, arguments: list[str] | None = None) -> Settings:
+def parse_settings(model: ModelFlags, description: str, arguments: list[str] | None = None) -> Settings:
     """Settings from the command line (by default this process's) and from its `--config` file.
 
     Raises:
@@ -162,7 +162,7 @@ def config_arguments(path: Path, parser: SettingsParser) -> list[str]:
     return arguments
 
 
-def resolve(settings: Settings, model: Model) -> Settings:
+def resolve(settings: Settings, model: ModelFlags) -> Settings:
     """Fills in the defaults that follow from other flags, and checks what can be checked before any file is read."""
     settings = resolve_teacher(settings, model)
     check(settings, model)
@@ -181,7 +181,7 @@ def resolve(settings: Settings, model: Model) -> Settings:
     )
 
 
-def resolve_teacher(settings: Settings, model: Model) -> Settings:
+def resolve_teacher(settings: Settings, model: ModelFlags) -> Settings:
     """Refuses the flags of other teacher contexts and fills in the defaults of the chosen one."""
     context, flags = model.teacher_context(settings), settings.flat()
     general = {"teacher_context", "teacher_prompt_suffix"}
@@ -210,7 +210,7 @@ def resolve_teacher(settings: Settings, model: Model) -> Settings:
     return settings
 
 
-def check(settings: Settings, model: Model) -> None:
+def check(settings: Settings, model: ModelFlags) -> None:
     """Raises `InputError` for flags that cannot work together or on this machine."""
     training, validation, optimizer = settings.training, settings.validation, settings.optimizer
     if settings.model.pretrained_model_name_or_path is None:

@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 
 from .context_cache import files_fingerprint
 from .errors import naming_flag
-from .model import Encoder, FewStepPipeline, TeacherContext, VisionTower
+from .model import Encoder, FewStepPipeline, VisionTower
+from .model_flags import TeacherContext
 from .settings import Settings, TeacherSettings
 
 
@@ -130,36 +131,6 @@ class PictureAndPromptEncoder(PromptEncoder):
 
     def detach(self) -> None:
         self.vision_encoder.unload()
-
-
-# The `caption` teacher: it reads more than the student, and needs no picture.
-CAPTION_CONTEXT = TeacherContext(
-    "it reads --teacher_caption_column, and sees no picture",
-    encoders=(PromptEncoder.name,),
-    flags={"teacher_caption_column": None},
-)
-
-
-def vlm_context(vlm: str, default_models: dict[int, str], *, min_pixels: int, max_pixels: int) -> TeacherContext:
-    """The `vlm` teacher, whose text encoder sees the picture through the vision tower of `vlm`.
-
-    Args:
-        default_models: hub ids by the text encoder's hidden size; the default is the one that fits.
-        min_pixels, max_pixels: defaults of the flags; pictures are scaled to an area between them.
-    """
-    return TeacherContext(
-        f"its text encoder sees the picture through {vlm}'s vision tower",
-        encoders=(PictureAndPromptEncoder.name,),
-        flags={
-            "vlm_model_name_or_path": None,
-            "vlm_min_pixels": min_pixels,
-            "vlm_max_pixels": max_pixels,
-            "vlm_rope": "vlm",
-        },
-        flag_help={
-            "vlm_model_name_or_path": f"Default: {' or '.join(default_models.values())}, by the text encoder's size."
-        },
-    )
 
 
 def resolve_vlm(

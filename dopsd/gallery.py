@@ -23,7 +23,8 @@ from .data.training_data import Crop
 from .errors import DOPSDError, one_line
 from .history import MetricsLog, read_history
 from .memory import reset_peak_memory
-from .model import Context, FewStepPipeline, TeacherContext
+from .model import Context, FewStepPipeline
+from .model_flags import TeacherContext
 from .output import naming_file
 from .roles import StudentTeacherLoRA
 from .rollout import RolloutStep, rollout, seeded_noise

@@ -59,11 +59,18 @@ def last_retention(folder: Path) -> float | None:
 
 
 class MetricsLog:
-    """Sends metrics to the trackers and appends them to the run's history. Training goes on if neither is possible."""
+    """Sends metrics to the trackers and appends them to the run's history. Training goes on if neither is possible.
 
-    def __init__(self, accelerator: Accelerator, folder: Path):
+    Args:
+        first_step: what an interrupted run logged after this step is removed.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, first_step: int):
         self.accelerator, self.path = accelerator, folder / HISTORY_FILE
         self._has_failed = False
+        if accelerator.is_main_process:
+            rewind_history(folder, first_step)
+        accelerator.wait_for_everyone()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         track(self.accelerator, lambda tracker: tracker.log(metrics, step=step))

@@ -6,7 +6,7 @@ docs/add_a_model.md explains how.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -16,8 +16,9 @@ from PIL import Image
 from transformers import PretrainedConfig
 
 from .model_card import CardInfo
+from .model_flags import ModelFlags
 from .rollout import Schedule
-from .settings import ModelSettings, Settings
+from .settings import Settings
 
 
 class Context(Protocol):
@@ -174,76 +175,28 @@ class Conditioning:
         return any(encoder.sees_picture for encoder in self.teacher)
 
 
-@dataclass(frozen=True)
-class TeacherContext:
-    """One choice of `--teacher_context`.
-
-    Attributes:
-        description: continues the sentence "the teacher: ...".
-        encoders: names of the encoders whose tensors make up the teacher's context.
-        prompt_suffix: default of `--teacher_prompt_suffix`.
-        flags: the flags that only this choice uses, with their defaults. None is resolved later.
-        flag_help: what `--help` adds to some of them.
-    """
-
-    description: str
-    encoders: tuple[str, ...]
-    prompt_suffix: str = ""
-    flags: dict[str, Any] = field(default_factory=dict)
-    flag_help: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class SizeLimits:
-    """Image sizes that a model can be trained at.
-
-    Attributes:
-        pixels_per_token: side of the square of pixels behind one image token.
-        min_side: smallest height and width, in pixels.
-        max_tokens: most image tokens.
-    """
-
-    pixels_per_token: int
-    min_side: int
-    max_tokens: int
-
-
-class Model(ABC):
+class Model(ModelFlags, ABC):
     """A few-step model, as its training script describes it.
 
     Attributes:
-        name, example: what to call it in messages, and a hub id of it.
         pipeline_class: a `FewStepPipeline`.
         stock_pipeline_class: the diffusers pipeline that it extends, which loads the saved LoRA.
         transformer_class, text_encoder_class, vae_class: of its components.
         portable_lora_layers: regular expression for the modules whose LoRA other software can load; None if unknown.
-        sizes: the sizes it can be trained at.
-        teacher_contexts: choices of `--teacher_context`; the first is the default.
-        settings_class: `ModelSettings`, or a subclass with flags that only this model has.
-        default_settings: flag -> default, where it depends on the model.
         card: what the model card says of it.
         tracker_name: project name for the trackers.
         works_in_fp16: False if activations of the published weights are known to overflow in float16.
     """
 
-    name: ClassVar[str]
-    example: ClassVar[str]
     pipeline_class: ClassVar[type]
     stock_pipeline_class: ClassVar[type[DiffusionPipeline]]
     transformer_class: ClassVar[type]
     text_encoder_class: ClassVar[type]
     vae_class: ClassVar[type]
     portable_lora_layers: ClassVar[str | None] = None
-    sizes: ClassVar[SizeLimits]
-    teacher_contexts: ClassVar[dict[str, TeacherContext]]
-    settings_class: ClassVar[type[ModelSettings]] = ModelSettings
-    default_settings: ClassVar[dict[str, Any]]
     card: ClassVar[CardInfo]
     tracker_name: ClassVar[str]
     works_in_fp16: ClassVar[bool] = True
-
-    def teacher_context(self, settings: Settings) -> TeacherContext:
-        return self.teacher_contexts[settings.teacher.teacher_context]
 
     @abstractmethod
     def is_distilled(self, index: dict, scheduler: dict) -> bool:

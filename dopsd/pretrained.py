@@ -80,7 +80,12 @@ def read_configs(
 
 
 def check_pretrained(model: Model, settings: ModelSettings) -> None:
-    """Checks, by its configurations alone, that the checkpoint is one of `model`; warns if it is not distilled."""
+    """Checks, by its configurations alone, that the checkpoint is one of `model`; warns if it is not distilled.
+
+    Raises:
+        InputError: it is not, or `--bnb_quantization_config_path` cannot be used.
+    """
+    read_quantization_settings(settings)
     name = settings.pretrained_model_name_or_path
     index, scheduler = read_configs(
         name, model.stock_pipeline_class, model=model.name, example=model.example, **hub_options(settings)
@@ -246,11 +251,6 @@ def read_quantization_settings(settings: ModelSettings) -> dict | None:
     if not torch.cuda.is_available():
         raise InputError(f"--bnb_quantization_config_path {path}: quantized weights need a GPU; drop the flag")
     return arguments
-
-
-def check_quantization(settings: ModelSettings) -> None:
-    """Raises `InputError` if `--bnb_quantization_config_path` cannot be used."""
-    read_quantization_settings(settings)
 
 
 def load_transformer(

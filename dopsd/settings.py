@@ -9,8 +9,6 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from diffusers.optimization import SchedulerType
-
 from .errors import InputError
 
 
@@ -58,7 +56,8 @@ RETENTION_PROMPTS = (
     "a city street at night in the rain, neon signs",
 )
 
-SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
+# Those of `diffusers.optimization.SchedulerType` that need no rules of their own.
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
 def flag(default: Any, help: str) -> Any:

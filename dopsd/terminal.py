@@ -3,9 +3,10 @@
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from typing import Any, TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import TextIO
 
 from .errors import DOPSDError, InputError, device_errors, first_line
 from .text import printable
@@ -30,24 +31,36 @@ def as_line(message: str, max_characters: int | None = None) -> str:
     return text
 
 
-def run_script(script: str, parse: Callable[[], Any], main: Callable[[Any], Any]) -> None:
-    """Runs a script's `main`. A `DOPSDError` ends the process with one line and a non-zero exit status."""
+@contextmanager
+def ending_in_one_line(script: str) -> Iterator[None]:
+    """A `DOPSDError` ends the process with one line and a non-zero exit status. Bugs keep their traceback.
+
+    Args:
+        script: path of the script.
+    """
+    name = Path(script).name
     try:
-        with redirect_stdout(LastingStream(sys.stdout)), redirect_stderr(LastingStream(sys.stderr)):
-            main(parse())
+        yield
     except DOPSDError as error:
         # Flags and files may have any length. Where a result is safe must not be cut.
         limit = MAX_REFUSAL_CHARACTERS if isinstance(error, InputError) else None
-        sys.exit(f"{script}: error: {as_line(str(error), limit)}")
+        sys.exit(f"{name}: error: {as_line(str(error), limit)}")
     except device_errors() as error:
         if "out of memory" not in str(error):
             raise
         sys.exit(
-            f"{script}: error: out of GPU memory ({first_line(error)}); pass --gradient_checkpointing and "
+            f"{name}: error: out of GPU memory ({first_line(error)}); pass --gradient_checkpointing and "
             "--use_8bit_adam, or lower --resolution, --train_batch_size or --rank"
         )
     except KeyboardInterrupt:
-        sys.exit(f"{script}: interrupted; finished encodings are kept in the context cache")
+        sys.exit(f"{name}: interrupted; finished encodings are kept in the context cache")
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Standard output and error survive their readers."""
+    with redirect_stdout(LastingStream(sys.stdout)), redirect_stderr(LastingStream(sys.stderr)):
+        yield
 
 
 class LastingStream:

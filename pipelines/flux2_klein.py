@@ -12,19 +12,12 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu,
 from dopsd.rollout import Schedule
 
 from .few_step import FewStepMixin
+from .published import KLEIN_OUT_LAYERS
 from .vision_encoder import VisionEncoder
 
 
-TEXT_ENCODER_OUT_LAYERS = (9, 18, 27)
-
 # The stock pipeline shrinks larger reference images to this area.
 MAX_REFERENCE_PIXELS = 1024 * 1024
-
-# Attention and feed-forward layers of the double-stream blocks, fused projections of the single-stream blocks.
-DEFAULT_LORA_LAYERS = (
-    r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|(ff|ff_context)\.linear_(in|out))"
-    r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
-)
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class Flux2KleinDOPSDPipeline(FewStepMixin, Flux2KleinPipeline):
         prompts: list[str],
         *,
         max_sequence_length: int = 512,
-        text_encoder_out_layers: tuple[int, ...] = TEXT_ENCODER_OUT_LAYERS,
+        text_encoder_out_layers: tuple[int, ...] = KLEIN_OUT_LAYERS,
     ) -> KleinContext:
         """The student's context c_s = f_text(y), from prompts only.
 
@@ -86,7 +79,7 @@ class Flux2KleinDOPSDPipeline(FewStepMixin, Flux2KleinPipeline):
         *,
         prompt_suffix: str = "",
         max_sequence_length: int = 512,
-        text_encoder_out_layers: tuple[int, ...] = TEXT_ENCODER_OUT_LAYERS,
+        text_encoder_out_layers: tuple[int, ...] = KLEIN_OUT_LAYERS,
     ) -> KleinContext:
         """The `edit` teacher's context c_t = f_mm(y, image): prompts with a suffix, and each image as a reference.
 
@@ -110,7 +103,7 @@ class Flux2KleinDOPSDPipeline(FewStepMixin, Flux2KleinPipeline):
         *,
         vision_encoder: VisionEncoder,
         max_sequence_length: int = 512,
-        text_encoder_out_layers: tuple[int, ...] = TEXT_ENCODER_OUT_LAYERS,
+        text_encoder_out_layers: tuple[int, ...] = KLEIN_OUT_LAYERS,
     ) -> KleinContext:
         """The `vlm` teacher's context c_t = f_mm(y, image): the text encoder sees each image before its prompt.
 

@@ -15,6 +15,7 @@ from dopsd.errors import InputError
 from dopsd.loading import LOAD_ERRORS, brief, check_config, limited_size
 
 from .checkpoint_files import CheckpointFiles
+from .published import DEFAULT_VLMS
 
 
 try:
@@ -46,8 +47,6 @@ INDEX_FILE = "model.safetensors.index.json"
 # A checkpoint that was saved without the language model head has no "model." prefix.
 VISUAL_KEY = re.compile(r"(?:model\.)?visual\.(?P<name>.+)")
 
-# By the hidden size of the text encoder.
-DEFAULT_VLMS = {2560: "Qwen/Qwen3-VL-4B-Instruct", 4096: "Qwen/Qwen3-VL-8B-Instruct"}
 WHICH_VLM = "pass Qwen/Qwen3-VL-4B-Instruct (Z-Image, FLUX.2-klein-4B) or Qwen/Qwen3-VL-8B-Instruct (FLUX.2-klein-9B)"
 
 

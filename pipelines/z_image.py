@@ -17,11 +17,6 @@ from .few_step import FewStepMixin
 from .vision_encoder import VisionEncoder
 
 
-# Attention and feed-forward layers of all blocks: the main ones and both refiners.
-DEFAULT_LORA_LAYERS = (
-    r"(layers|noise_refiner|context_refiner)\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])"
-)
-
 # Of the scheduler that Z-Image-Turbo is published with. The undistilled Z-Image has another one.
 TURBO_SHIFT = 3.0
 

@@ -11,8 +11,8 @@ from PIL import Image
 from dopsd.data import sources
 from dopsd.data.pictures import Picture
 from dopsd.errors import InputError
-from dopsd.model import SizeLimits
 from dopsd.settings import DataSettings
+from dopsd.sizes import SizeLimits
 from dopsd.terminal import MAX_REFUSAL_CHARACTERS, as_line
 
 

@@ -1,17 +1,16 @@
 """A third training script, for the toy model in toy_pipeline.py: what docs/add_a_model.md asks for."""
 
-from functools import partial
-from pathlib import Path
-
 import torch
 from PIL import Image
 from transformers import Qwen3Model
 
 from dopsd.command_line import parse_settings
 from dopsd.encoders import PromptEncoder
-from dopsd.model import Conditioning, Encoder, Model, SizeLimits, TeacherContext, TokenLimit
+from dopsd.model import Conditioning, Encoder, Model, TokenLimit
 from dopsd.model_card import CardInfo
-from dopsd.terminal import run_script
+from dopsd.model_flags import TeacherContext
+from dopsd.sizes import SizeLimits
+from dopsd.terminal import ending_in_one_line, lasting_output
 from toy_pipeline import ToyContext, ToyPipeline, ToyTransformer, ToyVAE
 from train_dopsd_flux2 import main
 
@@ -66,4 +65,5 @@ class Toy(Model):
 
 
 if __name__ == "__main__":
-    run_script(Path(__file__).name, partial(parse_settings, Toy(), "Trains the toy."), partial(main, model=Toy()))
+    with ending_in_one_line(__file__), lasting_output():
+        main(parse_settings(Toy(), __doc__), Toy())

@@ -22,7 +22,8 @@ from dopsd.context_cache import files_fingerprint
 from dopsd.errors import DOPSDError
 from dopsd.history import last_retention
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
-from pipelines.flux2_klein import DEFAULT_LORA_LAYERS, Flux2KleinDOPSDPipeline
+from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
+from pipelines.published import KLEIN_LORA_LAYERS
 
 
 TRAINING_SCRIPT = REPOSITORY / "train_dopsd_flux2.py"
@@ -142,7 +143,7 @@ class Experiment:
         pipeline = self.evaluator.load()
         torch.manual_seed(run.seed)
         settings = run.method.settings
-        targets = lora_target_modules(pipeline.transformer, DEFAULT_LORA_LAYERS)
+        targets = lora_target_modules(pipeline.transformer, KLEIN_LORA_LAYERS)
         roles = StudentTeacherLoRA(pipeline.transformer, targets, rank=settings.rank, alpha=settings.lora_alpha)
         stop = self._accuracy_stop(run, pipeline, roles) if run.method.stops_at_dopsd else None
         num_steps = train_baseline(

@@ -1,19 +1,15 @@
 """Sizes that pictures are trained at, and their crops."""
 
-import math
 import random
 from dataclasses import dataclass
 
 from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets, parse_buckets_string
 from PIL import Image, ImageOps
 
-from ..errors import InputError, first_line
-from ..model import SizeLimits
+from ..errors import InputError
 from ..settings import DataSettings
+from ..sizes import SizeLimits, size_problem
 from .pictures import Picture
-
-
-MAX_ASPECT_RATIO = 8  # anything longer is most likely a typing error
 
 
 @dataclass(frozen=True)
@@ -31,48 +27,6 @@ class Example:
     repeat: int
     bucket: tuple[int, int]
     centering: tuple[float, float]
-
-
-def check_geometry(settings: DataSettings, limits: SizeLimits) -> None:
-    """Checks `--resolution` and the buckets. Reads no file.
-
-    Raises:
-        InputError: the model cannot be trained at one of these sizes.
-    """
-    if problem := size_problem(settings.resolution, settings.resolution, limits):
-        raise InputError(f"--resolution {settings.resolution}: {problem}")
-    if settings.aspect_ratio_buckets is None:
-        return
-    if not settings.use_aspect_ratio_buckets:
-        raise InputError("--aspect_ratio_buckets: needs --use_aspect_ratio_buckets; pass both or neither")
-    try:
-        buckets = parse_buckets_string(settings.aspect_ratio_buckets)
-    except ValueError as error:
-        raise InputError(
-            f"--aspect_ratio_buckets {settings.aspect_ratio_buckets!r}: cannot be read ({first_line(error)}); write "
-            "height,width;height,width"
-        ) from error
-    for height, width in buckets:
-        if problem := size_problem(height, width, limits):
-            raise InputError(f"--aspect_ratio_buckets {height},{width}: {problem}")
-
-
-def size_problem(height: int, width: int, limits: SizeLimits) -> str | None:
-    """Why a model cannot be trained at a size in pixels and what to do, or None if it can.
-
-    The text continues a sentence, as in "a size that is too small; use at least 64 pixels per side".
-    """
-    if min(height, width) < limits.min_side:
-        return f"too small; use at least {limits.min_side} pixels per side"
-    if height % limits.pixels_per_token or width % limits.pixels_per_token:
-        return f"not divisible into image tokens; use multiples of {limits.pixels_per_token} pixels"
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        return f"too long and narrow; use an aspect ratio of at most {MAX_ASPECT_RATIO}:1"
-    tokens = (height // limits.pixels_per_token) * (width // limits.pixels_per_token)
-    if tokens > limits.max_tokens:
-        side = math.isqrt(limits.max_tokens) * limits.pixels_per_token
-        return f"too large ({tokens} image tokens, the limit is {limits.max_tokens}); use at most {side}x{side} pixels"
-    return None
 
 
 def bucket_for(height: int, width: int, settings: DataSettings, limits: SizeLimits) -> tuple[int, int]:

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ..errors import InputError
-from ..model import SizeLimits
 from ..settings import Settings
 from ..sharing import failing_together, share_on_each_machine
+from ..sizes import SizeLimits
 from .buckets import Example, crop_image, plan_examples
 from .images import check_pictures, read_image, warn_of_profiles
 from .order import Sample, SampleOrder

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from diffusers.optimization import SchedulerType
 
 import train_dopsd_flux2
 import train_dopsd_zimage
 from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
-from dopsd.model import TeacherContext
-from dopsd.settings import MayDiffer, ModelSettings, flag
+from dopsd.model_flags import TeacherContext
+from dopsd.settings import SCHEDULERS, MayDiffer, ModelSettings, flag
 
 
 ROOT = Path(train_dopsd_flux2.__file__).parent
@@ -195,11 +196,31 @@ def test_the_defaults_follow_the_model_and_the_teacher_context():
     assert (vlm.teacher_prompt_suffix, vlm.vlm_min_pixels, vlm.vlm_rope) == ("", 512**2, "vlm")
 
 
-@pytest.mark.slow
+# As a user runs a script. Libraries that take seconds to import make a script's answer to a mistake slow.
+SLOW_IMPORTS = {"torch", "diffusers", "accelerate", "datasets", "peft", "matplotlib", "PIL"}
+
+
+def run_as_user(script: str, *arguments: str) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """The finished process, and those of the slow imports that it made."""
+    command = [sys.executable, "-X", "importtime", ROOT / script, *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return finished, SLOW_IMPORTS & set(re.findall(r"\| +([\w.]+)$", finished.stderr, re.MULTILINE))
+
+
 @pytest.mark.parametrize("script", ["train_dopsd_flux2.py", "train_dopsd_zimage.py"])
-def test_help_runs_as_a_user_runs_it(script):
-    finished = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0 and "--teacher_context" in finished.stdout
+def test_help_and_mistakes_are_answered_before_the_slow_imports(script):
+    finished, imported = run_as_user(script, "--help")
+    assert finished.returncode == 0 and "--teacher_context" in finished.stdout and not imported
+    finished, imported = run_as_user(script, "--rnk", "4")
+    assert finished.returncode == 2 and finished.stderr.endswith("--rnk 4; did you mean --rank?\n") and not imported
+    finished, imported = run_as_user(script, "--rank", "0")
+    assert finished.returncode == 1 and not imported
+    assert finished.stderr.endswith(f"{script}: error: --rank 0: must be a whole number of at least 1\n")
+
+
+def test_the_schedules_are_those_of_diffusers():
+    known = {kind.value for kind in SchedulerType}
+    assert {*SCHEDULERS} == known - {"piecewise_constant"}
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ class Tracker:
 @pytest.fixture
 def accelerator():
     PartialState()  # accelerate's logger asks it which process this is
-    return SimpleNamespace(is_main_process=True, trackers=[Tracker()])
+    return SimpleNamespace(is_main_process=True, trackers=[Tracker()], wait_for_everyone=lambda: None)
 
 
 def test_metrics_go_to_the_trackers_and_into_the_history(accelerator, tmp_path):
     assert read_history(tmp_path) == [] and last_retention(tmp_path) is None
-    log = MetricsLog(accelerator, tmp_path)
+    log = MetricsLog(accelerator, tmp_path, first_step=0)
     log.write(1, {"loss": 0.5})
     log.write(1, {"retention": 0.25})
     log.write(2, {"loss": 0.125})
@@ -43,7 +43,7 @@ def test_metrics_go_to_the_trackers_and_into_the_history(accelerator, tmp_path):
 
 def test_only_the_main_process_writes_the_history(accelerator, tmp_path):
     accelerator.is_main_process = False
-    MetricsLog(accelerator, tmp_path).write(1, {"loss": 0.5})
+    MetricsLog(accelerator, tmp_path, first_step=0).write(1, {"loss": 0.5})
     assert not list(tmp_path.iterdir())
 
 
@@ -107,8 +107,9 @@ def test_the_history_is_synced(tmp_path, monkeypatch):
 
 
 def test_training_goes_on_if_metrics_cannot_be_written_with_one_warning(accelerator, tmp_path, caplog):
+    log = MetricsLog(accelerator, tmp_path, first_step=0)
+    (tmp_path / HISTORY_FILE).unlink()
     (tmp_path / HISTORY_FILE).mkdir()
-    log = MetricsLog(accelerator, tmp_path)
     for step in (1, 2):
         log.write(step, {"loss": 0.5})
     (record,) = caplog.records

@@ -20,7 +20,7 @@ from dopsd.output import (
     reporting_write_errors,
     sync_to_disk,
 )
-from dopsd.terminal import run_script
+from dopsd.terminal import ending_in_one_line
 from waiting import wait_until
 
 
@@ -196,12 +196,9 @@ def test_other_errors_are_not_reported_as_write_errors(tmp_path, error):
 
 
 def test_a_gpu_that_runs_out_of_memory_while_saving_ends_the_script_with_one_line(tmp_path):
-    def main(settings):
+    with pytest.raises(SystemExit) as end, ending_in_one_line("train.py"):
         with reporting_write_errors(tmp_path, "checkpoint-2"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nGPU 0 has a capacity of")
-
-    with pytest.raises(SystemExit) as end:
-        run_script("train.py", lambda: None, main)
     assert end.value.code.startswith(
         "train.py: error: out of GPU memory (CUDA out of memory. Tried to allocate 2.00 MiB.); pass "
     )

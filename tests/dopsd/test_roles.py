@@ -13,7 +13,7 @@ from dopsd.errors import InputError
 from dopsd.pretrained import transformer_skeleton
 from dopsd.roles import CastLinear, StudentTeacherLoRA, lora_target_modules
 from dopsd.rollout import rollout, seeded_noise
-from pipelines.flux2_klein import DEFAULT_LORA_LAYERS
+from pipelines.published import KLEIN_LORA_LAYERS
 
 
 PUBLISHED_LAYERS = (
@@ -58,7 +58,7 @@ def velocity(pipeline):
 
 
 def test_default_targets_are_attention_and_feed_forward_layers_of_all_blocks(skeleton):
-    names = lora_target_modules(skeleton, DEFAULT_LORA_LAYERS)
+    names = lora_target_modules(skeleton, KLEIN_LORA_LAYERS)
     assert len(names) == 2 * 12 + 2 * 2
     assert "transformer_blocks.1.attn.to_out.0" in names
     assert "transformer_blocks.0.ff_context.linear_out" in names
@@ -92,10 +92,10 @@ def test_targets_that_match_nothing_are_refused(skeleton, lora_layers, message):
 
 def test_layers_that_other_software_does_not_load_get_one_warning(skeleton, caplog):
     PartialState()  # accelerate's logger asks it which process this is
-    lora_target_modules(skeleton, "to_q,to_k", DEFAULT_LORA_LAYERS)
+    lora_target_modules(skeleton, "to_q,to_k", KLEIN_LORA_LAYERS)
     lora_target_modules(skeleton, "x_embedder")  # of a model whose portable layers are not known
     assert not caplog.records
-    names = lora_target_modules(skeleton, "x_embedder,proj_out,to_q", DEFAULT_LORA_LAYERS)
+    names = lora_target_modules(skeleton, "x_embedder,proj_out,to_q", KLEIN_LORA_LAYERS)
     (record,) = caplog.records
     assert f"no name for 2 of the {len(names)} trained modules, such as x_embedder, and leave" in record.getMessage()
 
@@ -123,7 +123,7 @@ def test_a_fresh_adapter_changes_nothing_even_in_bfloat16(pipeline, velocity):
     pipeline.transformer.to(torch.bfloat16)
     with torch.no_grad():
         before = velocity(torch.bfloat16)
-        make_roles(pipeline.transformer, lora_layers=DEFAULT_LORA_LAYERS)
+        make_roles(pipeline.transformer, lora_layers=KLEIN_LORA_LAYERS)
         assert torch.equal(velocity(torch.bfloat16), before)
 
 
@@ -166,7 +166,7 @@ def test_the_student_is_back_after_the_teacher_even_after_an_error(pipeline, vel
 
 
 def test_equal_contexts_and_weights_give_zero_loss_and_gradients_reach_only_the_student(pipeline, velocity):
-    roles = make_roles(pipeline.transformer, lora_layers=DEFAULT_LORA_LAYERS)
+    roles = make_roles(pipeline.transformer, lora_layers=KLEIN_LORA_LAYERS)
     context = pipeline.encode_student(["a ball"], max_sequence_length=64)
     noise = seeded_noise(pipeline.latent_shape(64, 64), [0])
     schedule = pipeline.schedule(64, 64, 4)
@@ -287,7 +287,7 @@ def test_the_adapters_keep_no_float32_activations_of_a_bfloat16_model(pipeline, 
     pipeline.transformer.requires_grad_(False)
     pipeline.transformer.x_embedder.requires_grad_(True)  # the whole model has a graph, even without adapters
     without_adapters = count_large_float32()
-    make_roles(pipeline.transformer, lora_layers=DEFAULT_LORA_LAYERS)
+    make_roles(pipeline.transformer, lora_layers=KLEIN_LORA_LAYERS)
     assert count_large_float32() <= without_adapters
 
 
@@ -304,7 +304,7 @@ def save(roles, folder, dtype=torch.float32):
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 8), (6, 3)])
 def test_stock_pipeline_generates_the_students_images(pipeline, klein_path, tmp_path, recwarn, rank, alpha):
-    roles = make_roles(pipeline.transformer, rank=rank, alpha=alpha, lora_layers=DEFAULT_LORA_LAYERS)
+    roles = make_roles(pipeline.transformer, rank=rank, alpha=alpha, lora_layers=KLEIN_LORA_LAYERS)
     randomise(roles.student_parameters, std=0.4)
     save(roles, tmp_path)
     call = {
@@ -333,7 +333,7 @@ def test_shipped_role_equals_what_the_stock_pipeline_loads_bit_for_bit(
     pipeline, klein_path, tmp_path, velocity, dtype
 ):
     pipeline.transformer.to(dtype)
-    roles = make_roles(pipeline.transformer, rank=4, alpha=12, lora_layers=DEFAULT_LORA_LAYERS, dropout=0.5)
+    roles = make_roles(pipeline.transformer, rank=4, alpha=12, lora_layers=KLEIN_LORA_LAYERS, dropout=0.5)
     randomise(roles.student_parameters, std=0.4)
     before = [parameter.clone() for parameter in roles.student_parameters]
     with roles.shipped_role(dtype):

@@ -8,22 +8,22 @@ import pytest
 import torch
 
 from dopsd.errors import InputError, OutputError
-from dopsd.terminal import MAX_REFUSAL_CHARACTERS, LastingStream, as_line, run_script, without_tokens
+from dopsd.terminal import (
+    MAX_REFUSAL_CHARACTERS,
+    LastingStream,
+    as_line,
+    ending_in_one_line,
+    lasting_output,
+    without_tokens,
+)
 
 
 ROOT = Path(__file__).parents[2]
 
 
-def raising(error: Exception):
-    def main(settings):
-        raise error
-
-    return main
-
-
 def end_of(raised: Exception) -> str:
-    with pytest.raises(SystemExit) as end:
-        run_script("train.py", lambda: None, raising(raised))
+    with pytest.raises(SystemExit) as end, ending_in_one_line("folder/train.py"):
+        raise raised
     return end.value.code
 
 
@@ -37,10 +37,10 @@ def test_errors_that_end_a_run_are_one_line():
 
 
 def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run_script("train.py", lambda: None, lambda settings: 1 / 0)
-    with pytest.raises(torch.AcceleratorError):
-        run_script("train.py", lambda: None, raising(torch.AcceleratorError("CUDA error: illegal memory access")))
+    with pytest.raises(ZeroDivisionError), ending_in_one_line("train.py"):
+        raise ZeroDivisionError
+    with pytest.raises(torch.AcceleratorError), ending_in_one_line("train.py"):
+        raise torch.AcceleratorError("CUDA error: illegal memory access")
 
 
 def test_refusals_are_short_and_name_both_ends():
@@ -96,14 +96,13 @@ def test_an_ascii_stream_takes_every_character():
 
 PRINTS_TO_A_CLOSED_PIPE = """
 import sys
-from dopsd.terminal import run_script
-def main(settings):
+from dopsd.terminal import lasting_output
+with lasting_output():
     sys.stdin.read()  # until the reader is gone
     for number in range(20_000):
         print("a line", number)
         print("an error", number, file=sys.stderr)
     open(sys.argv[1], "w").write("done")
-run_script("train.py", lambda: None, main)
 """
 
 
@@ -125,5 +124,6 @@ def test_a_run_outlives_the_reader_of_its_log(tmp_path):
 
 def test_streams_are_as_before_after_a_script(capsys):
     before = sys.stdout, sys.stderr
-    run_script("train.py", lambda: None, lambda settings: None)
+    with lasting_output():
+        assert sys.stdout is not before[0]
     assert (sys.stdout, sys.stderr) == before

@@ -15,7 +15,7 @@ from benchmarks.miniature.methods import SharedSettings
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.rollout import Schedule, distillation_loss, few_step_sample, rollout, seeded_noise
-from pipelines.flux2_klein import DEFAULT_LORA_LAYERS
+from pipelines.published import KLEIN_LORA_LAYERS
 
 
 SIGMAS = torch.tensor([1.0, 0.8, 0.5, 0.0])
@@ -118,7 +118,7 @@ def test_a_selected_picture_has_its_own_caption_reference_and_latents(miniature)
 
 def test_a_baseline_trains_student_and_teacher_until_it_is_stopped(miniature, monkeypatch):
     pictures = encode(miniature, 2)
-    targets = lora_target_modules(miniature.transformer, DEFAULT_LORA_LAYERS)
+    targets = lora_target_modules(miniature.transformer, KLEIN_LORA_LAYERS)
     roles = StudentTeacherLoRA(miniature.transformer, targets, rank=2, alpha=4)
     before = {name: weight.clone() for name, weight in roles.state_dict().items()}
     batches, steps = [], []

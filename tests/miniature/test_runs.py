@@ -22,7 +22,7 @@ from benchmarks.miniature.methods import (
 )
 from benchmarks.miniature.runs import AccuracyStop, Experiment, TrainingFailed, dopsd_flags
 from dopsd.command_line import parse_settings
-from pipelines.flux2_klein import DEFAULT_LORA_LAYERS
+from pipelines.published import KLEIN_LORA_LAYERS
 
 
 OBJECT = CONCEPTS[0]
@@ -43,7 +43,7 @@ def test_the_training_script_takes_the_flags_and_trains_like_the_baselines(tmp_p
     expected["retention_prompts"] = ["a ball", "a box"]
     # What the baselines do without asking: AdamW with its usual betas, clipping at 1, no dropout, all layers.
     expected |= {"optimizer": "adamw", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.0}
-    expected |= {"max_grad_norm": 1.0, "lora_dropout": 0.0, "lora_layers": DEFAULT_LORA_LAYERS}
+    expected |= {"max_grad_norm": 1.0, "lora_dropout": 0.0, "lora_layers": KLEIN_LORA_LAYERS}
     expected["lora_alpha"] = SharedSettings().lora_alpha
     assert {name: settings[name] for name in expected} == expected
 

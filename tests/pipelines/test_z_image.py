@@ -7,8 +7,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTra
 from dopsd.pretrained import transformer_skeleton
 from dopsd.roles import lora_target_modules
 from dopsd.rollout import rollout, seeded_noise
+from pipelines.published import Z_IMAGE_LORA_LAYERS
 from pipelines.vision_encoder import VisionEncoder
-from pipelines.z_image import DEFAULT_LORA_LAYERS, ZImageContext, ZImageDOPSDPipeline, is_turbo
+from pipelines.z_image import ZImageContext, ZImageDOPSDPipeline, is_turbo
 from stock_helpers import assert_decodes_as_stock
 from tiny_vlm import make_tiny_vlm
 from tiny_zimage import tiny_text_config
@@ -207,7 +208,7 @@ def test_default_targets_are_the_attention_and_feed_forward_layers(zimage_path, 
     blocks = ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1"]
     parts = [f"attention.to_{part}" for part in ("q", "k", "v", "out.0")] + [f"feed_forward.w{i}" for i in (1, 2, 3)]
     expected = {f"{block}.{part}" for block in blocks for part in parts}
-    assert set(lora_target_modules(skeleton, DEFAULT_LORA_LAYERS)) == expected
+    assert set(lora_target_modules(skeleton, Z_IMAGE_LORA_LAYERS)) == expected
 
 
 def test_turbo_is_recognised_by_its_schedule(pipeline):

@@ -6,13 +6,14 @@ from PIL import Image
 
 from data_helpers import BLUE, LIMITS, assert_names, error_of, some_pictures
 from dopsd.data import buckets
-from dopsd.data.buckets import Example, crop_image, size_problem
-from dopsd.model import SizeLimits
+from dopsd.data.buckets import Example, crop_image
 from dopsd.settings import DataSettings
+from dopsd.sizes import SizeLimits, size_problem
+from dopsd.sizes import check_geometry as geometry
 
 
 def check_geometry(**flags):
-    buckets.check_geometry(DataSettings(**flags), LIMITS)
+    geometry(DataSettings(**flags), LIMITS)
 
 
 def plan_examples(pictures, sizes, *, seed=0, **flags):

@@ -1,0 +1,81 @@
+"""What the command line of a script depends on: a model's flags, defaults and limits.
+
+This module, and all that it imports, imports no library that takes seconds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .settings import ModelSettings, Settings
+from .sizes import SizeLimits
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """One choice of `--teacher_context`.
+
+    Attributes:
+        description: continues the sentence "the teacher: ...".
+        encoders: names of the encoders whose tensors make up the teacher's context.
+        prompt_suffix: default of `--teacher_prompt_suffix`.
+        flags: the flags that only this choice uses, with their defaults. None is resolved later.
+        flag_help: what `--help` adds to some of them.
+    """
+
+    description: str
+    encoders: tuple[str, ...]
+    prompt_suffix: str = ""
+    flags: dict[str, Any] = field(default_factory=dict)
+    flag_help: dict[str, str] = field(default_factory=dict)
+
+
+# The `caption` teacher: it reads more than the student, and needs no picture.
+CAPTION_CONTEXT = TeacherContext(
+    "it reads --teacher_caption_column, and sees no picture",
+    encoders=("text",),
+    flags={"teacher_caption_column": None},
+)
+
+
+def vlm_context(vlm: str, default_models: dict[int, str], *, min_pixels: int, max_pixels: int) -> TeacherContext:
+    """The `vlm` teacher, whose text encoder sees the picture through the vision tower of `vlm`.
+
+    Args:
+        default_models: hub ids by the text encoder's hidden size; the default is the one that fits.
+        min_pixels, max_pixels: defaults of the flags; pictures are scaled to an area between them.
+    """
+    return TeacherContext(
+        f"its text encoder sees the picture through {vlm}'s vision tower",
+        encoders=("vlm",),
+        flags={
+            "vlm_model_name_or_path": None,
+            "vlm_min_pixels": min_pixels,
+            "vlm_max_pixels": max_pixels,
+            "vlm_rope": "vlm",
+        },
+        flag_help={
+            "vlm_model_name_or_path": f"Default: {' or '.join(default_models.values())}, by the text encoder's size."
+        },
+    )
+
+
+class ModelFlags:
+    """A few-step model, as far as its flags depend on it.
+
+    Attributes:
+        name, example: what to call it in messages, and a hub id of it.
+        sizes: the sizes it can be trained at.
+        teacher_contexts: choices of `--teacher_context`; the first is the default.
+        settings_class: `ModelSettings`, or a subclass with flags that only this model has.
+        default_settings: flag -> default, where it depends on the model.
+    """
+
+    name: ClassVar[str]
+    example: ClassVar[str]
+    sizes: ClassVar[SizeLimits]
+    teacher_contexts: ClassVar[dict[str, TeacherContext]]
+    settings_class: ClassVar[type[ModelSettings]] = ModelSettings
+    default_settings: ClassVar[dict[str, Any]]
+
+    def teacher_context(self, settings: Settings) -> TeacherContext:
+        return self.teacher_contexts[settings.teacher.teacher_context]
