@@ -435,3 +435,12 @@ def test_the_accelerator_is_passed_on_with_and_without_quantization(model, setti
 def test_the_text_encoder_is_put_onto_the_accelerator_too(model, settings, folder):
     text_encoder = load_text_encoder(model.script.MODEL, settings, folder, torch.bfloat16, torch.device("meta"))
     assert {parameter.device.type for parameter in text_encoder.parameters()} == {"meta"}
+
+
+def test_nothing_moves_activations_between_devices_afterwards(model, settings, folder):
+    kind, meta = model.script.MODEL, torch.device("meta")
+    for loaded in (
+        load_transformer(kind, settings, torch.bfloat16, meta),
+        load_text_encoder(kind, settings, folder, torch.bfloat16, meta),
+    ):
+        assert not [name for name, module in loaded.named_modules() if hasattr(module, "_hf_hook")]
