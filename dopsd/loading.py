@@ -45,7 +45,7 @@ LOAD_ERRORS = (
 _DEVICE_MESSAGE = re.compile(r"CUDA|CUBLAS|CUDNN|NCCL|HIP error|out of memory")
 
 # The largest models here have some hundred parameter tensors; a configuration with a billion layers has no end.
-MAX_PARAMETERS = 20_000
+MAX_PARAMETERS = 5_000
 MAX_LAYERS = 10_000
 MAX_NUMBER = 10**12
 _COUNT_NAME = re.compile(r"layers|depth|blocks|timesteps")
@@ -290,19 +290,22 @@ def load_tokenizer(folder: Path, kind: tuple[str, str] | list[str]) -> PreTraine
     library, name = kind
     if library != "transformers":
         raise ValueError(f"its tokenizer is a {brief(name, 60)} of {brief(library, 60)}, not one of transformers")
-    place = folder / "tokenizer"
-    tokenizer_class = getattr(importlib.import_module("transformers"), name)
+    place, tokenizer_class = folder / "tokenizer", getattr(importlib.import_module("transformers"), name)
+    _check_vocabulary(place, getattr(tokenizer_class, "vocab_files_names", {}))
     tokenizer = tokenizer_class.from_pretrained(place, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"its tokenizer is a {brief(name, 60)}, which is not a tokenizer")
-    # Without its files, a tokenizer is empty; without its merges, it splits every word into letters.
-    names = {**tokenizer.vocab_files_names}
-    whole = names.pop("tokenizer_file", None)
-    if whole is None or not (place / whole).is_file():
-        missing = [name for name in names.values() if not (place / name).is_file()]
-        if missing or not names:
-            raise ValueError(f"tokenizer lacks its vocabulary ({' and '.join([*filter(None, [whole]), *missing])})")
+    _check_vocabulary(place, tokenizer.vocab_files_names)  # An AutoTokenizer knows them only now.
     return tokenizer
+
+
+def _check_vocabulary(place: Path, file_names: dict[str, str]) -> None:
+    """Without its files, a tokenizer is empty; without its merges, it splits every word into letters."""
+    names = {**file_names}
+    whole = names.pop("tokenizer_file", None)
+    missing = [name for name in names.values() if not (place / name).is_file()]
+    if missing and (whole is None or not (place / whole).is_file()):
+        raise ValueError(f"tokenizer lacks its vocabulary ({', '.join([*filter(None, [whole]), *missing])})")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConfig) -> None:

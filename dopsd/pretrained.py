@@ -11,7 +11,7 @@ from diffusers import BitsAndBytesConfig, DiffusionPipeline, FlowMatchEulerDiscr
 from transformers import AutoConfig, PretrainedConfig
 
 from .context_cache import checkpoint_fingerprint
-from .errors import InputError, first_line, naming_flag
+from .errors import InputError, naming_flag
 from .loading import (
     LOAD_ERRORS,
     brief,
@@ -243,9 +243,9 @@ def read_quantization_settings(settings: ModelSettings) -> dict | None:
         if len(kinds) != 1:
             raise ValueError("it sets neither or both of load_in_4bit and load_in_8bit")
         BitsAndBytesConfig(**arguments)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+    except LOAD_ERRORS as error:
         raise InputError(
-            f"--bnb_quantization_config_path {path}: cannot be used ({first_line(error)}); give a JSON file with the "
+            f"--bnb_quantization_config_path {path}: cannot be used ({brief(error)}); give a JSON file with the "
             'arguments of BitsAndBytesConfig, such as {"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}'
         ) from error
     if not torch.cuda.is_available():

@@ -197,7 +197,7 @@ def test_the_defaults_follow_the_model_and_the_teacher_context():
 
 
 # As a user runs a script. Libraries that take seconds to import make a script's answer to a mistake slow.
-SLOW_IMPORTS = {"torch", "diffusers", "accelerate", "datasets", "peft", "matplotlib", "PIL"}
+SLOW_IMPORTS = {"torch", "diffusers", "accelerate", "datasets", "peft", "matplotlib"}
 
 
 def run_as_user(script: str, *arguments: str) -> tuple[subprocess.CompletedProcess, set[str]]:

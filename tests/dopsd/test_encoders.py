@@ -4,6 +4,7 @@ import shutil
 import pytest
 from transformers import AutoConfig
 
+from dopsd.encoders import PICTURE_FORMAT
 from dopsd.errors import InputError
 from models import ONE_MODEL, WITH_VLM, ZIMAGE
 from short_runs import same_tensors
@@ -28,6 +29,17 @@ def test_a_vlm_must_be_named_if_none_is_known_for_the_text_encoder(prepare):
         InputError, match="^--vlm_model_name_or_path has no default for a text encoder with hidden size 32; pass "
     ):
         prepare(vlm_model_name_or_path=None)
+
+
+@WITH_VLM
+def test_a_new_arithmetic_of_the_vision_tower_changes_the_keys_of_its_encodings_only(prepare, monkeypatch):
+    contexts = prepare().contexts
+    encodings = contexts.all_encodings(["a cat"])
+    with_tower = [encoding for encoding in encodings if encoding.encoder.name == "vlm"]
+    before = {encoding: contexts.key(encoding) for encoding in encodings}
+    monkeypatch.setattr("dopsd.encoders.PICTURE_FORMAT", PICTURE_FORMAT - 1)
+    changed = [encoding for encoding in before if contexts.key(encoding) != before[encoding]]
+    assert changed == list(dict.fromkeys(with_tower)) and 0 < len(changed) < len(before)
 
 
 @ZIMAGE

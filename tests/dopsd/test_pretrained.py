@@ -172,6 +172,7 @@ def test_init_lora_that_is_not_there_is_refused(init_lora, tmp_path):
     [
         (None, "No such file"),
         ("{", "Expecting property name"),
+        ("[" * 100_000, "maximum recursion depth"),
         ("[]", "has no attribute 'get'"),
         ("{}", "neither or both of load_in_4bit and load_in_8bit"),
         ('{"load_in_4bit": true, "load_in_8bit": true}', "neither or both of load_in_4bit and load_in_8bit"),

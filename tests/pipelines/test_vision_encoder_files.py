@@ -265,6 +265,26 @@ def test_an_incomplete_tower_is_refused(vlm_copy, text_encoder):
         make_encoder(vlm_copy).load(text_encoder)
 
 
+def test_a_tower_with_more_tensors_than_its_configuration_is_refused(vlm_copy, text_encoder):
+    change_json(vlm_copy / "config.json", "vision_config", depth=3, deepstack_visual_indexes=[0, 1, 2])
+    with refused(vlm_copy, "its visual.blocks.3.", "is no part of the tower in its config.json; download it again"):
+        make_encoder(vlm_copy).load(text_encoder)
+
+
+@pytest.mark.parametrize("depth", [10**9, 5000])
+def test_a_tower_without_end_is_refused(vlm_copy, text_encoder, depth):
+    change_json(vlm_copy / "config.json", "vision_config", depth=depth)
+    with refused(vlm_copy, "its config.json is damaged", "download it again"):
+        make_encoder(vlm_copy).load(text_encoder)
+
+
+def test_nested_and_endless_json_is_refused(vlm_copy):
+    for text in ("[" * 100_000, '{"a": ' + "1" * 5000 + "}"):
+        (vlm_copy / "config.json").write_text(text)
+        with refused(vlm_copy, "its config.json is damaged"):
+            make_encoder(vlm_copy)
+
+
 def test_a_tower_of_other_shapes_is_refused(vlm_copy, text_encoder):
     change_json(vlm_copy / "config.json", "vision_config", intermediate_size=32)
     with refused(
