@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from .cases import Case, kind
-from .damage import block, damage_file, files_in, remove
+from .damage import block, damage_file, files_in, read_tensors, remove, write_tensors
 from .lab import Scene
 
 
@@ -35,7 +34,7 @@ def entry_bytes(scene: Scene) -> Case:
 def entry_edited(scene: Scene) -> Case:
     rng, subject = scene.rng, scene.subject()
     path = rng.choice(files_in(cache_of(scene, subject)))
-    tensor = load_file(path)["tensor"]
+    tensor = read_tensors(path)["tensor"]
     edits = {
         "other values": {"tensor": tensor + 1},
         "not finite": {"tensor": tensor * float("nan")},
@@ -47,7 +46,7 @@ def entry_edited(scene: Scene) -> Case:
         "two tensors": {"tensor": tensor, "x": torch.ones(1)},
     }
     what = rng.choice(list(edits))
-    save_file({name: value.contiguous() for name, value in edits[what].items()}, path)
+    write_tensors({name: value.contiguous() for name, value in edits[what].items()}, path)
     return case(scene, subject, f"an entry: {what}", must="train")
 
 

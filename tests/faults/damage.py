@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load, save
+
 
 # Values that no flag, caption or configuration expects everywhere.
 ODD_VALUES = (
@@ -125,6 +128,15 @@ def block(rng: random.Random, path: Path, *, with_devices: bool = True) -> str:
     what = rng.choice(list(kinds))
     kinds[what]()
     return f"{path.name}: {what} in its place"
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in memory, so that the file may be written again."""
+    return load(path.read_bytes())
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    path.write_bytes(save(tensors, {"format": "pt"}))
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -6,12 +6,11 @@ import struct
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from command_line import LORA_FILE
 
 from .cases import Case, kind
-from .damage import block, damage_file
+from .damage import block, damage_file, read_tensors, write_tensors
 from .lab import Scene
 from .model_checkpoints import Payload
 
@@ -67,7 +66,7 @@ def lora_header(scene: Scene) -> Case:
 def lora_tensors(scene: Scene) -> Case:
     rng, subject = scene.rng, scene.subject()
     path = trained(scene, subject)
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     downs = sorted(name for name in tensors if "lora_A" in name)
     name = rng.choice(downs)
     up = name.replace("lora_A", "lora_B")
@@ -143,7 +142,7 @@ def lora_tensors(scene: Scene) -> Case:
             other = key.replace("lora_A", "lora_B")
             tensors[key], tensors[other] = tensors[key][:rank].clone(), tensors[other][:, :rank].contiguous()
         must = None
-    save_file(tensors, path)
+    write_tensors(tensors, path)
     return case(scene, subject, f"{what} ({module})", must=must)
 
 
@@ -182,7 +181,7 @@ def lora_folder(scene: Scene) -> Case:
         "a folder of the usual name": lambda: (folder / LORA_FILE).mkdir(),
         "an empty file": lambda: (folder / LORA_FILE).write_bytes(b""),
         "a text file": lambda: (folder / "a.safetensors").write_text("x"),
-        "a .bin file": lambda: torch.save(load_file(good), folder / "pytorch_lora_weights.bin"),
+        "a .bin file": lambda: torch.save(read_tensors(good), folder / "pytorch_lora_weights.bin"),
         "a hidden file": lambda: shutil.copy(good, folder / ".a.safetensors"),
         "an odd name": lambda: shutil.copy(good, folder / "\udcffé\n.safetensors"),
     }
@@ -196,7 +195,7 @@ def lora_pickled(scene: Scene) -> Case:
     rng, subject = scene.rng, scene.subject()
     payload = scene.folder / "executed"
     good = trained(scene, subject)
-    content = dict(load_file(good)) | ({"x": Payload(payload)} if rng.random() < 0.7 else {})
+    content = dict(read_tensors(good)) | ({"x": Payload(payload)} if rng.random() < 0.7 else {})
     path = scene.folder / rng.choice(["lora.safetensors", "lora.bin", "lora.pt", "lora.ckpt"])
     torch.save(content, path)
     return case(scene, subject, f"a pickle as {path.name}", path, payload=payload)

@@ -5,10 +5,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from .cases import Case, kind
-from .damage import block, damage_file, damage_json, files_in, remove
+from .damage import block, damage_file, damage_json, files_in, read_tensors, remove, write_tensors
 from .lab import SUBJECTS, Scene
 
 
@@ -87,7 +86,7 @@ def any_tensor(scene: Scene, folder: Path, *, used: bool = True) -> tuple[Path, 
     found = [
         (path, name)
         for path in weight_files(folder)
-        for name, tensor in sorted(load_file(path).items())
+        for name, tensor in sorted(read_tensors(path).items())
         if ("visual" in name or folder.name != "vlm") and tensor.is_floating_point()
     ]
     components = sorted({path.parent.name for path, _ in found})
@@ -96,9 +95,9 @@ def any_tensor(scene: Scene, folder: Path, *, used: bool = True) -> tuple[Path, 
 
 
 def change(path: Path, edit) -> None:
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     edit(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
+    write_tensors(tensors, path)
 
 
 @kind
@@ -178,13 +177,13 @@ def tensor_not_finite(scene: Scene) -> Case:
 
 def split(path: Path) -> Path:
     """Writes the weights as two shards; returns their index."""
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     names = sorted(tensors)
     half = {
         name: f"{path.stem}-0000{1 if number % 2 else 2}-of-00002.safetensors" for number, name in enumerate(names)
     }
     for file in sorted({*half.values()}):
-        save_file({name: tensors[name] for name in names if half[name] == file}, path.parent / file, {"format": "pt"})
+        write_tensors({name: tensors[name] for name in names if half[name] == file}, path.parent / file)
     path.unlink()
     index = path.with_name(path.name + ".index.json")
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": half}))
@@ -205,7 +204,7 @@ def index_damaged(scene: Scene) -> Case:
         names = [name for name in names if "visual" in name]
     name = rng.choice(names)
     outside = scene.folder / "outside.safetensors"
-    save_file({name: torch.ones(1)}, outside)
+    write_tensors({name: torch.ones(1)}, outside)
     must = "refuse"
     if rng.random() < 0.3:
         what, must = damage_json(rng, index), None
@@ -259,7 +258,7 @@ def pickled_weights(scene: Scene) -> Case:
     component = rng.choice(list(WEIGHTS))
     path = folder / component / WEIGHTS[component]
     name = "pytorch_model.bin" if component == "text_encoder" else "diffusion_pytorch_model.bin"
-    content = dict(load_file(path))
+    content = dict(read_tensors(path))
     malicious = rng.random() < 0.7
     if malicious:
         content["x"] = Payload(payload)

@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from .cases import Case, kind
-from .damage import ODD_VALUES, block, damage_file, damage_json, damaged, files_in
+from .damage import ODD_VALUES, block, damage_file, damage_json, damaged, files_in, read_tensors, write_tensors
 from .lab import Scene
 from .model_checkpoints import Payload
 
@@ -147,7 +146,7 @@ def state_damaged(scene: Scene) -> Case:
 def adapters_edited(scene: Scene) -> Case:
     rng, subject = scene.rng, scene.subject()
     path = newest(scene, subject) / ADAPTERS
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     name = rng.choice(sorted(tensors))
     edits = {
         "missing": lambda: tensors.pop(name),
@@ -161,7 +160,7 @@ def adapters_edited(scene: Scene) -> Case:
     }
     what = rng.choice(list(edits))
     edits[what]()
-    save_file(tensors, path)
+    write_tensors(tensors, path)
     return resumed(scene, subject, f"{ADAPTERS}: {name} {what}")
 
 
