@@ -3,12 +3,25 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 
 if TYPE_CHECKING:
     from .lab import Lab, Scene, Start
+
+
+class Verdict(StrEnum):
+    TRAINED = "trained"
+    REFUSED = "refused"
+    TRACEBACK = "tracebacks"
+    DIFFERENT = "different weights"
+    HANG = "hangs"
+
+    @property
+    def is_failure(self) -> bool:
+        return self in (Verdict.TRACEBACK, Verdict.DIFFERENT, Verdict.HANG)
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class Case:
         weights: folder with the LoRA that the run must end with if it trains. By default, it must only be finite.
         saves_lora: False if the run may end without a LoRA.
         payload: file that exists only if the run executed code from its input.
-        before: runs first, with a function that starts the run; returns a problem or None.
+        before: runs first, with a function that starts the run; returns a failure, or None.
     """
 
     what: str
@@ -35,7 +48,7 @@ class Case:
     weights: Path | None = None
     saves_lora: bool = True
     payload: Path | None = None
-    before: Callable[["Start"], str | None] | None = None
+    before: Callable[["Start"], tuple[Verdict, str] | None] | None = None
 
 
 Kind = Callable[["Scene"], Case]
@@ -54,11 +67,20 @@ def area_of(function: Kind) -> str:
     return function.__module__.rpartition(".")[2]
 
 
+def all_kinds() -> list[Kind]:
+    """All kinds. Each area's are spread evenly, so that the first cases are of every area."""
+    places = [
+        ((place + 0.5) / len(kinds), area, function)
+        for area, kinds in AREAS.items()
+        for place, function in enumerate(kinds)
+    ]
+    return [function for *_, function in sorted(places, key=lambda item: item[:2])]
+
+
 def kind_of(number: int) -> Kind:
-    """The kind of case `number`: areas take turns, and the kinds of an area take turns."""
-    areas = [AREAS[name] for name in sorted(AREAS)]
-    kinds = areas[number % len(areas)]
-    return kinds[number // len(areas) % len(kinds)]
+    """The kind of case `number`: all kinds take turns. Another kind, new in an area, moves the numbers of the rest."""
+    kinds = all_kinds()
+    return kinds[number % len(kinds)]
 
 
 def name_of(function: Kind) -> str:

@@ -98,10 +98,10 @@ def config_text(scene: Scene) -> Case:
 def config_bomb(scene: Scene) -> Case:
     """Aliases that expand to 10^n values."""
     depth = scene.rng.choice([3, 9, 30])
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, depth)]
+    lists = ["&a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lists += [f"&a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, depth)]
     name = scene.rng.choice(["validation_prompt", "rank", "x"])
-    return case(scene, f"aliases {depth} deep in {name}", write(scene, "\n".join([*lines, f"{name}: *a{depth - 1}"])))
+    return case(scene, f"aliases {depth} deep in {name}", write(scene, f"{name}: [{', '.join(lists)}]\n"))
 
 
 @kind

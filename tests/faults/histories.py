@@ -13,7 +13,9 @@ def history_of(scene: Scene, subject: str) -> Path:
 
 
 def case(scene: Scene, subject: str, what: str, **rest) -> Case:
-    return scene.resumed(f"metrics.jsonl: {what}", subject, **({"must": "train"} | rest))
+    return scene.resumed(
+        f"metrics.jsonl: {what.removeprefix('metrics.jsonl: ')}", subject, **({"must": "train"} | rest)
+    )
 
 
 @kind
@@ -96,7 +98,7 @@ def history_missing(scene: Scene) -> Case:
     kinds = {
         "missing": lambda: path.unlink(),
         "empty": lambda: path.write_bytes(b""),
-        "50 MB": lambda: path.write_bytes(path.read_bytes() * 120_000),
+        "5 MB": lambda: path.write_bytes(path.read_bytes() * 2_000),
         "of later steps": lambda: path.write_text(path.read_text().replace('"step": ', '"step": 9')),
         "in reverse": lambda: path.write_text("\n".join(reversed(path.read_text().splitlines())) + "\n"),
         "UTF-16": lambda: path.write_bytes(path.read_text().encode("utf-16")),

@@ -239,7 +239,7 @@ def linked_folders(scene: Scene) -> Case:
             (outside / "x").symlink_to(photos),
         ),
         "folders 60 deep": lambda: deep_folder(photos, 60),
-        "folders 1,500 deep": lambda: deep_folder(photos, 1500),
+        "folders 400 deep": lambda: deep_folder(photos, 400),
     }
     what = scene.rng.choice(list(kinds))
     kinds[what]()

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from command_line import Forkserver
 
 from . import areas  # noqa: F401
-from .cases import Case, make_case
+from .cases import Case, Verdict, area_of, kind_of, make_case
 from .lab import Lab
-from .running import Outcome, Verdict, run_case
+from .running import Outcome, run_case
 
 
 MAX_REASON = 500
@@ -110,8 +110,6 @@ def show(lab: Lab, seed: int, number: int) -> int:
 def run_all(lab: Lab, options: argparse.Namespace) -> int:
     numbers = range(options.first, options.first + options.count)
     if options.area:
-        from .cases import area_of, kind_of
-
         numbers = [number for number in numbers if area_of(kind_of(number)) == options.area]
     counts = Counter()
     with tqdm(total=len(numbers), desc="Faults", unit="case") as progress:

@@ -5,7 +5,6 @@ import re
 import resource
 import tempfile
 from dataclasses import dataclass
-from enum import StrEnum
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 
 from command_line import run_as_main, same_weights, weights
 
-from .cases import Case
+from .cases import Case, Verdict
 
 
 if TYPE_CHECKING:
@@ -30,18 +29,6 @@ MAX_FILE_BYTES = 2**30
 
 # multiprocessing reads exit codes of all processes whenever it starts one.
 _processes = Lock()
-
-
-class Verdict(StrEnum):
-    TRAINED = "trained"
-    REFUSED = "refused"
-    TRACEBACK = "tracebacks"
-    DIFFERENT = "different weights"
-    HANG = "hangs"
-
-    @property
-    def is_failure(self) -> bool:
-        return self in (Verdict.TRACEBACK, Verdict.DIFFERENT, Verdict.HANG)
 
 
 @dataclass(frozen=True)
@@ -63,8 +50,12 @@ class Outcome:
     run: Run
 
 
-def run_confined(script: str, arguments: list[str], log: str, folder: str) -> None:
-    """Runs a script in a child process, in a folder that takes what it writes without being told where."""
+def run_confined(script: str, arguments: list[str], log: str, folder: str, max_file_bytes: int) -> None:
+    """Runs a script in a child process, in a folder that takes what it writes without being told where.
+
+    Args:
+        max_file_bytes: a longer file cannot be written, as on a disk that is full.
+    """
     here = Path(folder, "work")
     here.mkdir(exist_ok=True)
     os.chdir(here)
@@ -72,11 +63,16 @@ def run_confined(script: str, arguments: list[str], log: str, folder: str) -> No
     mapped_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     for limit, num_bytes in (
         (resource.RLIMIT_AS, mapped_bytes + EXTRA_MEMORY_BYTES),
-        (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
+        (resource.RLIMIT_FSIZE, max_file_bytes),
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (num_bytes, num_bytes))
     run_as_main(script, arguments, log)
+
+
+def is_running(process: BaseProcess) -> bool:
+    """As `is_alive`, but without reading the exit code."""
+    return not wait([process.sentinel], 0)
 
 
 def wait_for(process: BaseProcess, log: Path, timeout: float) -> Run:
@@ -94,10 +90,10 @@ def wait_for(process: BaseProcess, log: Path, timeout: float) -> Run:
 
 def run_case(lab: "Lab", case: Case, folder: Path) -> Outcome:
     output_dir = folder / "run"
-    problem = case.before(lambda: lab.start(case, folder, output_dir)) if case.before else None
+    failure = case.before(lambda **limits: lab.start(case, folder, output_dir, **limits)) if case.before else None
     run = lab.run(case, folder, output_dir)
-    if problem:
-        return Outcome(Verdict.TRACEBACK, problem, run)
+    if failure is not None:
+        return Outcome(*failure, run)
     return Outcome(*judge(case, run, lab.model(case.model).script_path.name, output_dir), run)
 
 
@@ -113,7 +109,7 @@ def judge(case: Case, run: Run, script: str, output_dir: Path) -> tuple[Verdict,
         found = re.search(r"^[\w.]+(Error|Exception|Exit|Interrupt|Warning)?\b.*$", after, re.MULTILINE)
         return Verdict.TRACEBACK, found[0] if found else run.lines[-1]
     if run.code != 0:
-        if problem := message_problem(run, script):
+        if problem := message_problem(run, script, output_dir.parent):
             return Verdict.TRACEBACK, problem
         if case.must == "train":
             return Verdict.DIFFERENT, f"refused, although nothing is lost: {run.lines[-1]}"
@@ -125,16 +121,17 @@ def judge(case: Case, run: Run, script: str, output_dir: Path) -> tuple[Verdict,
     return Verdict.TRAINED, ""
 
 
-def message_problem(run: Run, script: str) -> str | None:
-    """What is wrong with the end of a run that failed, if anything is."""
+def message_problem(run: Run, script: str, folder: Path) -> str | None:
+    """What is wrong with the end of a run that failed, if anything is. `folder` is the case's."""
     last = run.lines[-1]
     messages = [line for line in run.lines if line.startswith(f"{script}: ")]
     if not last.startswith(f"{script}: "):
         return f"exit code {run.code}; the last line is no error of the script: {last}"
     if len(messages) > 1:
         return f"{len(messages)} errors: {last}"
-    if len(last) >= MAX_MESSAGE:
-        return f"the error has {len(last)} characters: {last}"
+    length = len(last.replace(str(folder.parent), "/data"))  # the length of a temporary folder's name is chance
+    if length >= MAX_MESSAGE:
+        return f"the error has {length} characters: {last}"
     return None
 
 
