@@ -104,7 +104,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both(torchrun, command, 
 
 @ONE_MODEL
 def test_two_processes_share_pictures_and_cache(torchrun, arguments, tmp_path):
-    flags = {"context_cache_dir": tmp_path / "cache", "preview_only": True}
+    flags = {"context_cache_dir": tmp_path / "cache", "max_train_steps": 1}
     process, log = torchrun(arguments("cold", **flags))
     assert process.wait(timeout=240) == 0, log.read_text()
     assert "Encoding 2 of 2 prompts and 3 of 3 pictures" in log.read_text()
