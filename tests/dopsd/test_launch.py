@@ -160,3 +160,33 @@ def test_routine_messages_of_other_libraries_are_not_logged(forkserver):
     assert process.exitcode == 0, text
     assert "HTTP Request" not in text and "MatMul8bitLt" not in text
     assert "httpx failed" in text and text.count("something else") == 2
+
+
+# The plan
+
+
+def plan(prepare, caplog, **flags) -> tuple[SimpleNamespace, str]:
+    """A prepared run, and what `log_plan` says of it."""
+    run = prepare(**flags)
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    launch.log_plan(run.settings, SimpleNamespace(num_processes=2), run.data, ToyTraining().roles, first_step=0)
+    return run, caplog.text
+
+
+def test_batches_that_buckets_keep_small_are_a_warning_with_the_real_numbers(prepare, caplog, tmp_path, make_picture):
+    for number, (width, height) in enumerate([(128, 128), (128, 128), (176, 96), (96, 176)]):
+        make_picture(number, width, height).save(tmp_path / f"{number}.png")
+    flags = {"instance_data_dir": tmp_path, "resolution": 128, "use_aspect_ratio_buckets": True, "train_batch_size": 4}
+    run, text = plan(prepare, caplog, **flags, gradient_accumulation_steps=3)
+    assert "--train_batch_size 4: batches hold 1.33 pictures on average" in text
+    counts = sorted(len(members) for members in run.data.order.buckets.values())
+    assert counts == [1, 1, 2] and all(f"{h}x{w}: {len(m)}" in text for (h, w), m in run.data.order.buckets.items())
+    # 4 pictures in 3 batches, 3 x 2 batches per step: not 4 x 3 x 2 pictures.
+    assert run.data.pictures_per_step(run.settings, num_processes=2) == 8
+    assert "Pictures per step over all processes: 8;" in text
+
+
+def test_full_batches_are_no_warning(prepare, caplog):
+    run, text = plan(prepare, caplog, train_batch_size=3)
+    assert "WARNING" not in text and run.data.pictures_per_step(run.settings, num_processes=2) == 6
