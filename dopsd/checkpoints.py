@@ -23,6 +23,7 @@ from .context_cache import content_key
 from .data.training_data import TrainingData
 from .encoders import VLM_FLAG
 from .errors import InputError, OutputError, TrainingDiverged, device_errors, first_line
+from .files import read_regular_file
 from .history import sync_history
 from .model import Conditioning
 from .output import (
@@ -167,7 +168,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         InputError: the file is damaged. The message does not name the checkpoint.
     """
     try:
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        state = json.loads(read_regular_file(checkpoint / STATE_FILE))
         if state.keys() == {"step", "settings"} and isinstance(state["settings"], dict):
             return state | {"files": {}}
         checksum = state.pop("checksum")

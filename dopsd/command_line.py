@@ -12,12 +12,15 @@ import yaml
 from transformers import HfArgumentParser
 
 from .errors import InputError, one_line
+from .files import read_regular_file
 from .model_flags import ModelFlags, TeacherContext
 from .settings import Settings, TeacherSettings, check_ranges
 from .sizes import check_geometry, size_problem
 from .terminal import MAX_REFUSAL_CHARACTERS, as_line
 from .text import argument_problem
 
+
+MAX_CONFIG_BYTES = 1_000_000
 
 TRACKER_PACKAGES = ("tensorboard", "wandb", "comet_ml")
 
@@ -139,8 +142,9 @@ def config_arguments(path: Path, parser: SettingsParser) -> list[str]:
         InputError: the file cannot be read, or holds an unknown flag or something other than values and lists.
     """
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=TextLoader) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = read_regular_file(path, MAX_CONFIG_BYTES).decode("utf-8")
+        settings = yaml.load(text, Loader=TextLoader) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"--config {path}: cannot be read as YAML ({one_line(error)})") from error
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: write one 'flag: value' per line")

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from .errors import InputError, OutputError, one_line
+from .files import read_regular_file
 
 
 MIB = 2**20
@@ -143,7 +144,7 @@ class ContextCache:
         """
         path = self.path(key)
         try:
-            data = path.read_bytes()  # not mapped: the file may change after the check
+            data = read_regular_file(path)  # not mapped: the file may change after the check
             tensor = safetensors.torch.load(data)["tensor"]
             recorded = _metadata(data).get("sha256")
         except KeyError:

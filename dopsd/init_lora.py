@@ -12,7 +12,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from .errors import InputError
-from .loading import LOAD_ERRORS, brief, is_device_error, quiet_diffusers
+from .loading import LOAD_ERRORS, brief, reporting_library_errors
 from .model import Model
 from .roles import LORA_PREFIX, StudentTeacherLoRA
 
@@ -68,23 +68,13 @@ def read_init_lora(
         if isinstance(module, torch.nn.Linear)
     }
     advice = f"give a plain LoRA of this size of {model.name}"
-    try:
-        with quiet_diffusers():
-            weights, metadata = convert(model, path, raw)
+    with reporting_library_errors(f"{flag}: it belongs to another model, or diffusers cannot read its format", advice):
+        weights, metadata = convert(model, path, raw)
         if problem := shape_problem(weights, linear):
             raise InputError(f"{flag}: {problem}; {advice}")
         # The same as after the encodings, on the meta device.
         roles = StudentTeacherLoRA(skeleton, **lora_options, teacher="base")
-        with quiet_diffusers():
-            roles.load_lora(weights, metadata, origin=name_or_path)
-    except InputError:
-        raise
-    except LOAD_ERRORS as error:
-        if is_device_error(error):
-            raise
-        raise InputError(
-            f"{flag}: it belongs to another model, or diffusers cannot read its format ({brief(error, 120)}); {advice}"
-        ) from error
+        roles.load_lora(weights, metadata, origin=name_or_path)
     return weights, metadata
 
 
@@ -103,8 +93,10 @@ def find_lora(name_or_path: str, cache_dir: str | None) -> Path:
         return path / _choose(entry.name for entry in path.iterdir() if entry.is_file())
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt") and path.is_file():
         raise InputError("it is a pickled file, which could run code; convert it to safetensors")
-    if path.exists():
+    if path.is_file():
         return path
+    if path.exists():
+        raise InputError("it is a pipe or a device; give a .safetensors file, its folder or a hub id")
     try:
         names = HfApi().list_repo_files(name_or_path)
     except OSError:

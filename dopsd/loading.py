@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,10 @@ def quiet_diffusers() -> Iterator[None]:
 
 
 @contextmanager
-def reporting_load_errors(settings: ModelSettings) -> Iterator[None]:
-    """Turns the error for a missing or damaged file of the checkpoint into an `InputError`.
+def reporting_library_errors(problem: str, advice: str) -> Iterator[None]:
+    """Turns an error of the libraries' loaders into an `InputError`: "problem (their reason); advice".
 
-    A device's errors pass. Keep the block to the libraries' loaders: it would hide a bug of this project.
+    A device's errors pass. Keep the block to the loaders: it would hide a bug of this project.
     """
     try:
         with quiet_diffusers():
@@ -94,10 +94,15 @@ def reporting_load_errors(settings: ModelSettings) -> Iterator[None]:
     except LOAD_ERRORS as error:
         if is_device_error(error):
             raise
-        raise InputError(
-            f"--pretrained_model_name_or_path {settings.pretrained_model_name_or_path}: cannot be loaded "
-            f"({brief(error)}); check its files and --variant, --revision"
-        ) from error
+        raise InputError(f"{problem} ({brief(error)}); {advice}") from error
+
+
+def reporting_load_errors(settings: ModelSettings) -> AbstractContextManager[None]:
+    """Turns the error for a missing or damaged file of the checkpoint into an `InputError`."""
+    return reporting_library_errors(
+        f"--pretrained_model_name_or_path {settings.pretrained_model_name_or_path}: cannot be loaded",
+        "check its files and --variant, --revision",
+    )
 
 
 @contextmanager

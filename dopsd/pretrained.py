@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from .context_cache import checkpoint_fingerprint
 from .errors import InputError, naming_flag
+from .files import read_regular_file
 from .loading import (
     LOAD_ERRORS,
     brief,
@@ -238,7 +239,7 @@ def read_quantization_settings(settings: ModelSettings) -> dict | None:
     if path is None:
         return None
     try:
-        arguments = json.loads(Path(path).read_text(encoding="utf-8"))
+        arguments = json.loads(read_regular_file(Path(path)))
         kinds = [kind for kind in ("load_in_4bit", "load_in_8bit") if arguments.get(kind)]
         if len(kinds) != 1:
             raise ValueError("it sets neither or both of load_in_4bit and load_in_8bit")

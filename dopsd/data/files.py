@@ -1,9 +1,7 @@
 """Finding files in a folder, and reading them."""
 
-import errno
 import os
 import posixpath
-import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from accelerate.logging import get_logger
 
 from ..errors import InputError
+from ..files import read_regular_file
 from ..text import printable
 
 
@@ -149,17 +148,6 @@ def _is_file(folder: Path, name: str) -> bool:
         return _native_path(folder, name).is_file()
     except (OSError, UnicodeEncodeError):  # the name is too long, or contains half of a surrogate pair
         return False
-
-
-def read_regular_file(path: Path) -> bytes:
-    """Reads a file.
-
-    Raises:
-        OSError: it cannot be read, or is a pipe, socket or device, which may have no end.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return path.read_bytes()
 
 
 def read_text(path: Path, name: str, *, max_bytes: int | None = None) -> str:

@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -253,3 +254,22 @@ def test_a_token_on_the_command_line_is_refused_with_trackers_that_store_it(trac
 def test_nothing_is_encoded_only_without_a_cache():
     with pytest.raises(InputError, match="^--encode_only: fills the cache, which --no_context_cache turns off"):
         parse("--encode_only", "--no_context_cache")
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero", "large"])
+def test_a_configuration_without_end_is_one_line(tmp_path, target):
+    path = tmp_path / "run.yaml"
+    if target == "pipe":
+        os.mkfifo(path)
+    elif target == "large":
+        path.write_text("# " + "x" * 2_000_000)
+    else:
+        path.symlink_to(target)
+    with pytest.raises(InputError, match=f"^--config {path}: cannot be read as YAML") as caught:
+        parse("--config", path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_deeply_nested_configuration_is_one_line(config):
+    with pytest.raises(InputError, match="cannot be read as YAML"):
+        parse(*config("rank: " + "[" * 100_000))

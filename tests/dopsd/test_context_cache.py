@@ -469,3 +469,14 @@ def test_a_full_disk_is_accepted_if_nothing_has_to_be_written(cache, monkeypatch
 def test_space_is_checked_for_a_relative_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     ContextCache(Path("a/b/c")).check_space(1)
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+def test_an_entry_that_is_a_pipe_or_a_device_is_missing(tmp_path, target):
+    cache = ContextCache(tmp_path)
+    key = content_key("a")
+    cache.path(key).parent.mkdir()
+    os.mkfifo(cache.path(key)) if target == "pipe" else cache.path(key).symlink_to(target)
+    assert cache.missing([key]) == [key]
+    cache.save(key, torch.ones(2))
+    assert cache.missing([key]) == []
