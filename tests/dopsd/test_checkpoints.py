@@ -225,6 +225,13 @@ def test_a_saved_checkpoint_is_left_as_it_is(tmp_path):
     assert (tmp_path / "checkpoint-7/adapters.safetensors").read_bytes() == before
 
 
+def test_metrics_are_on_disk_before_the_checkpoint(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr("dopsd.checkpoints.sync_history", lambda folder: found.append(list(folder.iterdir())))
+    ToyTraining().checkpoints(tmp_path).save(7)
+    assert found == [[]]
+
+
 def test_only_the_main_process_saves(tmp_path):
     training = ToyTraining()
     training.accelerator.is_main_process = False

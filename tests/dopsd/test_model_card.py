@@ -10,7 +10,9 @@ from huggingface_hub import ModelCard
 
 import train_dopsd_flux2
 import train_dopsd_zimage
-from dopsd.model_card import escape, write_card
+from dopsd.command_line import parse_settings
+from dopsd.errors import OutputError
+from dopsd.model_card import escape, write_card, write_run_card
 from loopback_hub import TOKEN
 
 
@@ -255,3 +257,23 @@ def test_sheets_are_shown_if_they_exist(tmp_path):
     (tmp_path / "story.png").touch()
     text = write(tmp_path).text
     assert "](story.png)" in text and "curves.png" not in text
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_card_that_a_full_disk_left_is_replaced(tmp_path, content):
+    (tmp_path / "README.md").write_text(content)
+    run = ["--pretrained_model_name_or_path", KLEIN_4B, "--output_dir", str(tmp_path)]
+    write_run_card(parse_settings(train_dopsd_flux2.MODEL, "", run), FLUX2, [], retention=None)
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "diffusers"
+
+
+def test_a_card_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def fill_the_disk(card, path):
+        Path(path).write_text("---")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ModelCard, "save", fill_the_disk)
+    run = ["--pretrained_model_name_or_path", KLEIN_4B, "--output_dir", str(tmp_path)]
+    with pytest.raises(OutputError, match="README.md could not be written .*: make room"):
+        write_run_card(parse_settings(train_dopsd_flux2.MODEL, "", run), FLUX2, [], retention=None)
+    assert not list(tmp_path.iterdir())
