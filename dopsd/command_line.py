@@ -49,7 +49,7 @@ class SettingsParser(HfArgumentParser):
     """`HfArgumentParser` that reports an error in one line, without the usage text."""
 
     def error(self, message: str):
-        wrong = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        wrong = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
         near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
         if wrong.startswith("--") and near:
             message += f"; did you mean {near[0]}?"

@@ -241,6 +241,14 @@ def test_no_error_prints_a_token(capsys, arguments):
     assert end.value.code == 2 and error.count("\n") == 1 and not re.search("hf_|secret", error), error
 
 
+@pytest.mark.parametrize("argument", ["", " ", "\n", "a\nb", "é", "-", "--"])
+def test_odd_arguments_are_one_line(capsys, argument):
+    with pytest.raises(SystemExit) as end:
+        parse(argument, "stray")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "unrecognized arguments" in error
+
+
 @pytest.mark.parametrize("tracker", ["wandb", "comet_ml", "all"])
 def test_a_token_on_the_command_line_is_refused_with_trackers_that_store_it(tracker):
     with pytest.raises(InputError) as caught:
