@@ -297,7 +297,12 @@ def load_tokenizer(folder: Path, kind: tuple[str, str] | list[str]) -> PreTraine
         raise ValueError(f"its tokenizer is a {brief(name, 60)} of {brief(library, 60)}, not one of transformers")
     place, tokenizer_class = folder / "tokenizer", getattr(importlib.import_module("transformers"), name)
     _check_vocabulary(place, getattr(tokenizer_class, "vocab_files_names", {}))
-    tokenizer = tokenizer_class.from_pretrained(place, trust_remote_code=False)
+    try:
+        tokenizer = tokenizer_class.from_pretrained(place, trust_remote_code=False)
+    except LOAD_ERRORS:
+        raise
+    except Exception as error:  # The tokenizers library raises nothing more specific.
+        raise ValueError(f"tokenizer is damaged: {brief(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"its tokenizer is a {brief(name, 60)}, which is not a tokenizer")
     _check_vocabulary(place, tokenizer.vocab_files_names)  # An AutoTokenizer knows them only now.

@@ -310,6 +310,16 @@ def test_a_tokenizer_without_its_files_is_one_line(folder, refused):
 
 
 @ONE_MODEL
+@pytest.mark.parametrize("key", ["added_tokens", "model", "version"])
+def test_a_tokenizer_with_values_of_another_kind_is_one_line(folder, refused, key):
+    path = folder / "tokenizer/tokenizer.json"
+    content = json.loads(path.read_text())
+    content[key] = {"a": 1}
+    path.write_text(json.dumps(content))
+    refused("tokenizer is damaged")
+
+
+@ONE_MODEL
 def test_a_tokenizer_that_loses_text_is_one_line(folder, refused):
     path = folder / "tokenizer/tokenizer.json"
     content = json.loads(path.read_text())
