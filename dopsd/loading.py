@@ -290,7 +290,7 @@ def load_tokenizer(folder: Path, kind: tuple[str, str] | list[str]) -> PreTraine
     """The tokenizer of the class that model_index.json names, without running code of the checkpoint.
 
     Raises:
-        ValueError, or what transformers raises: there is none, or its vocabulary is missing.
+        ValueError: there is none, or it is incomplete or damaged.
     """
     library, name = kind
     if library != "transformers":
@@ -299,10 +299,8 @@ def load_tokenizer(folder: Path, kind: tuple[str, str] | list[str]) -> PreTraine
     _check_vocabulary(place, getattr(tokenizer_class, "vocab_files_names", {}))
     try:
         tokenizer = tokenizer_class.from_pretrained(place, trust_remote_code=False)
-    except LOAD_ERRORS:
-        raise
     except Exception as error:  # The tokenizers library raises nothing more specific.
-        raise ValueError(f"tokenizer is damaged: {brief(error)}") from error
+        raise ValueError(f"tokenizer cannot be used: {brief(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"its tokenizer is a {brief(name, 60)}, which is not a tokenizer")
     _check_vocabulary(place, tokenizer.vocab_files_names)  # An AutoTokenizer knows them only now.

@@ -316,7 +316,7 @@ def test_a_tokenizer_with_values_of_another_kind_is_one_line(folder, refused, ke
     content = json.loads(path.read_text())
     content[key] = {"a": 1}
     path.write_text(json.dumps(content))
-    refused("tokenizer is damaged")
+    refused("tokenizer cannot be used: ")
 
 
 @ONE_MODEL
