@@ -61,7 +61,7 @@ def make_output_dir(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+    except (OSError, ValueError, RecursionError) as error:  # a NUL byte; thousands of parent folders
         raise InputError(f"--output_dir {folder}: cannot be written ({first_line(error)}); choose another") from error
 
 

@@ -37,6 +37,12 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(tmp_path):
             make_output_dir(folder)
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "a\0b"])
+def test_an_output_folder_with_an_impossible_name_is_one_line(tmp_path, name):
+    with pytest.raises(InputError, match="cannot be written .*; choose another$"):
+        make_output_dir(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("name", "step"),
     [
