@@ -148,7 +148,7 @@ def wrong_number(scene: Scene) -> Case:
 @kind
 def unknown_argument(scene: Scene) -> Case:
     rng, subject = scene.rng, scene.subject()
-    name = rng.choice(actions(scene.lab.model(subject).script)).option_strings[0]
+    name = rng.choice(actions(scene.lab.model(subject).script)).option_strings[-1]
     place = rng.randrange(2, len(name))
     token = "hf_" + "".join(rng.choices("abcdefghij", k=34))
     arguments = rng.choice(

@@ -187,7 +187,7 @@ def lora_folder(scene: Scene) -> Case:
     }
     what = rng.choice(list(kinds))
     kinds[what]()
-    return case(scene, subject, f"a folder: {what}", folder)
+    return case(scene, subject, f"a folder: {what}", folder, must="refuse" if what == "two files" else None)
 
 
 @kind
