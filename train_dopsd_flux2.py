@@ -72,7 +72,6 @@ if __name__ == "__main__":
         SETTINGS = parse_settings(KleinFlags(), __doc__)
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.utils import check_min_version
@@ -80,19 +79,19 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, Qwen3ForCausalLM
 
-from dopsd.checkpoints import Checkpoints, check_resumable, find_checkpoint, resume_contract
+from dopsd.checkpoints import Checkpoints
 from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, check_prompts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
 from dopsd.encoders import PictureAndPromptEncoder, PromptEncoder, resolve_vlm
 from dopsd.gallery import Gallery, drawn_prompts
-from dopsd.history import MetricsLog, last_retention
-from dopsd.init_lora import read_init_lora
+from dopsd.history import HISTORY_FILE, MetricsLog, last_retention
+from dopsd.init_lora import read_init_lora, start_from_lora
 from dopsd.launch import log_plan, resolve_seed, start_accelerator, weight_dtype
 from dopsd.model import Conditioning, Encoder, Model, TokenLimit
 from dopsd.model_card import CardInfo, write_run_card
 from dopsd.optimizers import build_lr_scheduler, build_optimizer
-from dopsd.output import open_output_dir
+from dopsd.output import LORA_FILE, open_output_dir
 from dopsd.pretrained import (
     check_pretrained,
     encoders_fingerprint,
@@ -102,6 +101,7 @@ from dopsd.pretrained import (
     open_pipeline,
 )
 from dopsd.publish import push_to_hub
+from dopsd.resuming import check_resumable, find_checkpoint, resume_contract
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.step import StudentVelocity, TrainingStep
 from dopsd.stopping import StopRequest
@@ -112,9 +112,6 @@ from pipelines.vision_encoder import VisionEncoder, default_vlm
 
 
 check_min_version("0.40.0")
-
-logger = get_logger(__name__)
-
 
 # What student and teacher are conditioned on
 
@@ -216,10 +213,11 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     if settings.publishing.push_only:
         push_to_hub(settings)
         return
+    stop = StopRequest()
     accelerator = start_accelerator(settings.training, model)
     output_dir = Path(settings.training.output_dir)
-    lock = open_output_dir(output_dir, accelerator)  # noqa: F841 - held until the run ends
-    checkpoint = find_checkpoint(settings.training)
+    lock = open_output_dir(output_dir, accelerator, (HISTORY_FILE, LORA_FILE))  # noqa: F841 - held until the run ends
+    checkpoint = find_checkpoint(settings.training, accelerator)
     seed = resolve_seed(settings.training.seed, checkpoint)
     settings = settings.replace(mixed_precision=accelerator.mixed_precision, seed=seed)
 
@@ -256,15 +254,12 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         cache = ContextCache(Path(settings.training.context_cache_dir))
         fill_cache(contexts, cache, encoders_fingerprint(folder), drawn_prompts(settings.validation), accelerator)
     if settings.training.encode_only:
-        end_training(accelerator)
+        end_training(accelerator, "The context cache is complete: train with the same flags, without --encode_only")
         return
     pipeline.transformer = load_transformer(model, settings.model, dtype, accelerator.device)
     set_seed(seed)
     roles = StudentTeacherLoRA(pipeline.transformer, **lora_options, teacher=settings.distillation.teacher)
-    if init_lora is not None:
-        num_new = roles.load_lora(*init_lora, origin=settings.lora.init_lora)
-        if num_new > 0:
-            logger.warning(f"--init_lora: {num_new} of the trained modules are not in it and start at zero")
+    start_from_lora(roles, init_lora, settings.lora.init_lora)
     if settings.training.gradient_checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
     pipeline.transformer.to(accelerator.device)
@@ -307,6 +302,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         teacher_context=model.teacher_context(settings),
         save_dtype=save_dtype,
         metrics_log=metrics_log,
+        stop=stop,
     )
     gallery.draw_before_training(first_step)
     if settings.validation.preview_only:
@@ -314,7 +310,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         return
 
     # The training loop: one optimizer step, log, checkpoint, validate.
-    stop = StopRequest()
+    stop.begin_training()
     last_step = settings.training.max_train_steps
     is_quiet = not accelerator.is_local_main_process
     with tqdm(desc="Steps", initial=first_step, total=last_step, disable=is_quiet) as progress:
@@ -328,7 +324,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
             if num_done % settings.training.checkpointing_steps == 0:
                 checkpoints.save(num_done)
             if gallery.is_due(num_done):
-                gallery.validate(num_done, stop)
+                gallery.validate(num_done)
             if stop.is_set_on_any(accelerator):
                 checkpoints.save(num_done)
                 progress.close()

@@ -1,6 +1,5 @@
-"""Checkpoints and the LoRA file: saving, finding and loading them, and which settings a resumed run must keep."""
+"""Checkpoints and the LoRA file: saving and loading them."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,197 +19,41 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .context_cache import content_key
-from .data.training_data import TrainingData
-from .encoders import VLM_FLAG
 from .errors import InputError, OutputError, TrainingDiverged, device_errors, first_line
-from .files import read_regular_file
 from .history import sync_history
-from .model import Conditioning
 from .output import (
+    ADAPTERS_FILE,
     LORA_FILE,
     checkpoint_step,
     list_checkpoints,
+    remove,
     replacing,
     reporting_write_errors,
     sync_to_disk,
     tidy_output_dir,
 )
-from .pretrained import model_identity
+from .resuming import CHECKPOINT_FILES, STATE_FILE, TRAINER_FILE, file_digest, read_state
 from .roles import StudentTeacherLoRA
-from .settings import Settings, TrainingSettings
+from .settings import TrainingSettings
 from .stopping import StopRequest
 
 
 logger = get_logger(__name__)
 
-PICTURES = "pictures and captions"
-
-ADAPTERS_FILE, TRAINER_FILE, STATE_FILE = "adapters.safetensors", "trainer_state.pt", "state.json"
-CHECKPOINT_FILES = (ADAPTERS_FILE, TRAINER_FILE, LORA_FILE)  # listed in the state file with their SHA-256
+# What damaged files raise.
+LOAD_ERRORS = (
+    OSError,
+    EOFError,
+    SafetensorError,
+    UnpicklingError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 
 RETRY_SECONDS = 30
-
-
-def resume_contract(
-    settings: Settings, conditioning: Conditioning, data: TrainingData, num_processes: int
-) -> dict[str, Any]:
-    """Everything that a resumed run must share with its checkpoint to end with the same weights, in JSON types."""
-    identities = {VLM_FLAG: ""}
-    for encoder in conditioning.encoders:
-        identities |= encoder.identity()
-    values = settings.must_match() | identities
-    values["model"] = model_identity(settings.model)
-    values[PICTURES] = {
-        picture.name: content_key(digest, picture.captions, picture.teacher_caption)[:16]
-        for picture, digest in zip(data.pictures, data.digests, strict=True)
-    }
-    accumulation_steps = settings.training.gradient_accumulation_steps
-    values["processes x --gradient_accumulation_steps"] = num_processes * accumulation_steps
-    return json.loads(json.dumps(values))
-
-
-# Finding
-
-
-def find_checkpoint(settings: TrainingSettings) -> Path | None:
-    """The checkpoint to resume from, whose files are as they were saved; None for a new run.
-
-    Raises:
-        InputError: there is none, or this run would overwrite another one's results or mix with them.
-    """
-    output_dir, wanted = Path(settings.output_dir), settings.resume_from_checkpoint
-    existing = list_checkpoints(output_dir)
-    names = ", ".join(path.name for path in existing) or "none"
-    if wanted is None and existing:
-        raise InputError(
-            f"--output_dir {output_dir}: holds an earlier run ({names}); choose another folder, or continue it with "
-            "--resume_from_checkpoint latest"
-        )
-    if wanted in (None, "latest"):
-        if not existing:
-            refuse_finished(output_dir)
-        return newest_intact(existing)
-    for path in (output_dir / wanted, Path(wanted)):
-        if checkpoint_step(path) >= 0:
-            if existing and checkpoint_step(existing[-1]) > checkpoint_step(path):
-                raise InputError(
-                    f"--resume_from_checkpoint {wanted}: {output_dir} holds newer checkpoints ({names}), which this "
-                    "run would mix with; move them away, or resume from latest"
-                )
-            if problem := damage(path):
-                raise InputError(f"--resume_from_checkpoint {wanted}: {problem}; resume from latest")
-            return path
-    raise InputError(f"--resume_from_checkpoint {wanted}: there is no such checkpoint; {output_dir} has: {names}")
-
-
-def refuse_finished(output_dir: Path) -> None:
-    if (output_dir / LORA_FILE).exists():
-        raise InputError(
-            f"--output_dir {output_dir}: holds a finished run's {LORA_FILE} and no checkpoint to continue from; "
-            "choose another folder"
-        )
-
-
-def newest_intact(checkpoints: list[Path]) -> Path | None:
-    """The newest checkpoint that is not damaged; None if there are no checkpoints.
-
-    Args:
-        checkpoints: oldest first.
-
-    Raises:
-        InputError: all of them are damaged.
-    """
-    for path in reversed(checkpoints):
-        problem = damage(path)
-        if problem is None:
-            return path
-        logger.warning(f"{path}: {problem}; trying the checkpoint before it")
-    if checkpoints:
-        raise InputError(
-            f"--resume_from_checkpoint latest: no checkpoint in {checkpoints[0].parent} is intact; move them away to "
-            "start anew"
-        )
-    return None
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if its files are as they were saved."""
-    try:
-        state = read_state(checkpoint)
-        if missing := [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]:
-            return f"it has no {missing[0]}"
-        if not state["files"]:
-            logger.warning(f"{checkpoint}: an older version saved it without checksums, so it is not verified")
-        for name, digest in state["files"].items():
-            if file_digest(checkpoint / name) != digest:
-                return f"{name} is damaged or from another checkpoint"
-        if state["step"] != checkpoint_step(checkpoint):
-            return f"it is the checkpoint of step {state['step']}"
-    except InputError as error:
-        return str(error)
-    except OSError as error:
-        return f"cannot be read ({first_line(error)})"
-    return None
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's step, the settings that it was trained with, and the SHA-256 of its other files.
-
-    Older versions saved no digests; "files" is then empty.
-
-    Raises:
-        InputError: the file is damaged. The message does not name the checkpoint.
-    """
-    try:
-        state = json.loads(read_regular_file(checkpoint / STATE_FILE))
-        if state.keys() == {"step", "settings"} and isinstance(state["settings"], dict):
-            return state | {"files": {}}
-        checksum = state.pop("checksum")
-        if checksum == content_key(state) and state["files"].keys() == {*CHECKPOINT_FILES}:
-            return state
-        problem = "is damaged"
-    except FileNotFoundError:
-        problem = "is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        problem = "is damaged"
-    raise InputError(f"its {STATE_FILE} {problem}")
-
-
-def check_resumable(checkpoint: Path, contract: dict[str, Any], max_train_steps: int) -> None:
-    """Raises `InputError` if the run's contract differs from the checkpoint's, or it has too few steps."""
-    flag, state = f"--resume_from_checkpoint {checkpoint.name}", read_state(checkpoint)
-    saved_contract = state["settings"]
-    # An older version did not know all of today's flags.
-    new = contract if state["files"] else {}
-    for name in dict.fromkeys([*saved_contract, *new]):
-        saved, now = saved_contract.get(name), contract.get(name)
-        if saved == now:
-            continue
-        if name == PICTURES and saved and now:
-            changed = sorted(
-                picture for picture in saved.keys() | now.keys() if saved.get(picture) != now.get(picture)
-            )
-            raise InputError(
-                f"{flag}: {changed[0]} or its caption was added, changed or removed (pictures affected: "
-                f"{len(changed)}); undo that, or start in another --output_dir"
-            )
-        raise InputError(
-            f"{flag}: its {name} was {saved}, now it is {now}; pass the same, or start in another --output_dir"
-        )
-    if state["step"] > max_train_steps:
-        raise InputError(
-            f"--max_train_steps {max_train_steps}: {checkpoint.name} is past it; pass at least {state['step']}, or "
-            "use the LoRA in that folder"
-        )
-
-
-# Saving and loading
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
@@ -265,16 +108,18 @@ class Checkpoints:
         try:
             adapters = load_file(checkpoint / ADAPTERS_FILE)
             trainer_state = torch.load(checkpoint / TRAINER_FILE, map_location="cpu", weights_only=True)
-        except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:  # no checksums
+            self.roles.load_state_dict(adapters)
+            self.optimizer.load_state_dict(trainer_state["optimizer"])
+            self.lr_scheduler.load_state_dict(trainer_state["lr_scheduler"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(trainer_state["scaler"])
+        except device_errors():
+            raise
+        except LOAD_ERRORS as error:  # of an older version, without checksums
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint.name}: is damaged ({first_line(error)}); remove it and resume "
                 "again"
             ) from error
-        self.roles.load_state_dict(adapters)
-        self.optimizer.load_state_dict(trainer_state["optimizer"])
-        self.lr_scheduler.load_state_dict(trainer_state["lr_scheduler"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(trainer_state["scaler"])
         return read_state(checkpoint)["step"]
 
     def save(self, step: int) -> None:
@@ -319,8 +164,13 @@ class Checkpoints:
         if self.total_limit is not None:
             older = [path for path in list_checkpoints(self.folder) if checkpoint_step(path) < step]
             for old in older[: max(0, len(older) + 1 - self.total_limit)]:
-                # Renamed first: a run that is killed while deleting leaves no incomplete checkpoint.
-                shutil.rmtree(old.rename(self.folder / f".{old.name}.tmp"))
+                leaving = self.folder / f".{old.name}.tmp"
+                remove(leaving)
+                try:
+                    # Renamed first: a run that is killed while deleting leaves no incomplete checkpoint.
+                    remove(old.rename(leaving))
+                except OSError as error:
+                    logger.warning(f"{old} could not be removed ({first_line(error)}); the run continues")
 
     def save_lora(self, folder: Path) -> None:
         """Writes the student as stock diffusers reads it."""
@@ -352,7 +202,9 @@ class Checkpoints:
                 if stop.is_set:
                     raise
                 logger.error(f"{error}. There is no room elsewhere either. Trying again every {RETRY_SECONDS} seconds")
-                time.sleep(RETRY_SECONDS)
+                for _ in range(RETRY_SECONDS):
+                    if not stop.is_set:
+                        time.sleep(1)
         logger.info(f"The LoRA is {self.folder / LORA_FILE}; load it: pipe.load_lora_weights({str(self.folder)!r})")
 
     def save_elsewhere(self) -> Path | None:

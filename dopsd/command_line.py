@@ -1,6 +1,7 @@
 """From the command line to frozen settings: flags, `--config`, checks that need no file, one-line errors."""
 
 import difflib
+import os
 import re
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
@@ -21,6 +22,7 @@ from .text import argument_problem
 
 
 MAX_CONFIG_BYTES = 1_000_000
+LAUNCHER_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 
 TRACKER_PACKAGES = ("tensorboard", "wandb", "comet_ml")
 
@@ -223,6 +225,11 @@ def check(settings: Settings, model: ModelFlags) -> None:
         raise InputError(
             f"--hub_token: cannot be combined with --report_to {training.report_to}, which stores the command line; "
             "run hf auth login instead"
+        )
+    if settings.publishing.hub_token is not None and LAUNCHER_VARIABLE in os.environ:
+        raise InputError(
+            "--hub_token: accelerate launch prints the command line if a run fails; run hf auth login or set HF_TOKEN "
+            "instead, or start the script with python or torchrun"
         )
     check_geometry(settings.data, model.sizes)
     if optimizer.use_8bit_adam and optimizer.optimizer != "adamw":

@@ -95,6 +95,7 @@ class Gallery:
         teacher_context: what the teacher sees.
         save_dtype: of the saved LoRA.
         metrics_log: gets retention.
+        stop: if it is set, the rest of a preview or validation is not drawn. A resumed run draws the validation.
     """
 
     def __init__(
@@ -108,9 +109,9 @@ class Gallery:
         teacher_context: TeacherContext,
         save_dtype: torch.dtype,
         metrics_log: MetricsLog,
+        stop: StopRequest,
     ):
-        self.metrics_log = metrics_log
-        self.stop: StopRequest | None = None
+        self.metrics_log, self.stop = metrics_log, stop
         self.settings, self.folder = settings.validation, Path(settings.training.output_dir)
         self.num_rollout_steps = settings.distillation.num_rollout_steps
         self.last_step = settings.training.max_train_steps
@@ -151,16 +152,10 @@ class Gallery:
         history = read_history(self.folder)
         return broadcast_object_list([any(row["step"] == step and "retention" in row for row in history)])[0]
 
-    def validate(self, step: int, stop: StopRequest | None = None) -> None:
-        """Draws validation sheets and logs retention. An error while drawing does not end the run.
-
-        Args:
-            stop: if it is set, the rest is not drawn. A resumed run draws it.
-        """
-        self.stop = stop
+    def validate(self, step: int) -> None:
+        """Draws validation sheets and logs retention. An error while drawing does not end the run."""
         with self.guarded(f"Validation at step {step}"):
             self.draw_validation(step)
-        self.stop = None
         reset_peak_memory()
 
     @contextmanager
@@ -198,10 +193,8 @@ class Gallery:
         return self.draw(self.contexts.student([prompt]), noise)
 
     def base_drawing(self, prompt: str, seed: int) -> Drawing:
-        if (prompt, seed) not in self.base_drawings:
-            with self.roles.base_role():
-                self.base_drawings[prompt, seed] = self.draw_prompt(prompt, seed)
-        return self.base_drawings[prompt, seed]
+        with self.roles.base_role():
+            return self.draw_prompt(prompt, seed)
 
     def student_drawing(self, prompt: str, seed: int) -> Drawing:
         with self.roles.shipped_role(self.save_dtype):
@@ -223,7 +216,7 @@ class Gallery:
         )
         try:
             for key in bar:
-                if self.stop is not None and self.stop.is_set:
+                if self.stop.is_set:
                     raise DrawingStopped
                 own[key] = jobs[key]()
         except Exception as error:
@@ -405,7 +398,9 @@ class Gallery:
 
         def row(prompt: str, seed: int) -> Row:
             students = [self.story.get((step, prompt, seed)) for step in steps]
-            return prompt, [self.base_drawing(prompt, seed).image, *students]
+            # A base drawing is missing if the validation that draws it has failed.
+            base = self.base_drawings.get((prompt, seed)) or self.base_drawing(prompt, seed)
+            return prompt, [base.image, *students]
 
         validation = Sheet(
             f"{self.folder.name}: {self.last_step} training steps, drawn in {self.settings.num_inference_steps} "

@@ -8,14 +8,18 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from accelerate.logging import get_logger
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from .errors import InputError
 from .loading import LOAD_ERRORS, brief, reporting_library_errors
 from .model import Model
+from .output import ADAPTERS_FILE
 from .roles import LORA_PREFIX, StudentTeacherLoRA
 
+
+logger = get_logger(__name__)
 
 # What other adapters than a plain LoRA have in their tensors' names.
 OTHER_KINDS = {
@@ -78,6 +82,20 @@ def read_init_lora(
     return weights, metadata
 
 
+def start_from_lora(
+    roles: StudentTeacherLoRA, lora: tuple[dict[str, torch.Tensor], dict | None] | None, origin: str | None
+) -> None:
+    """Starts student and teacher from what `read_init_lora` returned.
+
+    Args:
+        origin: the value of `--init_lora`.
+    """
+    if lora is not None:
+        num_new = roles.load_lora(*lora, origin=origin)
+        if num_new > 0:
+            logger.warning(f"--init_lora: {num_new} of the trained modules are not in it and start at zero")
+
+
 # Which file
 
 
@@ -112,6 +130,7 @@ def _choose(names: Iterable[str]) -> str:
     """The only LoRA among the files of a folder."""
     names = sorted(names)
     found = [name for name in names if name.endswith(".safetensors") and not OTHER_FILES.search(name)]
+    found = [name for name in found if name != ADAPTERS_FILE]  # in a checkpoint of a run, beside its LoRA
     if len(found) > 1:
         raise InputError(f"it holds {len(found)} LoRAs ({brief(', '.join(found), 200)}); name one of the files")
     if found:

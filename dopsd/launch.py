@@ -22,10 +22,10 @@ from accelerate.utils import (
     str_to_bool,
 )
 
-from .checkpoints import read_state
 from .data.training_data import TrainingData
 from .errors import InputError, device_errors, first_line
 from .model import Model
+from .resuming import read_state
 from .roles import StudentTeacherLoRA
 from .settings import Settings, TrainingSettings
 from .terminal import without_tokens
@@ -59,7 +59,7 @@ def start_accelerator(settings: TrainingSettings, model: Model) -> Accelerator:
         InputError: flags and accelerate's own configuration do not fit together, or do not fit the model or device.
     """
     for variable, mode in UNSUPPORTED_MODES.items():
-        if str_to_bool(os.environ.get(variable, "false")):
+        if str_to_bool(os.environ.get(variable) or "false"):
             raise InputError(f"accelerate is configured for {mode}: supported are {SUPPORTED_MODES}")
     try:
         accelerator = Accelerator(

@@ -10,7 +10,8 @@ from typing import Any
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
 
-from .output import replacing, reporting_write_errors
+from .errors import OutputError
+from .output import naming_file, replacing
 from .settings import Settings
 
 
@@ -97,8 +98,7 @@ def write_run_card(
         settings: of the run.
         info, gallery, retention: see `write_card`.
 
-    Raises:
-        OutputError: the card cannot be written.
+    If it cannot be written, that is an error in the log: the LoRA is saved already.
     """
     folder = Path(settings.training.output_dir)
     card = folder / CARD_FILE
@@ -109,17 +109,20 @@ def write_run_card(
             f"{card} is not the model card of a D-OPSD run, so it is not overwritten; --push_to_hub would publish it"
         )
         return
-    with reporting_write_errors(folder, card.name):
-        write_card(
-            folder,
-            info=info,
-            repo_id=settings.publishing.hub_model_id or folder.resolve().name,
-            base_model=settings.model.pretrained_model_name_or_path,
-            instance_prompt=settings.data.instance_prompt,
-            gallery=gallery,
-            settings=settings.flat(),
-            retention=retention,
-        )
+    try:
+        with naming_file(card):
+            write_card(
+                folder,
+                info=info,
+                repo_id=settings.publishing.hub_model_id or folder.resolve().name,
+                base_model=settings.model.pretrained_model_name_or_path,
+                instance_prompt=settings.data.instance_prompt,
+                gallery=gallery,
+                settings=settings.flat(),
+                retention=retention,
+            )
+    except OutputError as error:
+        logger.error(f"{error}; the LoRA is saved")
 
 
 def write_card(

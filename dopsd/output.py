@@ -1,14 +1,16 @@
 """The output folder of a run: its lock, its checkpoints' names, and writing files so that none is ever incomplete."""
 
 import errno
+import itertools
 import json
 import os
 import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,20 +20,26 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .errors import InputError, OutputError, first_line
+from .files import read_regular_file
 
 
 logger = get_logger(__name__)
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE, ADAPTERS_FILE = "pytorch_lora_weights.safetensors", "adapters.safetensors"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner.json"
 
 # Errors that mean that content is lost. Others come from file systems that cannot sync, such as CIFS folders.
 LOST_CONTENT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+IN_THE_WAY = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def open_output_dir(folder: Path, accelerator: Accelerator) -> FileLock | None:
+def open_output_dir(folder: Path, accelerator: Accelerator, needed: Iterable[str]) -> FileLock | None:
     """Creates the folder, and locks it against other runs.
+
+    Args:
+        needed: names of files that the run cannot do without.
 
     Returns:
         The main process's lock. The system releases it when the process ends, however it ends.
@@ -43,6 +51,7 @@ def open_output_dir(folder: Path, accelerator: Accelerator) -> FileLock | None:
     if accelerator.is_main_process:
         try:
             make_output_dir(folder)
+            check_nothing_in_the_way(folder, needed)
             lock = lock_output_dir(folder)
         except InputError as error:
             problem = str(error)
@@ -65,13 +74,32 @@ def make_output_dir(folder: Path) -> None:
         raise InputError(f"--output_dir {folder}: cannot be written ({first_line(error)}); choose another") from error
 
 
+def check_nothing_in_the_way(folder: Path, names: Iterable[str]) -> None:
+    """Checks that what the run cannot do without can be written, before it trains.
+
+    Args:
+        names: of these files.
+
+    Raises:
+        InputError: a folder has the name of a file, or a file that of a checkpoint.
+    """
+    for path in folder.iterdir():
+        if CHECKPOINT_NAME.fullmatch(path.name) and not path.is_dir():
+            raise InputError(f"--output_dir {folder}: its {path.name} is not a folder; remove it")
+    for name in names:
+        if os.path.lexists(folder / name) and not (folder / name).is_file():
+            raise InputError(f"--output_dir {folder}: its {name} is not a file; remove it")
+
+
 def lock_output_dir(folder: Path) -> FileLock:
     """Locks the folder for this process.
 
     Raises:
         InputError: another process has locked it.
     """
-    lock = FileLock(folder / LOCK_FILE)
+    # A soft lock is a file, which a killed run would leave.
+    options = {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock.__init__).parameters else {}
+    lock = FileLock(folder / LOCK_FILE, **options)
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
@@ -88,7 +116,7 @@ def lock_output_dir(folder: Path) -> FileLock:
 
 def _owner(folder: Path) -> str:
     try:
-        owner = json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))
+        owner = json.loads(read_regular_file(folder / OWNER_FILE))
         return f"another run (process {owner['pid']} on {owner['host']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another run"
@@ -96,7 +124,7 @@ def _owner(folder: Path) -> str:
 
 def checkpoint_step(path: Path) -> int:
     """The step in a checkpoint folder's name, or -1 for anything else. The folder may be incomplete or damaged."""
-    match = re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name)
+    match = CHECKPOINT_NAME.fullmatch(path.name)
     return int(match[1]) if match and path.is_dir() else -1
 
 
@@ -115,14 +143,26 @@ def tidy_output_dir(folder: Path, first_step: int) -> None:
         OutputError: one of them cannot be moved.
     """
     for path in folder.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
     for path in list_checkpoints(folder):
         if checkpoint_step(path) > first_step:
-            aside = path.with_name(f"{path.name}.damaged")
+            aside = unused_name(path.with_name(f"{path.name}.damaged"))
             with reporting_write_errors(folder, aside.name):
-                shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
             logger.warning(f"Moved the damaged {path.name} to {aside}")
+
+
+def unused_name(path: Path) -> Path:
+    """The path, or one with a number after it that is not in use."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder as far as possible: on NFS, files that are open elsewhere stay."""
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
 
 
 @contextmanager
@@ -146,6 +186,8 @@ def naming_file(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         advice = "make room" if is_full(error) else "make it writable"
+        if getattr(error, "errno", None) in IN_THE_WAY:
+            advice = "remove what is in its place"
         raise OutputError(f"{path} could not be written ({first_line(error)}): {advice}") from error
 
 

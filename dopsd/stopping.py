@@ -23,24 +23,35 @@ WARNING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") 
 class StopRequest:
     """Set by a signal or the launcher's death. The run finishes its step, saves a checkpoint and ends.
 
-    Of validation, only the image in work is finished. A signal that the parent process ignores, as under nohup, stays
-    ignored.
+    Of validation, only the image in work is finished. Before training, there is nothing to save: a signal ends the
+    process at once, with one line. A signal that the parent process ignores, as under nohup, stays ignored.
+
+    Create it first: a launcher that has died before cannot be noticed.
     """
 
     def __init__(self):
         self.reason: str | None = None
         self.exit_code = 1
+        self.is_training = False
         self._launcher = os.getppid()
         for number in (*URGENT_SIGNALS, *WARNING_SIGNALS):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
 
+    def begin_training(self) -> None:
+        """From now on, a signal is a request."""
+        self.is_training = True
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if not self.is_training:
+            print(f"\n{name} before the first step; finished encodings are kept in the context cache", file=sys.stderr)
+            sys.exit(128 + number)
         if number in URGENT_SIGNALS:
             for handled in URGENT_SIGNALS:
                 signal.signal(handled, signal.SIG_DFL)
         if self.reason is None:
-            self.reason, self.exit_code = signal.Signals(number).name, 128 + number
+            self.reason, self.exit_code = name, 128 + number
 
     @property
     def is_set(self) -> bool:

@@ -12,8 +12,12 @@ from .errors import DOPSDError, InputError, device_errors, first_line
 from .text import printable
 
 
-# Tokens of the Hugging Face Hub, and other services' keys as they appear in URLs and headers.
-TOKEN = re.compile(r"\b(hf_\w{3,}|api_org_\w{3,}|sk-[\w-]{8,}|gh[pousr]_\w{8,}|github_pat_\w{8,})|(?<=[Bb]earer )\S+")
+# Tokens of the Hugging Face Hub, and other services' keys as they appear in URLs and headers. Folders may be called
+# hf_home.
+TOKEN = re.compile(
+    r"(?<![\w-])(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{8,}|github_pat_\w{20,})(?![\w/-])"
+    r"|(?<=[Bb]earer )\S+"
+)
 MAX_REFUSAL_CHARACTERS = 360
 
 
@@ -69,8 +73,9 @@ class LastingStream:
     The reader is a terminal, or a program such as `tee`.
     """
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    def __init__(self, stream: TextIO | None):
+        # Python has no stream if the descriptor was closed at its start.
+        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream
 
     def write(self, text: str) -> int:
         try:

@@ -47,8 +47,10 @@ def track(accelerator: Accelerator, call: Callable[[GeneralTracker], None]) -> N
             logger.warning(f"--report_to {tracker.name}: has failed ({first_line(error)}); the run goes on without it")
 
 
-def end_training(accelerator: Accelerator) -> None:
-    """Closes the trackers and the process group."""
+def end_training(accelerator: Accelerator, message: str | None = None) -> None:
+    """Closes the trackers and the process group, and logs the message."""
+    if message is not None:
+        logger.info(message)
     track(accelerator, lambda tracker: tracker.finish())
     accelerator.trackers = []
     accelerator.end_training()

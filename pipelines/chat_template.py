@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from dopsd.errors import InputError, one_line
 
 
-MAX_SECONDS = 5.0
+MAX_SECONDS = 5.0  # of the processor
+MAX_ADDED_CHARACTERS = 20_000
 ADVICE = "use the tokenizer of the published checkpoint"
 
 
@@ -22,7 +23,7 @@ class _TooLong(Exception):
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises `_TooLong` in the block after that time, in the main thread of a system with alarms."""
+    """Raises `_TooLong` in the block after that processor time, in the main thread of a system with alarms."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -30,15 +31,15 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def interrupt(number, frame):
         raise _TooLong
 
-    before = signal.signal(signal.SIGALRM, interrupt)
+    before = signal.signal(signal.SIGPROF, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGPROF, before)
 
 
 def apply_chat_template(tokenizer: PreTrainedTokenizerBase, content: str, **options: Any) -> str:
@@ -51,13 +52,13 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, content: str, **opti
         options: passed to the template.
 
     Raises:
-        InputError: there is no template, it fails, it takes too long, or it drops the message.
+        InputError: there is no template, it fails, takes too long, drops the message or adds too much to it.
     """
     try:
-        # An alarm cannot interrupt the computation of a power of a power.
+        # An alarm cannot interrupt the computation of a power, nor the repetition of a text.
         tokens = jinja2.Environment().lex(tokenizer.get_chat_template())
-        if any(kind == "operator" and text == "**" for _, kind, text in tokens):
-            raise ValueError("it computes a power, for which a chat has no use")
+        if any(kind == "operator" and text in ("*", "**") for _, kind, text in tokens):
+            raise ValueError("it multiplies, for which a chat has no use")
         with _time_limit(MAX_SECONDS):
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, **options
@@ -67,7 +68,10 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, content: str, **opti
     except Exception as error:  # A template can raise anything.
         problem, cause = f"cannot be applied ({one_line(error)[:180] or type(error).__name__})", error
     else:
-        if content.strip() in text:
+        if content.strip() not in text:
+            problem, cause = "drops the message", None
+        elif len(text) > len(content) + MAX_ADDED_CHARACTERS:
+            problem, cause = f"adds {len(text) - len(content):,} characters", None
+        else:
             return text
-        problem, cause = "drops the message", None
     raise InputError(f"the tokenizer's chat template {problem}; {ADVICE}") from cause

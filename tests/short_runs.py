@@ -10,7 +10,6 @@ import torch
 from accelerate import PartialState
 from transformers import PretrainedConfig
 
-from dopsd.checkpoints import resume_contract
 from dopsd.command_line import parse_settings
 from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, fill_cache, prepare_without_cache
@@ -20,6 +19,7 @@ from dopsd.gallery import drawn_prompts
 from dopsd.launch import weight_dtype
 from dopsd.model import Conditioning, FewStepPipeline, Model
 from dopsd.pretrained import encoders_fingerprint, load_skeleton, load_text_encoder, open_pipeline
+from dopsd.resuming import resume_contract
 from dopsd.settings import Settings
 from models import TinyModel
 

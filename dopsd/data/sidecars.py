@@ -34,10 +34,14 @@ def match_sidecars(pictures: list[str], texts: list[str]) -> dict[str, str]:
     Raises:
         InputError: it is not clear which file belongs to which picture.
     """
-    text_of = {_stem(name): name for name in texts}
+    text_of: dict[str, str] = {}
+    for name in texts:
+        other = text_of.setdefault(_stem(name), name)
+        if other != name:
+            raise InputError(f"{other}, {name}: both may be the caption of one picture; keep one of them")
     exact = {name: text_of[_stem(name)] for name in pictures if _stem(name) in text_of}
     rest = NameIndex(text_of.keys() - map(_stem, exact))
-    matched, owner = exact, {}
+    matched, owner = {**exact}, {}
     for name in pictures:
         if name in exact:
             continue
@@ -48,7 +52,7 @@ def match_sidecars(pictures: list[str], texts: list[str]) -> dict[str, str]:
             other = owner.setdefault(text, name)
             if _stem(other) != _stem(name):
                 raise InputError(f"{text}: may be the caption of {other} or of {name}; write one for each, same names")
-            matched = matched | {name: text}
+            matched[name] = text
     return matched
 
 

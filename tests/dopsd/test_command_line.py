@@ -259,6 +259,14 @@ def test_a_token_on_the_command_line_is_refused_with_trackers_that_store_it(trac
     assert "hf_secret" not in str(caught.value)
 
 
+def test_a_token_is_refused_under_a_launcher_that_prints_the_command_line(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert parse("--hub_token", "hf_secret").publishing.hub_token == "hf_secret"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(InputError, match="^--hub_token: accelerate launch prints the command line if a run fails; "):
+        parse("--hub_token", "hf_secret")
+
+
 def test_nothing_is_encoded_only_without_a_cache():
     with pytest.raises(InputError, match="^--encode_only: fills the cache, which --no_context_cache turns off"):
         parse("--encode_only", "--no_context_cache")

@@ -294,6 +294,13 @@ def test_a_folder_with_two_loras_names_them(read, tmp_path):
 
 
 @ONE_MODEL
+def test_a_runs_checkpoint_is_its_lora(read, tmp_path):
+    save_file(PLAIN, tmp_path / "pytorch_lora_weights.safetensors")
+    save_file(PLAIN, tmp_path / "adapters.safetensors")
+    assert read(tmp_path)
+
+
+@ONE_MODEL
 def test_pickled_loras_are_refused(read, tmp_path):
     for name in ("pytorch_lora_weights.bin", "lora.pt"):
         folder = tmp_path / name.partition(".")[0]

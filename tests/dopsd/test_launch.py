@@ -60,6 +60,17 @@ def test_modes_that_split_the_model_are_one_line(monkeypatch, variable, mode):
     )
 
 
+@pytest.mark.parametrize("value", ["", "false", "0"])
+def test_a_mode_that_is_not_configured_is_no_error(monkeypatch, value):
+    def end(**kwargs):
+        raise ImportError("reached")
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
+    monkeypatch.setattr(launch, "Accelerator", end)
+    with pytest.raises(InputError, match="reached"):
+        start_accelerator(TrainingSettings(), Flux2Klein())
+
+
 def test_a_configuration_that_accelerate_cannot_start_is_one_line(monkeypatch):
     def fail(**kwargs):
         raise RuntimeError("Distributed package doesn't have MPI built in.\nmore")

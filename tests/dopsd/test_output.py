@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from dopsd.errors import InputError, OutputError, TrainingDiverged
 from dopsd.output import (
     OWNER_FILE,
+    check_nothing_in_the_way,
     checkpoint_step,
     lock_output_dir,
     make_output_dir,
@@ -60,6 +61,17 @@ def test_the_step_of_a_checkpoint(tmp_path, name, step):
     assert checkpoint_step(folder) == -1
     folder.mkdir()
     assert checkpoint_step(folder) == step
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-4"])
+def test_what_is_in_the_way_is_named_before_training(tmp_path, name):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    check_nothing_in_the_way(tmp_path, ["metrics.jsonl", "other"])
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).touch() if name.startswith("checkpoint") else (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"^--output_dir {tmp_path}: its {name} is not a f.*; remove it$"):
+        check_nothing_in_the_way(tmp_path, ["metrics.jsonl", "other"])
 
 
 # The lock
@@ -181,7 +193,8 @@ def test_the_advice_fits_the_error(tmp_path):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
     with pytest.raises(OutputError) as caught, reporting_write_errors(tmp_path, "story.png"):
         raise IsADirectoryError(errno.EISDIR, "Is a directory")
-    assert "make room" not in str(caught.value) and "story.png could not be written" in str(caught.value)
+    assert "story.png could not be written" in str(caught.value)
+    assert "remove what is in its place" in str(caught.value) and "make room" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from transformers import AutoConfig
 
-from dopsd.checkpoints import check_resumable
 from dopsd.errors import InputError
+from dopsd.resuming import check_resumable
 from models import WITH_VLM
 from tiny_vlm import make_tiny_vlm
 

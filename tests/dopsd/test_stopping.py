@@ -38,9 +38,15 @@ def logged(log: str, function, *arguments) -> None:
     function(*arguments)
 
 
+def training_stop() -> StopRequest:
+    stop = StopRequest()
+    stop.begin_training()
+    return stop
+
+
 def stop_on(number: int) -> None:
     accelerator = Accelerator(cpu=True)
-    stop = StopRequest()
+    stop = training_stop()
     assert not stop.is_set and not stop.is_set_on_any(accelerator)
     os.kill(os.getpid(), number)
     assert stop.is_set and stop.is_set_on_any(accelerator)
@@ -53,6 +59,20 @@ def test_the_first_signal_is_a_request(run, number):
     assert code == 128 + number, log
     assert f"Stopped after step 7 ({number.name}); checkpoint-7 is saved. Continue with the same command and " in log
     assert "--resume_from_checkpoint latest" in log
+
+
+def stop_before_training(number: int) -> None:
+    StopRequest()
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number", SIGNALS + WARNINGS)
+def test_a_signal_before_training_ends_the_process_with_one_line(run, number):
+    code, log = run(stop_before_training, number)
+    assert code == 128 + number
+    line = f"{number.name} before the first step; finished encodings are kept in the context cache"
+    assert log.strip() == line
 
 
 class OtherProcess:
@@ -69,7 +89,7 @@ class OtherProcess:
 
 
 def ask_the_other_process() -> None:
-    stop = StopRequest()
+    stop = training_stop()
     assert stop.is_set_on_any(OtherProcess(is_asked=True)) and not stop.is_set
     assert not stop.is_set_on_any(OtherProcess(is_asked=False))
 
@@ -80,7 +100,7 @@ def test_a_request_to_another_process_counts(run):
 
 
 def signal_twice(first: int, second: int) -> None:
-    stop = StopRequest()
+    stop = training_stop()
     os.kill(os.getpid(), first)
     assert stop.reason == signal.Signals(first).name
     os.kill(os.getpid(), second)
@@ -96,7 +116,7 @@ def test_a_second_signal_ends_the_process_at_once(run, first, second):
 
 
 def warn_and_stop(first: int, second: int) -> None:
-    stop = StopRequest()
+    stop = training_stop()
     for number in (first, first, second, first):
         os.kill(os.getpid(), number)
     assert stop.reason == signal.Signals(first).name and stop.exit_code == 128 + first
@@ -111,7 +131,7 @@ def test_a_closed_terminal_may_be_reported_twice_and_with_another_signal(run, fi
 
 def ignore_hangups() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = StopRequest()
+    stop = training_stop()
     os.kill(os.getpid(), signal.SIGHUP)
     assert not stop.is_set
 
@@ -128,7 +148,7 @@ def outlive_the_launcher(file: str) -> None:
         os.read(reading, 1)
         os._exit(0)
     launcher = os.getppid()
-    stop = StopRequest()
+    stop = training_stop()
     before = stop.is_set
     os.write(writing, b"x")
     while os.getppid() == launcher:

@@ -55,14 +55,15 @@ def test_a_line_has_no_control_characters():
 
 
 @pytest.mark.parametrize(
-    "text", ["hf_abcdefgh", "a hf_abcdefgh.", "'hf_abcdefgh'", "Bearer abcdefgh", "sk-abcdefghijkl", "ghp_abcdefghi"]
+    "text",
+    ["hf_abcdefgh", "a hf_abcdefgh.", "'hf_abcdefgh'", "Bearer abcdefgh", "sk-abcdefghijklmnopqrstu", "ghp_abcdefghi"],
 )
 def test_what_looks_like_a_token_is_not_shown(text):
     assert "abcdefgh" not in without_tokens(text) and "[token]" in without_tokens(text)
 
 
 def test_ordinary_text_is_shown():
-    text = "--hub_token: half_hf_x huggingface/sks-dog risk-free"
+    text = "--hub_token --hf_token hf_home/out /data/hf_datasets/dogs hf_cache_models half_hf_x huggingface/sks-dog"
     assert without_tokens(text) == text
 
 
@@ -84,6 +85,12 @@ def test_a_stream_without_a_reader_swallows_what_is_written():
     assert stream.write("text") == 4
     stream.flush()
     print("text", file=stream)
+
+
+def test_a_closed_descriptor_is_no_stream():
+    stream = LastingStream(None)
+    assert stream.write("text") == 4
+    stream.flush()
 
 
 def test_an_ascii_stream_takes_every_character():

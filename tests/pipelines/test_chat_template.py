@@ -68,7 +68,7 @@ def test_a_template_without_end_is_stopped(apply, case):
         ("{{ 1 // 0 }}", "division"),
         ("{{ a.b.c }}", "undefined"),
         ("{% if", "unexpected"),
-        ("{{ 'x' * 100 + 1 }}", "concatenate"),
+        ("{{ 'x' + 1 }}", "concatenate"),
         ("always the same", "drops the message"),
         (None, "chat_template is not set"),
     ],
@@ -94,3 +94,15 @@ def test_a_template_is_applied_in_other_threads_without_a_limit(apply):
     thread.start()
     thread.join()
     assert results == ["a ball"]
+
+
+def test_a_template_that_adds_too_much_is_refused(apply):
+    loop = "{{ messages[0].content }}{% for i in range(9999) %}xxxx{% endfor %}"
+    with pytest.raises(InputError, match="adds 39,996 characters; use the tokenizer of the published checkpoint"):
+        apply(loop)
+
+
+@pytest.mark.parametrize("operation", ["'a' * 3000000000", "9 ** 9 ** 9", "x * 2"])
+def test_a_template_that_multiplies_is_refused_before_it_is_applied(apply, operation):
+    with pytest.raises(InputError, match="it multiplies, for which a chat has no use"):
+        apply("{{ messages[0].content }}{{ " + operation + " }}")

@@ -119,6 +119,18 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_continue(command, command_
     assert same_weights(tmp_path / "undisturbed", tmp_path / "stopped")
 
 
+@ONE_MODEL
+@SLOW
+def test_a_closed_terminal_before_the_first_step_is_one_line(command, command_line, tmp_path):
+    process, log = command.start(*command_line("closed", steps=9999))
+    wait_until(lambda: "Reading pictures" in log.read_text(errors="replace"), process, log)
+    os.kill(process.pid, signal.SIGHUP)
+    process.join(timeout=60)
+    text = log.read_text(errors="replace")
+    assert process.exitcode == 128 + signal.SIGHUP and "Traceback" not in text
+    assert "SIGHUP before the first step; finished encodings are kept" in text and not steps_of(tmp_path / "closed")
+
+
 def launch(script: str, arguments: list[str], log: str, pid_file: str) -> None:
     """Runs the script in a child of this process, as `accelerate launch` does."""
     if pid := os.fork():
@@ -134,11 +146,12 @@ def launch(script: str, arguments: list[str], log: str, pid_file: str) -> None:
 
 @ONE_MODEL
 @SLOW
-def test_a_run_whose_launcher_was_killed_saves_and_stops(forkserver, model, command_line, tmp_path):
+@pytest.mark.parametrize("moment", ["Reading pictures", "loss="])
+def test_a_run_whose_launcher_was_killed_saves_and_stops(forkserver, model, command_line, tmp_path, moment):
     folder, log, pid_file = tmp_path / "orphan", forkserver.new_log(), tmp_path / "pid"
     texts = command_line("orphan", steps=9999, checkpointing_steps=9999)
     launcher = forkserver.start(launch, str(model.script_path), texts, str(log), str(pid_file))
-    wait_until(lambda: num_logged(folder), launcher, log)
+    wait_until(lambda: moment in log.read_text(errors="replace"), launcher, log)
     run = psutil.Process(int(pid_file.read_text()))
     launcher.kill()
     launcher.join()

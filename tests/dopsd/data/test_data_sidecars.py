@@ -143,3 +143,10 @@ def test_the_choice_needs_text_files(tmp_path):
     assert_names(error_of(read_folder, tmp_path, **flags), "--multiline_captions", ".txt")
     message = error_of(read_pictures, dataset_name=str(tmp_path), **flags)
     assert_names(message, "--multiline_captions", "--instance_data_dir")
+
+
+def test_two_text_files_for_one_picture_are_named(tmp_path):
+    write_pictures(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.TXT").write_text("two")
+    assert_names(error_of(read_folder, tmp_path), "a.TXT", "a.txt", "keep one of them")
