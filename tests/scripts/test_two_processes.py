@@ -29,15 +29,13 @@ pytestmark = SLOW
 def torchrun(model, tmp_path):
     """Starts the script as two processes on a free port; returns torchrun's process and the file with its output."""
 
-    def start(arguments: list[str]) -> tuple[subprocess.Popen, Path]:
+    def start(arguments: list[str], script: Path = model.script_path) -> tuple[subprocess.Popen, Path]:
         launcher = [Path(sys.executable).parent / "torchrun", "--standalone", "--local-addr", "127.0.0.1"]
         launcher += ["--nproc-per-node", "2"]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
         log = tmp_path / "torchrun.log"
         with open(log, "wb") as file:
-            process = subprocess.Popen(
-                [*launcher, model.script_path, *arguments], stdout=file, stderr=file, env=environment
-            )
+            process = subprocess.Popen([*launcher, script, *arguments], stdout=file, stderr=file, env=environment)
         return process, log
 
     return start
@@ -65,6 +63,33 @@ def test_two_processes_draw_the_sheets_of_one(torchrun, command, arguments, tmp_
         one, two = (Image.open(tmp_path / folder / f"{name}.png") for folder in ("one", "two"))
         assert one.tobytes() == two.tobytes(), name
     assert [line for line in read_history(tmp_path / "two") if "retention" in line]
+
+
+FAILS_ONCE_ON_ONE_PROCESS = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+from dopsd.gallery import Gallery
+draw, has_failed = Gallery.student_drawing, []
+def fail_once(self, prompt, seed):
+    if os.environ["RANK"] == "1" and not has_failed:
+        has_failed.append(True)
+        raise RuntimeError("no memory")
+    return draw(self, prompt, seed)
+Gallery.student_drawing = fail_once
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@ONE_MODEL
+def test_a_drawing_that_fails_on_one_process_costs_one_validation(torchrun, model, arguments, tmp_path):
+    script = tmp_path / "fails.py"
+    names = {"root": str(model.script_path.parent), "script": str(model.script_path)}
+    script.write_text(FAILS_ONCE_ON_ONE_PROCESS.format(**names))
+    flags = {"validation_steps": 2, "num_validation_images": 2, "max_train_steps": 4}
+    process, log = torchrun(arguments("two", **flags), script)
+    assert process.wait(timeout=240) == 0, log.read_text()
+    assert "Validation at step 2 failed (no memory); the run continues" in log.read_text()
+    assert not (tmp_path / "two/validation-2.png").exists() and (tmp_path / "two/validation-4.png").exists()
 
 
 @ONE_MODEL
