@@ -132,7 +132,7 @@ def set_up_logging() -> None:
         handler.addFilter(hide_tokens)
     for library in (transformers, diffusers, datasets):
         library.utils.logging.set_verbosity_error()
-    for name in ("httpx", "httpcore"):  # one line per request
+    for name in ("httpx", "httpx2"):  # one line per request; which one depends on huggingface_hub's version
         logging.getLogger(name).setLevel(logging.WARNING)
     # One line per 8-bit matrix product: "inputs will be cast from torch.bfloat16 to float16".
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(
