@@ -100,6 +100,7 @@ from dopsd.pretrained import (
     load_transformer,
     open_pipeline,
 )
+from dopsd.prior import prior_prompts
 from dopsd.publish import push_to_hub
 from dopsd.resuming import check_resumable, find_checkpoint, resume_contract
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
@@ -242,8 +243,10 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         load_text_encoder=partial(load_text_encoder, model, settings.model, folder, dtype, accelerator.device),
         device=accelerator.device,
     )
-    check_prompts(contexts, drawn_prompts(settings.validation), settings.teacher)
-    contract = resume_contract(settings, conditioning, data, accelerator.num_processes)
+    prior = prior_prompts(settings, data.captions, contexts.fits, accelerator)
+    prompts = [*drawn_prompts(settings.validation, prior), *prior.trained]
+    check_prompts(contexts, prompts, settings.teacher)
+    contract = resume_contract(settings, conditioning, data, prior, accelerator.num_processes)
     if checkpoint is not None:
         check_resumable(checkpoint, contract, settings.training.max_train_steps)
 
@@ -252,7 +255,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         prepare_without_cache(contexts)
     else:
         cache = ContextCache(Path(settings.training.context_cache_dir))
-        fill_cache(contexts, cache, encoders_fingerprint(folder), drawn_prompts(settings.validation), accelerator)
+        fill_cache(contexts, cache, encoders_fingerprint(folder), prompts, accelerator)
     if settings.training.encode_only:
         end_training(accelerator, "The context cache is complete: train with the same flags, without --encode_only")
         return
@@ -277,6 +280,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         student=student,
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
+        prior=prior,
     )
     save_dtype = torch.float32 if settings.lora.upcast_before_saving else dtype
     checkpoints = Checkpoints(
@@ -303,6 +307,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         save_dtype=save_dtype,
         metrics_log=metrics_log,
         stop=stop,
+        prior=prior,
     )
     gallery.draw_before_training(first_step)
     if settings.validation.preview_only:

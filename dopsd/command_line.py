@@ -179,7 +179,9 @@ def resolve(settings: Settings, model: ModelFlags) -> Settings:
     )
     if problem := size_problem(height, width, model.sizes):
         raise InputError(f"--validation_height {height} --validation_width {width}: {problem}")
+    distillation = settings.distillation
     return settings.replace(
+        num_trained_states=distillation.num_trained_states or distillation.num_rollout_steps,
         validation_height=height,
         validation_width=width,
         lora_alpha=settings.lora.lora_alpha or 2 * settings.lora.rank,
@@ -232,6 +234,12 @@ def check(settings: Settings, model: ModelFlags) -> None:
             "instead, or start the script with python or torchrun"
         )
     check_geometry(settings.data, model.sizes)
+    distillation = settings.distillation
+    if (distillation.num_trained_states or 0) > distillation.num_rollout_steps:
+        raise InputError(
+            f"--num_trained_states {distillation.num_trained_states}: the rollout has only "
+            f"{distillation.num_rollout_steps} states; pass fewer, or raise --num_rollout_steps"
+        )
     if optimizer.use_8bit_adam and optimizer.optimizer != "adamw":
         raise InputError("--use_8bit_adam: needs --optimizer AdamW; drop one of them")
     if validation.preview_only and validation.validation_steps == 0:

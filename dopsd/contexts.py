@@ -96,11 +96,18 @@ class Contexts:
                 for encoding in self.teacher_encodings(Sample(index, 0, caption, flip)):
                     yield picture, encoding
 
-    def all_encodings(self, drawn_prompts: list[str]) -> list[Encoding]:
-        """Every encoding of a run that draws these prompts. May contain duplicates."""
-        prompts = [*self.data.captions, *drawn_prompts]
-        of_students = [encoding for prompt in prompts for encoding in self.student_encodings(prompt)]
+    def all_encodings(self, prompts: list[str]) -> list[Encoding]:
+        """Every encoding of a run that needs these prompts besides the captions. May contain duplicates."""
+        of_students = [
+            encoding for prompt in [*self.data.captions, *prompts] for encoding in self.student_encodings(prompt)
+        ]
         return of_students + [encoding for _, encoding in self.all_teacher_encodings()]
+
+    def fits(self, prompt: str) -> bool:
+        """Whether a prompt is within the student's limit."""
+        limit = self.conditioning.student_limit.tokens
+        encodings = self.student_encodings(prompt)
+        return all(encoding.encoder.num_tokens(prompt, None) <= limit for encoding in encodings)
 
     def size(self, encoding: Encoding) -> tuple[int, int] | None:
         """(height, width) in pixels of the encoding's crop."""
@@ -210,20 +217,20 @@ def fill_cache(
     contexts: Contexts,
     cache: ContextCache,
     checkpoint_fingerprint: str,
-    drawn_prompts: list[str],
+    prompts: list[str],
     accelerator: Accelerator,
 ) -> None:
     """Encodes what the cache does not hold yet, shared among processes. If nothing is missing, no encoder is loaded.
 
     Args:
         checkpoint_fingerprint: identifies the encoders' weights.
-        drawn_prompts: prompts for validation, which are encoded along with the captions.
+        prompts: other prompts, which are encoded along with the captions.
 
     Raises:
         InputError, OutputError: something cannot be encoded, or the cache cannot be written.
     """
     contexts.cache, contexts.checkpoint_fingerprint = cache, checkpoint_fingerprint
-    needed = dict.fromkeys(contexts.all_encodings(drawn_prompts))
+    needed = dict.fromkeys(contexts.all_encodings(prompts))
     encoding_of = {contexts.key(encoding): encoding for encoding in needed}
     bar = partial(tqdm, desc="Checking the context cache", disable=not accelerator.is_local_main_process)
     # Sorted keys are in random order, so that each process checks as many large entries as the others.
@@ -316,14 +323,14 @@ def smaller_cache(contexts: Contexts) -> list[str]:
     return [*advice, "--no_context_cache does without it, but keeps the encoders in memory"]
 
 
-def check_prompts(contexts: Contexts, drawn_prompts: list[str], teacher: TeacherSettings) -> None:
+def check_prompts(contexts: Contexts, prompts: list[str], teacher: TeacherSettings) -> None:
     """Checks every prompt that will be encoded: stock pipelines silently truncate long ones.
 
     Raises:
         InputError: a prompt is too long, or student and teacher would see the same.
     """
     student_limit, teacher_limit = contexts.conditioning.student_limit, contexts.conditioning.teacher_limit
-    for prompt in drawn_prompts:
+    for prompt in prompts:
         for encoding in contexts.student_encodings(prompt):
             check_length(contexts, encoding, student_limit, "--validation_prompt or --retention_prompts", "shorten it")
     for picture in contexts.data.pictures:

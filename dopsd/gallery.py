@@ -26,6 +26,7 @@ from .memory import reset_peak_memory
 from .model import Context, FewStepPipeline
 from .model_flags import TeacherContext
 from .output import naming_file
+from .prior import PriorPrompts
 from .roles import StudentTeacherLoRA
 from .rollout import RolloutStep, rollout, seeded_noise
 from .settings import Settings, ValidationSettings
@@ -74,12 +75,12 @@ class Sheet:
         return contact_sheet(self.title, self.columns, rows, note=self.note)
 
 
-def drawn_prompts(settings: ValidationSettings) -> list[str]:
+def drawn_prompts(settings: ValidationSettings, prior: PriorPrompts) -> list[str]:
     """Every prompt that the gallery draws."""
     if settings.validation_steps == 0:
         return []
     final = [settings.final_validation_prompt] if settings.final_validation_prompt else []
-    return [*settings.validation_prompt, *final, *settings.retention_prompts]
+    return [*settings.validation_prompt, *final, *settings.retention_prompts, *prior.drawn.values()]
 
 
 class Gallery:
@@ -96,6 +97,7 @@ class Gallery:
         save_dtype: of the saved LoRA.
         metrics_log: gets retention.
         stop: if it is set, the rest of a preview or validation is not drawn. A resumed run draws the validation.
+        prior: its drawn prompts are shown with the retention prompts.
     """
 
     def __init__(
@@ -110,7 +112,9 @@ class Gallery:
         save_dtype: torch.dtype,
         metrics_log: MetricsLog,
         stop: StopRequest,
+        prior: PriorPrompts,
     ):
+        self.extra_prompts = prior.drawn
         self.metrics_log, self.stop = metrics_log, stop
         self.settings, self.folder = settings.validation, Path(settings.training.output_dir)
         self.num_rollout_steps = settings.distillation.num_rollout_steps
@@ -300,11 +304,12 @@ class Gallery:
         # First all that the processes share, so that an error while writing stays on the main process.
         validation = self.compare(asked, "Validation")
         rollouts = self.share({"rollout": self.rollout_images}, "Rollout")["rollout"]
-        retention = self.compare(retained, "Retention")
+        extra = [(prompt, len(retained) + index) for index, prompt in enumerate(self.extra_prompts.values())]
+        retention = self.compare([*retained, *extra], "Retention")
         if self.accelerator.is_main_process:
             self.write_validation(step, prompts, validation)
             self.write_rollout(step, *rollouts)
-            self.metrics_log.write(step, {"retention": self.write_retention(step, retention)})
+            self.metrics_log.write(step, self.write_retention(step, retention))
 
     def write_validation(self, step: int, prompts: list[str], drawn: dict[Subject, tuple[Drawing, Drawing]]) -> None:
         """The validation prompts, with the base model and with the student as it would be saved."""
@@ -364,23 +369,29 @@ class Gallery:
             )
             return list(states)
 
-    def write_retention(self, step: int, drawn: dict[Subject, tuple[Drawing, Drawing]]) -> float:
-        """The retention prompts, which should look as before. Returns `relative_drift` of the student's latents."""
-        for (prompt, seed), (_, student) in drawn.items():
-            self.story[step, prompt, seed] = student.image
+    def write_retention(self, step: int, drawn: dict[Subject, tuple[Drawing, Drawing]]) -> dict[str, float]:
+        """The retention prompts, which should look as before, and then the extra ones. Returns their figures."""
+        num_retained = len(self.settings.retention_prompts)
+        for prompt, seed in list(drawn)[:num_retained]:
+            self.story[step, prompt, seed] = drawn[prompt, seed][1].image
         bases, students = zip(*drawn.values(), strict=True)
-        retention = relative_drift(
-            torch.cat([drawing.latents for drawing in bases]), torch.cat([drawing.latents for drawing in students])
-        )
+        latents = [torch.cat([drawing.latents for drawing in drawings]) for drawings in (bases, students)]
+        scale = mean_distance(latents[0][:num_retained])
+        moved = (distances(*latents) / scale).tolist()
+        figures = {"retention": sum(moved[:num_retained]) / num_retained}
+        figures |= {
+            f"retention/{name}": value for name, value in zip(self.extra_prompts, moved[num_retained:], strict=True)
+        }
+        labels = [f"{name.replace('_', ' ')}: {prompt}" for name, prompt in self.extra_prompts.items()]
         sheet = Sheet(
-            f"After training step {step}: prompts that have nothing to do with it, retention {retention:.3f}",
-            self.settings.retention_prompts,
+            f"After training step {step}: prompts that should look as before, retention {figures['retention']:.3f}",
+            [*self.settings.retention_prompts, *labels],
             [("base", [drawing.image for drawing in bases]), ("student", [drawing.image for drawing in students])],
             "A column starts from the same noise. Retention 0: drawn as before. 1: as unlike the base's picture as "
             "another prompt's picture is.",
         )
         self.write(f"retention-{step}", step, sheet)
-        return retention
+        return figures
 
     def draw_story(self) -> None:
         """After the last step: the whole run on one sheet, and its curves. An error does not end the run."""
@@ -428,6 +439,16 @@ def evenly_spaced(items: list[int], count: int) -> list[int]:
     return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
 
 
+def distances(base: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """(N,) distances between (N, ...) latents; row i of both is drawn from the same prompt and noise."""
+    return (student.float() - base.float()).flatten(1).norm(dim=1)
+
+
+def mean_distance(latents: torch.Tensor) -> torch.Tensor:
+    """Mean distance between the rows of (N, ...) latents, N at least 2: what another prompt's picture is away."""
+    return torch.nn.functional.pdist(latents.float().flatten(1)).mean()
+
+
 def relative_drift(base: torch.Tensor, student: torch.Tensor) -> float:
     """Mean distance of the student's latents from the base's, relative to the mean distance between the base's own.
 
@@ -436,7 +457,4 @@ def relative_drift(base: torch.Tensor, student: torch.Tensor) -> float:
     Args:
         base, student: (N, ...), N at least 2; row i of both is drawn from the same prompt and noise.
     """
-    base, student = base.float().flatten(1), student.float().flatten(1)
-    moved = (student - base).norm(dim=1).mean()
-    apart = torch.nn.functional.pdist(base).mean()
-    return (moved / apart).item()
+    return (distances(base, student).mean() / mean_distance(base)).item()

@@ -17,20 +17,21 @@ from .files import read_regular_file
 from .model import Conditioning
 from .output import ADAPTERS_FILE, LORA_FILE, checkpoint_step, list_checkpoints
 from .pretrained import model_identity
+from .prior import PriorPrompts
 from .settings import Settings, TrainingSettings
 from .sharing import failing_together
 
 
 logger = get_logger(__name__)
 
-PICTURES = "pictures and captions"
+PICTURES, PRIOR = "pictures and captions", "prior preservation"
 
 TRAINER_FILE, STATE_FILE = "trainer_state.pt", "state.json"
 CHECKPOINT_FILES = (ADAPTERS_FILE, TRAINER_FILE, LORA_FILE)  # listed in the state file with their SHA-256
 
 
 def resume_contract(
-    settings: Settings, conditioning: Conditioning, data: TrainingData, num_processes: int
+    settings: Settings, conditioning: Conditioning, data: TrainingData, prior: PriorPrompts, num_processes: int
 ) -> dict[str, Any]:
     """Everything that a resumed run must share with its checkpoint to end with the same weights, in JSON types."""
     identities = {VLM_FLAG: ""}
@@ -42,6 +43,8 @@ def resume_contract(
         picture.name: content_key(digest, picture.captions, picture.teacher_caption)[:16]
         for picture, digest in zip(data.pictures, data.digests, strict=True)
     }
+    held = settings.prior
+    values[PRIOR] = [held.prior_loss_weight, held.prior_every, content_key(prior.trained)] if prior.trained else None
     accumulation_steps = settings.training.gradient_accumulation_steps
     values["processes x --gradient_accumulation_steps"] = num_processes * accumulation_steps
     return json.loads(json.dumps(values))
@@ -199,10 +202,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     raise StateError(f"its {STATE_FILE} {problem}")
 
 
+def earlier_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's run did, for settings that came after the first versions."""
+    return {"--num_trained_states": settings.get("--num_rollout_steps"), PRIOR: None}
+
+
 def check_resumable(checkpoint: Path, contract: dict[str, Any], max_train_steps: int) -> None:
     """Raises `InputError` if the run's contract differs from the checkpoint's, or it has too few steps."""
     flag, state = f"--resume_from_checkpoint {checkpoint.name}", read_state(checkpoint)
-    saved_contract = state["settings"]
+    saved_contract = earlier_settings(state["settings"]) | state["settings"]
     # An older version did not know all of today's flags.
     new = contract if state["files"] else {}
     for name in dict.fromkeys([*saved_contract, *new]):
@@ -216,6 +224,12 @@ def check_resumable(checkpoint: Path, contract: dict[str, Any], max_train_steps:
             raise InputError(
                 f"{flag}: {changed[0]} or its caption was added, changed or removed (pictures affected: "
                 f"{len(changed)}); undo that, or start in another --output_dir"
+            )
+        if name == PRIOR:
+            raise InputError(
+                f"{flag}: its prior preservation was another (--with_prior_preservation, --prior_loss_weight, "
+                "--prior_every, --prior_prompts, --class_prompt, --trigger_word); pass the same, or start in another "
+                "--output_dir"
             )
         raise InputError(
             f"{flag}: its {name} was {saved}, now it is {now}; pass the same, or start in another --output_dir"

@@ -192,12 +192,11 @@ class StudentTeacherLoRA:
 
     def as_teacher(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """Wraps a function so that it runs in the teacher's role."""
+        return _in_role(self.teacher_role, function)
 
-        def in_teacher_role(*args, **kwargs) -> torch.Tensor:
-            with self.teacher_role():
-                return function(*args, **kwargs)
-
-        return in_teacher_role
+    def as_base(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Wraps a function so that it runs in the base model's role."""
+        return _in_role(self.base_role, function)
 
     def _activate(self, name: str, *, trainable: bool) -> None:
         for layer in self._layers.values():
@@ -343,6 +342,16 @@ class StudentTeacherLoRA:
         self._activate(STUDENT, trainable=True)
         self.copy_student_to_teacher()
         return len(self._layers) - len(strength)
+
+
+def _in_role(
+    role: Callable[[], AbstractContextManager[None]], function: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    def in_role(*args, **kwargs) -> torch.Tensor:
+        with role():
+            return function(*args, **kwargs)
+
+    return in_role
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 Convention: sigma goes from 1 (noise) to 0 (clean), velocity = noise - x0, x0 = x - sigma * velocity.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,9 +107,10 @@ def rollout(
     noise: torch.Tensor,
     schedule: Schedule,
     *,
+    trained: Collection[int] | None = None,
     loss_space: LossSpace = "x0",
 ) -> Iterator[RolloutStep]:
-    """Follows the student's few-step trajectory and evaluates the teacher at every state on it (arXiv 2605.05204).
+    """Follows the student's few-step trajectory and evaluates the teacher at states on it (arXiv 2605.05204).
 
     The student takes the sampler's Euler steps, x_{i+1} = x_i + (sigma_{i+1} - sigma_i) * v_student(x_i). Every x_i is
     detached, so each loss can be backpropagated as soon as it is yielded: the gradients are those of the summed loss,
@@ -121,14 +122,21 @@ def rollout(
         teacher: must return a tensor without a graph (see `StudentTeacherLoRA.as_teacher`).
         noise: (B, ...), the state at sigma = 1.
         schedule: the K steps of the deployed sampler.
+        trained: indices of the states to yield, at least one. The student passes the others without a gradient or a
+            teacher, and stops after the last of them. Default: all.
         loss_space: see `distillation_loss`.
 
     Yields:
-        K steps, from pure noise to the last state.
+        The trained states, the noisiest first.
     """
+    trained = range(len(schedule)) if trained is None else trained
     latents = noise
-    for index, timestep in enumerate(schedule.timesteps):
+    for index, timestep in enumerate(schedule.timesteps[: max(trained) + 1]):
         sigma, next_sigma = schedule.sigmas[index], schedule.sigmas[index + 1]
+        if index not in trained:
+            with torch.no_grad():
+                latents = euler_step(latents, student(latents, timestep), sigma, next_sigma)
+            continue
         teacher_velocity = teacher(latents, timestep)
         assert not teacher_velocity.requires_grad, "the teacher's velocity must not require a gradient"
         student_velocity = student(latents, timestep)

@@ -178,10 +178,52 @@ class DistillationSettings:
         "current ones.",
     )
     ema_decay: MustMatch[Fraction] = flag(0.9999, "Decay of the exponential moving average.")
-    num_rollout_steps: MustMatch[Count] = flag(4, "Sampling steps of the student's rollout; each one is trained on.")
+    num_rollout_steps: MustMatch[Count] = flag(4, "Sampling steps of the student's rollout.")
+    num_trained_states: MustMatch[Count | None] = flag(
+        None,
+        "States of the rollout that are trained on, drawn at random for each micro-batch. Fewer cost less per step, "
+        "with the same gradient on average. Default: all.",
+    )
     loss_space: MustMatch[Literal["x0", "velocity"]] = flag(
         "x0",
         "Compare the predicted clean latents (as in the published runs) or the velocities (Eq. 7 of the paper).",
+    )
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    _argument_group_name = "prior preservation"
+
+    # Checkpoints keep these and the prompts' digest in one entry (`resuming.PRIOR`).
+    with_prior_preservation: MayDiffer[bool] = flag(
+        False,
+        "Hold the student to the base model on prompts that have nothing to do with the pictures, at states that it "
+        "visits itself. No pictures are drawn for it.",
+    )
+    prior_loss_weight: MayDiffer[NotNegative] = flag(1.0, "Weight of the loss of prior preservation.")
+    prior_every: MayDiffer[Count] = flag(1, "Compute this loss in every so many steps only.")
+    class_prompt: MayDiffer[list[str] | None] = flag(
+        None, "Prompts to hold in addition, such as 'a photo of a dog'. Default: none."
+    )
+    prior_prompts: MayDiffer[str | None] = flag(
+        None,
+        "Text file with the prompts to hold, one per line; the last one is only drawn. Default: about a hundred that "
+        "come with this project.",
+    )
+    trigger_word: MayDiffer[list[str] | None] = flag(
+        None,
+        "The new words in the captions, each as WORD or WORD=CLASS. With --with_prior_preservation, the captions "
+        "without them, or with the class in their place, are held as well, and so are the captions with made-up words "
+        "in their place: otherwise every unknown word may draw what was learned. Default: none.",
+    )
+    class_data_dir: MayDiffer[str | None] = flag(
+        None, "Has no effect, accepted for compatibility: no pictures of the class are needed. Default: none."
+    )
+    num_class_images: MayDiffer[Count | None] = flag(
+        None, "Has no effect, accepted for compatibility: no pictures of the class are needed. Default: none."
+    )
+    prior_generation_precision: MayDiffer[str | None] = flag(
+        None, "Has no effect, accepted for compatibility: no pictures of the class are needed. Default: none."
     )
 
 
@@ -349,6 +391,7 @@ class Settings:
     data: DataSettings
     teacher: TeacherSettings
     distillation: DistillationSettings
+    prior: PriorSettings
     validation: ValidationSettings
     lora: LoRASettings
     training: TrainingSettings

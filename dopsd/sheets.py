@@ -20,6 +20,13 @@ from .output import replacing
 PAPER, INK, FAINT, RULE, EMPTY = "#ffffff", "#1d2433", "#5b6475", "#c9ced8", "#f1f3f6"
 MAX_LABEL_LINES, MAX_HEADING_LINES, MAX_CAPTION_LINES = 4, 3, 2
 SMALLEST_FONT = 12
+# Key in the history, label, colour.
+RETENTION_CURVES = (
+    ("retention", "unrelated", "#1b7f5c"),
+    ("retention/held_out", "held out", "#7fb8a4"),
+    ("retention/wrong_word", "wrong word", "#c77d2e"),
+    ("retention/no_word", "no word", "#5b6fb5"),
+)
 SMOOTH_FROM = 50  # curves with more points than this are smoothed
 
 
@@ -195,8 +202,9 @@ def plot_curves(history: list[dict], path: Path, *, title: str) -> None:
 
     Args:
         history: the rows of metrics.jsonl. Each has "step" and any of "loss" (mean over the states), "loss/state_1"
-            (pure noise) to "loss/state_K", "cosine/state_1" to "cosine/state_K" and "retention". Other keys are
-            ignored. If a step occurs more than once, as after resuming, its last value counts.
+            (pure noise) to "loss/state_K", "cosine/state_1" to "cosine/state_K", "prior_loss", "retention" and
+            "retention/NAME". Other keys are ignored. If a step occurs more than once, as after resuming, the last one
+            counts.
         path: of the PNG.
         title: above the plots.
     """
@@ -229,10 +237,11 @@ def plot_curves(history: list[dict], path: Path, *, title: str) -> None:
 def draw_losses(axes: Axes, history: list[dict]) -> None:
     states = state_keys(history, "loss")
     left_out = 0
-    for key, label, colour in (*states, ("loss", "mean", INK)):
+    for key, label, colour in (*states, ("prior_loss", "prior", "#b3261e"), ("loss", "mean", INK)):
         steps, values = series(history, key)
         drawable = np.isfinite(values) & (values > 0)
-        left_out += np.count_nonzero(~drawable)
+        if key != "prior_loss":  # exactly zero at the start
+            left_out += np.count_nonzero(~drawable)
         draw_series(axes, steps, np.where(drawable, values, np.nan), label, colour, bold=key == "loss")
     axes.set_yscale("log")
     axes.set_ylabel("loss")
@@ -250,13 +259,15 @@ def draw_cosines(axes: Axes, history: list[dict]) -> None:
 
 
 def draw_retention(axes: Axes, history: list[dict]) -> None:
-    steps, values = series(history, "retention")
-    if len(steps):
-        axes.plot(steps, values, color="#1b7f5c", marker="o", markersize=5, linewidth=1.8)
+    curves = [(series(history, key), label, colour) for key, label, colour in RETENTION_CURVES]
+    curves = [curve for curve in curves if len(curve[0][0])]
+    for (steps, values), label, colour in curves:
+        label = label if len(curves) > 1 else None
+        axes.plot(steps, values, color=colour, label=label, marker="o", markersize=5, linewidth=1.8)
         axes.axhline(0, linewidth=0)  # includes 0 in the data range, from which the margin above is computed
     axes.set_ylim(bottom=0)
     axes.set_ylabel("retention")
-    finish_panel(axes, "no validation yet")
+    finish_panel(axes, "no validation yet", title="prompts")
 
 
 def draw_series(
@@ -276,10 +287,10 @@ def draw_series(
         )
 
 
-def finish_panel(axes: Axes, empty_text: str) -> None:
+def finish_panel(axes: Axes, empty_text: str, title: str = "visited state") -> None:
     """Adds the legend of the labelled curves, or `empty_text` if nothing is plotted."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, title="visited state")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, title=title)
     if not axes.lines:
         axes.text(0.5, 0.5, empty_text, transform=axes.transAxes, ha="center", va="center", color=FAINT, fontsize=13)
         axes.set_yticks([])

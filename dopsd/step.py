@@ -11,11 +11,12 @@ import torch
 from accelerate import Accelerator
 
 from .contexts import Contexts
-from .data.order import Sample, micro_batches, noise_seed, place_seed
+from .data.order import Sample, micro_batches, noise_seed, place_seed, trained_states
 from .errors import TrainingDiverged
 from .memory import peak_memory_gb
 from .model import Context, FewStepPipeline
 from .optimizers import effective_learning_rate
+from .prior import PriorPrompts
 from .roles import StudentTeacherLoRA
 from .rollout import RolloutStep, VelocityFunction, rollout, seeded_noise
 from .settings import Settings
@@ -46,6 +47,7 @@ class TrainingStep:
         contexts: of the training data.
         student: `StudentVelocity`, prepared by the accelerator.
         optimizer, lr_scheduler: of the student's parameters.
+        prior: prompts of prior preservation.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class TrainingStep:
         student: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+        prior: PriorPrompts = PriorPrompts(),  # noqa: B008 - frozen
     ):
         self.accelerator, self.pipeline, self.roles = accelerator, pipeline, roles
         self.contexts, self.data = contexts, contexts.data
@@ -68,8 +71,10 @@ class TrainingStep:
         self.has_dropout = settings.lora.lora_dropout > 0
         self.max_grad_norm = settings.optimizer.max_grad_norm
         self.num_rollout_steps = settings.distillation.num_rollout_steps
+        self.num_trained_states = settings.distillation.num_trained_states
         self.loss_space = settings.distillation.loss_space
         self.ema_decay = settings.distillation.ema_decay
+        self.prior, self.prior_settings = prior, settings.prior
         self.num_skipped = 0  # steps in a row that the fp16 gradient scaler skipped
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -83,24 +88,27 @@ class TrainingStep:
         """
         started = time.perf_counter()
         accelerator = self.accelerator
-        measured = torch.zeros(self.num_rollout_steps, 3, device=accelerator.device)
+        has_prior = bool(self.prior.trained) and step % self.prior_settings.prior_every == 0
+        measured = torch.zeros(2 if has_prior else 1, self.num_rollout_steps, 4, device=accelerator.device)
         for place, samples, weight in self.own_micro_batches(step):
             with accelerator.accumulate(self.student):
                 if self.has_dropout:
                     torch.manual_seed(place_seed(self.seed, "dropout", str(place)))
-                measured += self.backpropagate(samples, weight) / self.accumulation_steps
+                measured[0] += self.backpropagate(place, samples, weight, exchanges=not has_prior)
+                if has_prior:
+                    measured[1] += self.backpropagate_prior(place, samples, weight)
                 if accelerator.sync_gradients:
                     # Averaged over processes, so that all of them see the same figures and stop at the same step.
-                    losses, cosines, norm_ratios = accelerator.reduce(measured, reduction="mean").T.tolist()
-                    loss = sum(losses) / len(losses)
+                    measured = accelerator.reduce(measured / self.accumulation_steps, reduction="mean")
+                    loss, figures = mean_figures(measured[0], self.num_trained_states)
+                    prior_figures = self.prior_figures(measured[1]) if has_prior else {}
                     grad_norm = accelerator.clip_grad_norm_(self.roles.student_parameters, self.max_grad_norm).item()
-                    self.check_finite(step, loss, grad_norm)
+                    self.check_finite(step, loss, grad_norm, prior_figures.get("prior_loss", 0.0))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        metrics = {"loss": loss, "lr": effective_learning_rate(self.optimizer), "grad_norm": grad_norm}
+        rate = effective_learning_rate(self.optimizer)
         self.after_optimizer_step()
-        for name, values in (("loss", losses), ("cosine", cosines), ("norm_ratio", norm_ratios)):
-            metrics |= {f"{name}/state_{number}": value for number, value in enumerate(values, start=1)}
+        metrics = {"loss": loss, "lr": rate, "grad_norm": grad_norm, **figures, **prior_figures}
         return metrics | {"seconds_per_step": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
 
     def own_micro_batches(self, step: int) -> Iterator[tuple[int, list[Sample], float]]:
@@ -112,43 +120,98 @@ class TrainingStep:
             process_index=self.accelerator.process_index,
         )
 
-    def backpropagate(self, samples: list[Sample], weight: float) -> torch.Tensor:
-        """Rolls out one micro-batch and backpropagates each visited state before the next one is computed.
+    def backpropagate(
+        self, place: int, samples: list[Sample], weight: float, *, exchanges: bool = True
+    ) -> torch.Tensor:
+        """Backpropagates the distillation loss of one micro-batch; see `backpropagate_states`.
 
-        Returns:
-            (K, 3), float32: loss, cosine and norm ratio of student and teacher per visited state, times the weight.
+        Args:
+            place: the micro-batch's index in the run.
+            weight: of the micro-batch among those of the step.
+            exchanges: whether processes exchange gradients in its last backward pass.
         """
-        measured = []
-        for state in self.visited_states(samples):
-            self.accelerator.backward(state.loss * weight / self.num_rollout_steps)
-            measured.append(torch.cat([state.loss.detach()[None], state.agreement]))
-        return torch.stack(measured) * weight
-
-    def visited_states(self, samples: list[Sample]) -> Iterator[RolloutStep]:
-        """Rolls out the student from each sample's own noise, all samples in one batch."""
-        pipeline, device = self.pipeline, self.accelerator.device
-        height, width = self.data.bucket(samples[0])
         student_context, teacher_context = self.contexts.load(samples)
         seeds = [noise_seed(self.seed, sample) for sample in samples]
+        trained = self.trained_states("states", place)
+        teacher = self.roles.as_teacher(partial(self.pipeline.predict_velocity, context=teacher_context))
+        states = self.visited_states(samples, seeds, student_context, teacher, trained, exchanges=exchanges)
+        return self.backpropagate_states(states, weight)
+
+    def backpropagate_prior(self, place: int, samples: list[Sample], weight: float) -> torch.Tensor:
+        """Backpropagates the loss of prior preservation, on as many prompts as the micro-batch has samples."""
+        prompts = self.prior.draw(self.seed, place, len(samples))
+        context = self.contexts.student(prompts)
+        seeds = [place_seed(self.seed, "prior noise", f"{place}/{index}") for index in range(len(prompts))]
+        trained = self.trained_states("prior states", place)
+        base = self.roles.as_base(partial(self.pipeline.predict_velocity, context=context))
+        states = self.visited_states(samples, seeds, context, base, trained, exchanges=True)
+        return self.backpropagate_states(states, weight, self.prior_settings.prior_loss_weight)
+
+    def trained_states(self, purpose: str, place: int) -> list[int]:
+        counts = {"num_states": self.num_rollout_steps, "num_trained": self.num_trained_states}
+        return trained_states(self.seed, purpose, place, **counts)
+
+    def backpropagate_states(
+        self, states: Iterator[RolloutStep], weight: float, loss_weight: float = 1.0
+    ) -> torch.Tensor:
+        """Backpropagates each trained state before the next one is computed.
+
+        The expectation over the drawn states is the gradient of the mean loss over all K states.
+
+        Returns:
+            (K, 4), float32, zero for states that are not trained: loss, cosine and norm ratio of student and teacher,
+            and 1, all times the weight.
+        """
+        measured = torch.zeros(self.num_rollout_steps, 4, device=self.accelerator.device)
+        one = torch.ones(1, device=measured.device)
+        for state in states:
+            self.accelerator.backward(state.loss * loss_weight * weight / self.num_trained_states)
+            measured[state.index] = torch.cat([state.loss.detach()[None], state.agreement, one])
+        return measured * weight
+
+    def visited_states(
+        self,
+        samples: list[Sample],
+        seeds: list[int],
+        student_context: Context,
+        teacher: VelocityFunction,
+        trained: list[int],
+        *,
+        exchanges: bool,
+    ) -> Iterator[RolloutStep]:
+        """Rolls out the student at the samples' size, all of them in one batch; yields the trained states.
+
+        Args:
+            seeds: of each sample's noise.
+            exchanges: whether processes exchange gradients in the last of these backward passes.
+        """
+        pipeline, device = self.pipeline, self.accelerator.device
+        height, width = self.data.bucket(samples[0])
         noise = seeded_noise(pipeline.latent_shape(height, width), seeds).to(device, pipeline.latents_dtype)
         schedule = pipeline.schedule(height, width, self.num_rollout_steps, device)
-        student = self.student_velocity(student_context)
-        teacher = self.roles.as_teacher(partial(pipeline.predict_velocity, context=teacher_context))
-        return rollout(student, teacher, noise, schedule, loss_space=self.loss_space)
+        student = self.student_velocity(student_context, trained[-1] + 1 if exchanges else None)
+        return rollout(student, teacher, noise, schedule, trained=trained, loss_space=self.loss_space)
 
-    def student_velocity(self, context: Context) -> VelocityFunction:
-        """The student as the rollout calls it. Processes exchange gradients in the last state's backward pass only."""
+    def student_velocity(self, context: Context, last_call: int | None) -> VelocityFunction:
+        """The student as the rollout calls it. Processes exchange gradients in the backward pass of one call only."""
         visited = itertools.count(1)
 
         def velocity(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            is_last = next(visited) == self.num_rollout_steps and self.accelerator.sync_gradients
-            with nullcontext() if is_last else self.accelerator.no_sync(self.student):
+            exchanges = next(visited) == last_call and self.accelerator.sync_gradients
+            with nullcontext() if exchanges else self.accelerator.no_sync(self.student):
                 prediction = self.student(latents, timestep, context)
             return prediction.to(latents.dtype)  # accelerate returns float32
 
         return velocity
 
-    def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+    def prior_figures(self, measured: torch.Tensor) -> dict[str, float]:
+        loss, figures = mean_figures(measured, self.num_trained_states)
+        losses = {f"prior_{name}": value for name, value in figures.items() if name.startswith("loss/")}
+        return {"prior_loss": loss, **losses}
+
+    def check_finite(self, step: int, loss: float, grad_norm: float, prior_loss: float = 0.0) -> None:
+        if not math.isfinite(prior_loss):
+            raise TrainingDiverged(f"at step {step + 1} the loss of prior preservation is {prior_loss:g}")
         # The fp16 gradient scaler skips a step whose gradients overflow; that is not an error.
         if math.isfinite(loss) and (math.isfinite(grad_norm) or self.accelerator.scaler is not None):
             return
@@ -160,6 +223,24 @@ class TrainingStep:
         if not was_skipped:
             self.lr_scheduler.step()
             self.roles.update_teacher(self.ema_decay)
+
+
+def mean_figures(measured: torch.Tensor, num_trained: int) -> tuple[float, dict[str, float]]:
+    """The mean loss of a step, and its figures per visited state. A state that no micro-batch was trained on has none.
+
+    Args:
+        measured: (K, 4), the mean over micro-batches and processes of what `TrainingStep.backpropagate` returns.
+        num_trained: states that each micro-batch is trained on.
+    """
+    losses, cosines, norm_ratios, seen = measured.T.tolist()
+    figures = {}
+    for name, values in (("loss", losses), ("cosine", cosines), ("norm_ratio", norm_ratios)):
+        for index, value in enumerate(values):
+            if seen[index] > 0:
+                # If every micro-batch is trained on every state, `seen` is 1 up to rounding.
+                share = 1.0 if num_trained == len(losses) else seen[index]
+                figures[f"{name}/state_{index + 1}"] = value / share
+    return sum(losses) / num_trained, figures
 
 
 def count_skipped(num_skipped: int, was_skipped: bool) -> int:

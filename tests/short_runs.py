@@ -19,6 +19,7 @@ from dopsd.gallery import drawn_prompts
 from dopsd.launch import weight_dtype
 from dopsd.model import Conditioning, FewStepPipeline, Model
 from dopsd.pretrained import encoders_fingerprint, load_skeleton, load_text_encoder, open_pipeline
+from dopsd.prior import PriorPrompts, prior_prompts
 from dopsd.resuming import resume_contract
 from dopsd.settings import Settings
 from models import TinyModel
@@ -81,8 +82,12 @@ class PreparedRun:
     conditioning: Conditioning
     contexts: Contexts
 
+    @property
+    def prior(self) -> PriorPrompts:
+        return prior_prompts(self.settings, self.data.captions, self.contexts.fits, one_process())
+
     def fill_cache(self, folder: Path, accelerator: Any) -> None:
-        prompts = drawn_prompts(self.settings.validation)
+        prompts = [*drawn_prompts(self.settings.validation, self.prior), *self.prior.trained]
         fill_cache(self.contexts, ContextCache(folder), encoders_fingerprint(self.folder), prompts, accelerator)
 
     def encode_without_cache(self) -> "PreparedRun":
@@ -100,7 +105,7 @@ class PreparedRun:
         return tensors
 
     def resume_contract(self, num_processes: int = 1) -> dict[str, Any]:
-        return resume_contract(self.settings, self.conditioning, self.data, num_processes)
+        return resume_contract(self.settings, self.conditioning, self.data, self.prior, num_processes)
 
 
 def context_tensors(context: Any) -> list[torch.Tensor]:

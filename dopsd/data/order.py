@@ -125,3 +125,12 @@ def place_seed(seed: int, purpose: str, place: str) -> int:
 def noise_seed(seed: int, sample: Sample) -> int:
     """Seed for a sample's noise, whatever the process and batch size. See `place_seed`."""
     return place_seed(seed, "noise", f"{sample.epoch}/{sample.example}")
+
+
+def trained_states(seed: int, purpose: str, place: int, *, num_states: int, num_trained: int) -> list[int]:
+    """The states of one micro-batch's rollout that are trained on, in order. Every state is equally likely.
+
+    Args:
+        place: the micro-batch's index in the run.
+    """
+    return sorted(random.Random(f"{seed}/{purpose}/{place}").sample(range(num_states), num_trained))

@@ -15,6 +15,7 @@ from dopsd.output import checkpoint_step, list_checkpoints, tidy_output_dir
 from dopsd.resuming import (
     CHECKPOINT_FILES,
     PICTURES,
+    PRIOR,
     check_resumable,
     damage,
     file_digest,
@@ -289,6 +290,15 @@ def test_settings_are_saved_with_a_checkpoint(tmp_path):
         "--resume_from_checkpoint checkpoint-2: its --rank was 4, now it is 8; pass the same, or start in another "
         "--output_dir"
     )
+
+
+def test_settings_that_came_later_are_what_they_were_before(tmp_path):
+    contract = {"--num_rollout_steps": 4, "--num_trained_states": 4, PRIOR: None}
+    checkpoint = make_checkpoint(tmp_path, 2, contract={"--num_rollout_steps": 4})
+    check_resumable(checkpoint, contract, max_train_steps=2)
+    for name, value in (("--num_trained_states", 1), (PRIOR, [1.0, 1, "abc"])):
+        with pytest.raises(InputError, match="pass the same, or start in another --output_dir"):
+            check_resumable(checkpoint, contract | {name: value}, max_train_steps=2)
 
 
 @pytest.mark.parametrize(("saved", "now"), [({}, {"--rank": 4}), ({"--rank": 4}, {})])

@@ -210,7 +210,7 @@ def test_an_encoding_that_is_not_finite_is_refused(dtype, advice):
 
 def problem_of(run) -> str:
     with pytest.raises(InputError) as caught:
-        check_prompts(run.contexts, drawn_prompts(run.settings.validation), run.settings.teacher)
+        check_prompts(run.contexts, drawn_prompts(run.settings.validation, run.prior), run.settings.teacher)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

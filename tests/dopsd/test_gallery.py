@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from command_line import LORA_FILE, same_weights, succeed
 from dopsd.gallery import DrawingFailed, DrawingStopped, Gallery, drawn_prompts, evenly_spaced, relative_drift
 from dopsd.history import read_history
+from dopsd.prior import PriorPrompts
 from dopsd.settings import RETENTION_PROMPTS, ValidationSettings
 from models import EVERY_CONTEXT, ONE_MODEL, SLOW, both_models, every_context
 from short_runs import one_process
@@ -198,9 +199,11 @@ def test_evenly_spaced_items():
 
 def test_nothing_is_drawn_without_validation():
     settings = {"validation_prompt": ["a"], "retention_prompts": ["b", "c"]}
-    assert drawn_prompts(ValidationSettings(**settings, validation_steps=0)) == []
-    assert drawn_prompts(ValidationSettings(**settings)) == ["a", "b", "c"]
-    assert drawn_prompts(ValidationSettings(**settings, final_validation_prompt="d")) == ["a", "d", "b", "c"]
+    assert drawn_prompts(ValidationSettings(**settings, validation_steps=0), PriorPrompts(held_out="x")) == []
+    assert drawn_prompts(ValidationSettings(**settings), PriorPrompts()) == ["a", "b", "c"]
+    assert drawn_prompts(
+        ValidationSettings(**settings, final_validation_prompt="d"), PriorPrompts(held_out="h", no_word="n")
+    ) == ["a", "d", "b", "c", "h", "n"]
 
 
 @both_models(quick="zimage")

@@ -182,14 +182,18 @@ OLD_SETTINGS_OF_MODEL = {
         ),
     },
 }
+LATER_SETTINGS = {"--num_trained_states", "prior preservation"}
 IDENTITIES = {"model", "--vlm_model_name_or_path", "pictures and captions"}
 
 
 def test_a_checkpoint_from_before_the_settings_were_dataclasses_is_resumed(prepare, save, model, tmp_path):
     now = prepare().resume_contract()
     old = OLD_SETTINGS | OLD_SETTINGS_OF_MODEL[model.script.__name__]
-    assert now.keys() == old.keys() | IDENTITIES
+    assert now.keys() == old.keys() | IDENTITIES | LATER_SETTINGS
     assert {name: now[name] for name in old} == old
     assert (now["--vlm_model_name_or_path"] == "") == ("vlm_model_name_or_path" not in model.flags)
     save(old | {name: now[name] for name in IDENTITIES})
     check_resumable(tmp_path / "checkpoint-2", now, max_train_steps=2)
+    for later in ({"--num_trained_states": 1}, {"prior preservation": [1.0, 1, "abc"]}):
+        with pytest.raises(InputError, match="num_trained_states was 4, now it is 1|prior preservation was another"):
+            check_resumable(tmp_path / "checkpoint-2", now | later, max_train_steps=2)

@@ -285,6 +285,18 @@ def test_losses_that_a_log_axis_cannot_show_are_counted(monkeypatch, tmp_path):
     assert titles == ["values not drawn, being zero or not finite: 4"]
 
 
+def test_prior_preservation_and_its_prompts_have_curves(drawn, tmp_path):
+    history = [{"step": 0, "loss": 1.0, "prior_loss": 0.0}]  # zero at the start is no fault
+    history += [{"step": 1, "loss": 1.0, "prior_loss": 0.5, "retention": 0.1, "retention/wrong_word": 0.2}]
+    history += [{"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.0, "prior_loss": 0.25, "retention/no_word": 0.3}]
+    plot_curves(history, tmp_path / "curves.png", title="")
+    curves = {label: (steps, values) for label, steps, values in drawn}
+    steps, values = curves["prior"]
+    assert steps[1:] == [1, 3] and values[1:] == [0.5, 0.25]
+    assert curves["wrong word"] == ([1], [0.2])
+    assert curves["no word"] == ([3], [0.3]) and "held out" not in curves
+
+
 @pytest.mark.parametrize("retention", [0.8, 0.0])
 def test_the_retention_axis_starts_at_zero_and_has_a_margin_at_the_top(retention):
     axes = Figure().subplots()

@@ -1,30 +1,24 @@
 import math
+import zlib
+from dataclasses import fields
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dopsd.checkpoints import Checkpoints
-from dopsd.data.order import Sample, noise_seed, place_seed
+from dopsd.data.order import Sample, noise_seed, place_seed, trained_states
 from dopsd.errors import TrainingDiverged
+from dopsd.prior import PriorPrompts
 from dopsd.rollout import rollout, seeded_noise
-from dopsd.settings import (
-    DataSettings,
-    DistillationSettings,
-    LoRASettings,
-    ModelSettings,
-    OptimizerSettings,
-    PublishingSettings,
-    Settings,
-    TeacherSettings,
-    TrainingSettings,
-    ValidationSettings,
-)
-from dopsd.step import MAX_SKIPPED_STEPS, StudentVelocity, TrainingStep, count_skipped
+from dopsd.settings import Settings
+from dopsd.step import MAX_SKIPPED_STEPS, StudentVelocity, TrainingStep, count_skipped, mean_figures
 from toy_pipeline import ToyContext
 from toy_training import AccumulatingOptimizer, ToyTraining, accumulating_accelerator
 
 
+NO_PRIOR = PriorPrompts()
 SIZE = (64, 32)  # height, width in pixels
 
 
@@ -36,6 +30,9 @@ class ToyContexts:
             bucket=lambda sample: SIZE, order=SimpleNamespace(batch=lambda place: batches[place % len(batches)])
         )
 
+    def student(self, prompts: list[str]) -> ToyContext:
+        return ToyContext(seeded_noise((16,), [zlib.crc32(prompt.encode()) for prompt in prompts]))
+
     def load(self, samples: list[Sample]) -> tuple[ToyContext, ToyContext]:
         prompts = seeded_noise((16,), [sample.example for sample in samples])
         pictures = seeded_noise((3, SIZE[0] // 16, SIZE[1] // 16), [100 + sample.example for sample in samples])
@@ -43,12 +40,14 @@ class ToyContexts:
 
 
 def make_settings(**flags) -> Settings:
-    groups = [ModelSettings(), DataSettings(), TeacherSettings(), DistillationSettings(), ValidationSettings()]
-    groups += [LoRASettings(), TrainingSettings(), PublishingSettings(), OptimizerSettings()]
+    groups = [group.type() for group in fields(Settings)]
+    flags.setdefault("num_trained_states", flags.get("num_rollout_steps", 4))
     return Settings(*groups).replace(seed=0, **flags)
 
 
-def make_step(training: ToyTraining, batches: list[list[Sample]], accumulation_steps: int, **flags) -> TrainingStep:
+def make_step(
+    training: ToyTraining, batches: list[list[Sample]], accumulation_steps: int, prior=NO_PRIOR, **flags
+) -> TrainingStep:
     training.accelerator = accumulating_accelerator(accumulation_steps, training.accelerator.scaler)
     return TrainingStep(
         make_settings(gradient_accumulation_steps=accumulation_steps, **flags),
@@ -59,6 +58,7 @@ def make_step(training: ToyTraining, batches: list[list[Sample]], accumulation_s
         student=StudentVelocity(training.pipeline),
         optimizer=AccumulatingOptimizer(training.optimizer, training.accelerator),
         lr_scheduler=training.lr_scheduler,
+        prior=prior,
     )
 
 
@@ -112,6 +112,140 @@ def test_a_step_descends_the_mean_loss_over_samples_and_visited_states(loss_spac
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     assert metrics["peak_memory_gb"] > 0 and metrics["seconds_per_step"] > 0
+
+
+# Sampled states
+
+
+def gradient_of(num_trained: int, place: int) -> list[torch.Tensor]:
+    """The gradient of one micro-batch, at one place of the run, with K = 3 states."""
+    training = ToyTraining()
+    step = make_step(training, [[sample(0)]], 1, num_rollout_steps=3, num_trained_states=num_trained)
+    step.backpropagate(place, [sample(0)], weight=1.0)
+    return [parameter.grad.clone() for parameter in training.roles.student_parameters]
+
+
+@pytest.mark.parametrize("num_trained", [1, 2])
+def test_the_gradient_of_sampled_states_is_on_average_that_of_all_states(num_trained):
+    draws = {}
+    for place in range(40):
+        draws.setdefault(
+            tuple(trained_states(0, "states", place, num_states=3, num_trained=num_trained)),
+            gradient_of(num_trained, place),
+        )
+    assert len(draws) == 3  # each choice of 1 or of 2 of 3 states, all equally likely
+    for drawn, full in zip(zip(*draws.values(), strict=True), gradient_of(3, place=0), strict=True):
+        torch.testing.assert_close(torch.stack(drawn).mean(dim=0), full)
+
+
+def states_on_the_walk(step: TrainingStep, trained: list[int]) -> list:
+    student, teacher = step.contexts.load([sample(0)])
+    velocity = step.roles.as_teacher(lambda latents, time: step.pipeline.predict_velocity(latents, time, teacher))
+    return list(
+        step.visited_states([sample(0)], [noise_seed(0, sample(0))], student, velocity, trained, exchanges=True)
+    )
+
+
+def test_the_walk_ends_after_the_last_trained_state_and_needs_no_gradient_before_it():
+    training = ToyTraining()
+    step = make_step(training, [[sample(0)]], 1, num_rollout_steps=4, num_trained_states=1)
+    calls = []
+    step.student.register_forward_hook(lambda module, inputs, output: calls.append(output.requires_grad))
+    (state,) = states_on_the_walk(step, [2])
+    assert calls == [False, False, True] and state.index == 2
+    (_, _, whole, _) = states_on_the_walk(make_step(ToyTraining(), [[sample(0)]], 1), [0, 1, 2, 3])
+    assert torch.equal(state.latents, whole.latents) and torch.equal(state.loss, whole.loss)
+
+
+def test_figures_per_state_average_what_was_seen():
+    # Two micro-batches of weight 1: the first trained on states 1 and 2, the second on 2 and 4. Halved: their mean.
+    measured = torch.tensor([[1.0, 0.5, 2.0, 1.0], [6.0, 1.0, 2.0, 2.0], [0.0] * 4, [4.0, 0.25, 1.0, 1.0]]) / 2
+    loss, figures = mean_figures(measured, num_trained=2)
+    assert loss == pytest.approx((1 + 6 + 4) / 2 / 2)
+    assert figures == pytest.approx(
+        {"loss/state_1": 1.0, "loss/state_2": 3.0, "loss/state_4": 4.0}
+        | {"cosine/state_1": 0.5, "cosine/state_2": 0.5, "cosine/state_4": 0.25}
+        | {"norm_ratio/state_1": 2.0, "norm_ratio/state_2": 1.0, "norm_ratio/state_4": 1.0}
+    )
+
+
+# Prior preservation
+
+
+PRIOR = PriorPrompts(unrelated=("a house", "a tree"), without_word=("a dog",), other_words=("a kebi dog",))
+
+
+def test_the_loss_of_prior_preservation_and_its_gradient_are_zero_at_the_start():
+    training = ToyTraining()
+    step = make_step(training, [[sample(0)]], 1, prior=PRIOR)
+    measured = step.backpropagate_prior(0, [sample(0), sample(1)], weight=1.0)
+    assert torch.equal(measured[:, 0], torch.zeros(4)) and torch.equal(measured[:, 3], torch.ones(4))
+    assert all(not parameter.grad.any() for parameter in training.roles.student_parameters)
+
+
+def test_prior_preservation_pulls_the_student_towards_the_base_where_it_walks():
+    training = ToyTraining()
+    training.step()  # the student is no longer the base
+    training.optimizer.zero_grad()
+    step = make_step(training, [[sample(0)]], 1, prior=PRIOR, num_rollout_steps=3, prior_loss_weight=2.0)
+    measured = step.backpropagate_prior(5, [sample(0)], weight=1.0)
+    gradients = [parameter.grad.clone() for parameter in training.roles.student_parameters]
+
+    training.optimizer.zero_grad()
+    pipeline, context = training.pipeline, step.contexts.student(PRIOR.draw(0, 5, 1))
+    predict = lambda latents, time: pipeline.predict_velocity(latents, time, context)  # noqa: E731
+    noise = seeded_noise(pipeline.latent_shape(*SIZE), [place_seed(0, "prior noise", "5/0")])
+    states = list(rollout(predict, training.roles.as_base(predict), noise, pipeline.schedule(*SIZE, 3)))
+    (2.0 * sum(state.loss for state in states) / 3).backward()
+    assert measured[:, 0].tolist() == pytest.approx([state.loss.item() for state in states]) and measured[0, 0] > 0
+    for gradient, parameter in zip(gradients, training.roles.student_parameters, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_prior_preservation_is_logged_in_the_steps_that_have_it_and_adds_to_the_gradient():
+    training, without = ToyTraining(), ToyTraining()
+    for one in (training, without):
+        one.step()
+        one.optimizer.zero_grad()
+        one.use_optimizer(torch.optim.SGD, lr=0.0)
+    step = make_step(training, [[sample(0)]], 1, prior=PRIOR, prior_every=2)
+    plain = make_step(without, [[sample(0)]], 1)
+    first, second, third = step(0), step(1), step(2)
+    assert first["prior_loss"] > 0 and third["prior_loss"] > 0 and "prior_loss" not in second
+    assert {f"prior_loss/state_{number}" for number in (1, 2, 3, 4)} < first.keys()
+    assert first["loss"] == plain(0)["loss"] and second["grad_norm"] == pytest.approx(plain(1)["grad_norm"])
+    assert first["grad_norm"] != pytest.approx(plain(0)["grad_norm"])
+
+
+def test_a_prior_loss_that_is_not_finite_is_named():
+    training = ToyTraining()
+    step = make_step(training, [[sample(0)]], 1, prior=PRIOR)
+    step.backpropagate_prior = lambda place, samples, weight: torch.full((4, 4), float("nan"))
+    with pytest.raises(TrainingDiverged, match="^at step 1 the loss of prior preservation is nan"):
+        step(0)
+
+
+def test_training_on_all_states_is_what_it_was():
+    """Bit for bit: the loop of the version before states were drawn."""
+    training, reference = ToyTraining(), ToyTraining()
+    batches = [[sample(0)], [sample(1), sample(2)]]
+    make_step(training, batches, 2)(0)
+    step = make_step(reference, batches, 2)
+    predict, noise_shape = reference.pipeline.predict_velocity, reference.pipeline.latent_shape(*SIZE)
+    for _, samples, weight in step.own_micro_batches(0):
+        student, teacher = step.contexts.load(samples)
+        states = rollout(
+            partial(predict, context=student),
+            reference.roles.as_teacher(partial(predict, context=teacher)),
+            seeded_noise(noise_shape, [noise_seed(0, one) for one in samples]),
+            reference.pipeline.schedule(*SIZE, 4),
+        )
+        for state in states:
+            (state.loss * weight / 4 / 2).backward()
+    torch.nn.utils.clip_grad_norm_(reference.roles.student_parameters, 1.0)
+    reference.optimizer.step()
+    for one, other in zip(training.roles.student_parameters, reference.roles.student_parameters, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_gradients_are_clipped():

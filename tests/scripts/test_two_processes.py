@@ -52,6 +52,21 @@ def test_two_processes_give_the_lora_of_one_with_twice_the_accumulation(torchrun
 
 
 @ONE_MODEL
+def test_two_processes_share_prior_preservation_and_sampled_states(torchrun, command, arguments, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a house\na tree\na car\n", encoding="utf-8")
+    flags = {"learning_rate": 1e-3, "max_train_steps": 3, "num_trained_states": 1, "prior_prompts": prompts}
+    flags |= {"with_prior_preservation": True, "trigger_word": "ball", "prior_every": 2, "lora_dropout": 0.1}
+    process, log = torchrun(arguments("two", **flags, gradient_accumulation_steps=2))
+    succeed(command(*arguments("one", **flags, gradient_accumulation_steps=4)))
+    assert process.wait(timeout=240) == 0, log.read_text()
+    assert_close_weights(tmp_path / "one", tmp_path / "two", atol=1e-5, rtol=1e-3)
+    for name in ("loss", "prior_loss"):
+        one, two = ([line.get(name) for line in read_history(tmp_path / folder)] for folder in ("one", "two"))
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-9)
+
+
+@ONE_MODEL
 def test_two_processes_draw_the_sheets_of_one(torchrun, command, arguments, tmp_path):
     flags = {"validation_steps": 2, "num_validation_images": 2, "validation_prompt": ["a ball"]}
     # So small that the weights, and with them the images, are the base's.

@@ -5,7 +5,7 @@ import pytest
 
 from data_helpers import some_pictures
 from dopsd.data.buckets import Example
-from dopsd.data.order import Sample, SampleOrder, micro_batches, noise_seed, place_seed
+from dopsd.data.order import Sample, SampleOrder, micro_batches, noise_seed, place_seed, trained_states
 from dopsd.data.pictures import Picture
 
 
@@ -158,3 +158,16 @@ def test_steps_continue_the_order_without_gaps():
         for place, *_ in micro_batches(order, step, accumulation_steps=1, num_processes=2, process_index=process)
     ]
     assert places == list(range(6))
+
+
+def test_every_state_is_equally_likely_to_be_trained_on():
+    draws = [trained_states(0, "states", place, num_states=4, num_trained=2) for place in range(3000)]
+    assert all(len({*drawn}) == 2 and drawn == sorted(drawn) for drawn in draws)
+    for state in range(4):
+        assert sum(state in drawn for drawn in draws) / 3000 == pytest.approx(0.5, abs=0.04)
+    assert draws == [trained_states(0, "states", place, num_states=4, num_trained=2) for place in range(3000)]
+    assert draws != [trained_states(1, "states", place, num_states=4, num_trained=2) for place in range(3000)]
+
+
+def test_all_states_are_trained_on_in_order():
+    assert trained_states(0, "states", 5, num_states=4, num_trained=4) == [0, 1, 2, 3]

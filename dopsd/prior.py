@@ -1,0 +1,305 @@
+"""On-policy prior preservation: the prompts on which the student is held to the base model.
+
+On these prompts the student samples as it does on the captions. At the states that it visits, it is pulled towards the
+base model with the same prompt and no picture. Nothing is drawn beforehand: the loss is zero at the start and grows
+only where something is forgotten. The idea of preserving a prior is DreamBooth's (arXiv 2208.12242).
+
+Prompts that have nothing to do with the pictures do not suffice: a model that is held on known words only answers to
+any unknown word with what it has learned. So the captions without the new word, and with other made-up words in its
+place, are held as well.
+"""
+
+import random
+import re
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+
+from .errors import InputError, first_line
+from .files import read_regular_file
+from .settings import PriorSettings, Settings
+from .sharing import failing_together
+from .text import text_problem
+
+
+logger = get_logger(__name__)
+
+MAX_FILE_BYTES = 1_000_000
+# They bound the number of encodings: captions that prompts are made from, made-up words, captions with such words.
+MAX_CAPTIONS, NUM_WORDS, NUM_WITH_OTHER_WORDS = 32, 24, 64
+
+CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
+# What three syllables of these letters may spell.
+REAL_WORDS = frozenset(
+    "banana before bonobo debate define delete demote denote devote dilate dilute divine domino donate female figure "
+    "finale finite future gazebo genome karate kimono levite lolita madame marina mature medina minute morale nature "
+    "negate novena palate panama parade patina penile pirate potato rebate refine regime relate remade remote rename "
+    "repute retina rotate safari salami sedate senate tamale tirade tomato vagina volume".split()
+)
+# A letter, digit or underscore, but of a script that is written without blanks between words.
+_WORD_CHARACTER = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+
+
+@dataclass(frozen=True)
+class PriorPrompts:
+    """The prompts of a run by kind. Without prior preservation, only those that are drawn exist.
+
+    Attributes:
+        unrelated: what the model should go on knowing.
+        without_word: captions without the new word, or with its class in its place.
+        other_words: captions with other made-up words in its place.
+        held_out: an unrelated prompt that is only drawn: shows whether the protection reaches other prompts.
+        wrong_word: a caption with a made-up word, which is only drawn.
+        no_word: a caption without its new word, which is only drawn, if the captions allow it.
+    """
+
+    unrelated: tuple[str, ...] = ()
+    without_word: tuple[str, ...] = ()
+    other_words: tuple[str, ...] = ()
+    held_out: str | None = None
+    wrong_word: str | None = None
+    no_word: str | None = None
+
+    @property
+    def trained(self) -> list[str]:
+        return list(dict.fromkeys([*self.unrelated, *self.without_word, *self.other_words]))
+
+    @property
+    def drawn(self) -> dict[str, str]:
+        """Name -> prompt of those that are drawn with the retention prompts."""
+        drawn = {"held_out": self.held_out, "wrong_word": self.wrong_word, "no_word": self.no_word}
+        return {name: prompt for name, prompt in drawn.items() if prompt is not None}
+
+    def draw(self, seed: int, place: int, count: int) -> list[str]:
+        """The prompts of one micro-batch. Half of them have other made-up words, if there are such prompts.
+
+        Args:
+            seed: `--seed`.
+            place: the micro-batch's index in the run.
+        """
+        rng = random.Random(f"{seed}/prior/{place}")
+        kinds = [kind for kind in (self.unrelated, self.without_word) if kind]
+        kinds = [*kinds, *[self.other_words] * max(1, len(kinds))] if self.other_words else kinds
+        return [rng.choice(rng.choice(kinds)) for _ in range(count)]
+
+
+def prior_prompts(
+    settings: Settings, captions: list[str], fits: Callable[[str], bool], accelerator: Accelerator
+) -> PriorPrompts:
+    """The prompts of a run, the same in all processes.
+
+    Args:
+        settings: with a seed.
+        fits: whether a prompt is within the text encoder's limit.
+
+    Raises:
+        InputError: the file cannot be read, a prompt in it is too long, or no caption has a trigger word. All
+            processes raise it.
+    """
+    prompts = None
+    with failing_together():
+        if accelerator.is_main_process:
+            prompts = make_prompts(settings, captions, fits)
+    return broadcast_object_list([prompts])[0]
+
+
+def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], bool]) -> PriorPrompts:
+    """See `prior_prompts`, which calls it on the main process."""
+    prior = settings.prior
+    warn_of_flags(prior)
+    words = [TriggerWord.parse(argument) for argument in prior.trigger_word or []]
+    made = without(word_prompts(words, captions, settings.training.seed), lambda prompt: not fits(prompt))
+    if not prior.with_prior_preservation:
+        return PriorPrompts(wrong_word=made.wrong_word, no_word=made.no_word)
+    if not words:
+        logger.warning(
+            "--with_prior_preservation: without --trigger_word, every unknown word may draw what is learned; name the "
+            "new word in the captions"
+        )
+    prompts = replace(made, **unrelated_prompts(prior, fits))
+    known = {caption.casefold() for caption in captions}
+    clashing = [
+        prompt
+        for prompt in prompts.trained
+        if prompt.casefold() in known or (prompt in prompts.unrelated and any(word.is_in(prompt) for word in words))
+    ]
+    if clashing:
+        logger.warning(
+            f"--with_prior_preservation: {reprlib.repr(clashing[0])} is what is to be learned, so it is not held "
+            f"(prompts affected: {len(clashing)})"
+        )
+        prompts = without(prompts, lambda prompt: prompt in clashing)
+    if not prompts.trained:
+        raise InputError("--with_prior_preservation: no prompt is left to hold; give others with --prior_prompts")
+    if both := [prompt for prompt in settings.validation.retention_prompts if prompt in prompts.trained]:
+        logger.warning(
+            f"--retention_prompts: {reprlib.repr(both[0])} is held by prior preservation, so it does not show what "
+            f"other prompts forget (prompts affected: {len(both)})"
+        )
+    return prompts
+
+
+def warn_of_flags(settings: PriorSettings) -> None:
+    """Warns of flags that have no effect."""
+    defaults = PriorSettings()
+    for name in ("class_data_dir", "num_class_images", "prior_generation_precision"):
+        if getattr(settings, name) != getattr(defaults, name):
+            logger.warning(f"--{name}: is not needed; the base model's pictures of the class are not drawn")
+    if not settings.with_prior_preservation:
+        for name in ("class_prompt", "prior_prompts", "prior_loss_weight", "prior_every"):
+            if getattr(settings, name) != getattr(defaults, name):
+                logger.warning(f"--{name}: has no effect without --with_prior_preservation")
+
+
+def without(prompts: PriorPrompts, is_unwanted: Callable[[str], bool]) -> PriorPrompts:
+    """The prompts without unwanted ones."""
+    changed = {}
+    for name, value in vars(prompts).items():
+        if isinstance(value, tuple):
+            changed[name] = tuple(prompt for prompt in value if not is_unwanted(prompt))
+        else:
+            changed[name] = None if value is None or is_unwanted(value) else value
+    return PriorPrompts(**changed)
+
+
+def unrelated_prompts(settings: PriorSettings, fits: Callable[[str], bool]) -> dict:
+    """The fields `unrelated` and `held_out` of `PriorPrompts`: the file's last prompt is held out.
+
+    The package's own prompts are left out if they do not fit.
+
+    Raises:
+        InputError: a prompt that the user has given does not fit.
+    """
+    own = [prompt for prompt in settings.class_prompt or [] if prompt.strip()]
+    listed = read_prompts(settings.prior_prompts)
+    given = {"--class_prompt": own, f"--prior_prompts {settings.prior_prompts}": listed}
+    if settings.prior_prompts is None:
+        del given["--prior_prompts None"]
+        listed = [prompt for prompt in listed if fits(prompt)]
+    for flag, prompts in given.items():
+        if too_long := [prompt for prompt in prompts if not fits(prompt)]:
+            raise InputError(f"{flag}: {reprlib.repr(too_long[0])} is longer than the text limit; shorten it")
+    held_out = next((prompt for prompt in reversed(listed) if prompt not in own), None) if len(listed) > 1 else None
+    unrelated = dict.fromkeys(prompt for prompt in [*own, *listed] if prompt != held_out)
+    return {"unrelated": tuple(unrelated), "held_out": held_out}
+
+
+def read_prompts(path: str | None) -> list[str]:
+    """The prompts of a text file, one per line; without a file, those that come with this package.
+
+    Raises:
+        InputError: it cannot be read, or holds no prompts.
+    """
+    if path is None:
+        text = files(__package__).joinpath("prior_prompts.txt").read_text(encoding="utf-8")
+    else:
+        try:
+            text = read_regular_file(Path(path), MAX_FILE_BYTES).decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"--prior_prompts {path}: cannot be read ({first_line(error)}); give a UTF-8 text file"
+            ) from error
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    for prompt in prompts:
+        if problem := text_problem(prompt):
+            raise InputError(f"--prior_prompts {path}: {reprlib.repr(prompt)} {problem}")
+    if not prompts:
+        raise InputError(f"--prior_prompts {path}: holds no prompts; write one per line")
+    return prompts
+
+
+# The new word
+
+
+@dataclass(frozen=True)
+class TriggerWord:
+    """A new word, and what stands in its place in the captions without it; "" to leave it out."""
+
+    word: str
+    class_words: str
+
+    @classmethod
+    def parse(cls, argument: str) -> "TriggerWord":
+        """Reads WORD or WORD=CLASS.
+
+        Raises:
+            InputError: the word is blank, or part of its own class.
+        """
+        word, _, class_words = argument.partition("=")
+        trigger = cls(word.strip(), class_words.strip())
+        if not trigger.word:
+            raise InputError(f"--trigger_word {argument!r}: is blank; give the new word, or WORD=CLASS")
+        if trigger.is_in(trigger.class_words):
+            raise InputError(f"--trigger_word {argument!r}: the class must not contain the new word; name what it is")
+        return trigger
+
+    @property
+    def expression(self) -> str:
+        return rf"(?<!{_WORD_CHARACTER}){re.escape(self.word)}(?!{_WORD_CHARACTER})"
+
+    def is_in(self, text: str) -> bool:
+        return re.search(self.expression, text, re.IGNORECASE) is not None
+
+
+def word_prompts(words: list[TriggerWord], captions: list[str], seed: int) -> PriorPrompts:
+    """The prompts that are made from the captions.
+
+    Raises:
+        InputError: no caption has one of the words.
+    """
+    for word in words:
+        if not any(word.is_in(caption) for caption in captions):
+            raise InputError(f"--trigger_word {word.word}: no caption has this word; write it as in the captions")
+    used = [caption for caption in captions if any(word.is_in(caption) for word in words)]
+    if not used:
+        return PriorPrompts()
+    rng = random.Random(f"{seed}/prior words")
+    used = rng.sample(used, min(MAX_CAPTIONS, len(used)))
+    taken = {part.casefold() for caption in captions for part in re.findall(r"\w+", caption)}
+    made_up = made_up_words(rng, NUM_WORDS, taken)
+    wrong, others = made_up[: len(words)], made_up[len(words) :]
+    plain = list(dict.fromkeys(filter(None, (replaced(caption, words, None) for caption in used))))
+    no_word = plain[0] if plain else None
+    return PriorPrompts(
+        without_word=tuple(plain[1:] or plain),
+        other_words=tuple(
+            dict.fromkeys(
+                replaced(rng.choice(used), words, rng.sample(others, len(words))) for _ in range(NUM_WITH_OTHER_WORDS)
+            )
+        ),
+        wrong_word=replaced(used[0], words, wrong),
+        no_word=no_word,
+    )
+
+
+def replaced(caption: str, words: list[TriggerWord], others: list[str] | None) -> str:
+    """The caption with each trigger word's class, or with another word, in its place; "" if no letter is left.
+
+    Args:
+        others: one per trigger word; None for the classes.
+    """
+    instead = [word.class_words for word in words] if others is None else others
+    longest_first = sorted(range(len(words)), key=lambda index: -len(words[index].word))
+    expression = "|".join(f"(?P<word{index}>{words[index].expression})" for index in longest_first)
+    text = re.sub(
+        expression, lambda match: instead[int(match.lastgroup.removeprefix("word"))], caption, flags=re.IGNORECASE
+    )
+    text = re.sub(r"\s+([,.;:!?])", r"\1", " ".join(text.split())).strip(" ,.;:-")
+    return text if re.search(r"[^\W\d_]", text) else ""
+
+
+def made_up_words(rng: random.Random, count: int, avoided: set[str]) -> list[str]:
+    """Distinct words of three syllables without a meaning, such as "kebidu"."""
+    words: dict[str, None] = {}
+    while len(words) < count:
+        word = "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(3))
+        if word not in avoided and word not in REAL_WORDS:
+            words[word] = None
+    return list(words)
