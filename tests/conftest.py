@@ -18,6 +18,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def accelerate_state():
+    """accelerate's loggers ask it which process this is."""
+    from accelerate import PartialState
+
+    PartialState()
+
+
 @pytest.fixture(scope="session")
 def klein_path(tmp_path_factory):
     """A tiny FLUX.2-klein checkpoint."""
