@@ -2,13 +2,11 @@
 
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .context_cache import content_key
-from .errors import InputError, OutputError, TrainingDiverged, device_errors, first_line
+from .errors import OutputError, TrainingDiverged, device_errors, first_line
 from .history import sync_history
+from .loading import reporting_library_errors
 from .output import (
     ADAPTERS_FILE,
     LORA_FILE,
@@ -39,19 +38,6 @@ from .stopping import StopRequest
 
 
 logger = get_logger(__name__)
-
-# What damaged files raise.
-LOAD_ERRORS = (
-    OSError,
-    EOFError,
-    SafetensorError,
-    UnpicklingError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
 
 RETRY_SECONDS = 30
 
@@ -105,7 +91,10 @@ class Checkpoints:
 
     def load(self, checkpoint: Path) -> int:
         """Restores what `save` wrote; returns the number of steps trained. `damage` has found nothing wrong."""
-        try:
+        # Older versions saved no checksums, so their files may be damaged after all.
+        with reporting_library_errors(
+            f"--resume_from_checkpoint {checkpoint.name}: is damaged", "remove it and resume again"
+        ):
             adapters = load_file(checkpoint / ADAPTERS_FILE)
             trainer_state = torch.load(checkpoint / TRAINER_FILE, map_location="cpu", weights_only=True)
             self.roles.load_state_dict(adapters)
@@ -113,13 +102,6 @@ class Checkpoints:
             self.lr_scheduler.load_state_dict(trainer_state["lr_scheduler"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(trainer_state["scaler"])
-        except device_errors():
-            raise
-        except LOAD_ERRORS as error:  # of an older version, without checksums
-            raise InputError(
-                f"--resume_from_checkpoint {checkpoint.name}: is damaged ({first_line(error)}); remove it and resume "
-                "again"
-            ) from error
         return read_state(checkpoint)["step"]
 
     def save(self, step: int) -> None:
@@ -138,13 +120,13 @@ class Checkpoints:
                 os.rename(unfinished, target)
                 sync_to_disk(self.folder)
             except BaseException:
-                shutil.rmtree(unfinished, ignore_errors=True)
+                remove(unfinished)
                 raise
         logger.info(f"Saved {target}")
         self._remove_old(step)
 
     def _write(self, step: int, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         folder.mkdir(parents=True)
         adapters = {name: weight.cpu() for name, weight in self.roles.state_dict().items()}
         save_file(adapters, folder / ADAPTERS_FILE)
@@ -209,7 +191,7 @@ class Checkpoints:
 
     def save_elsewhere(self) -> Path | None:
         """Writes the LoRA file to a new folder on another disk; None if none has room."""
-        for place in {tempfile.gettempdir(): None, str(Path.home()): None}:
+        for place in dict.fromkeys([tempfile.gettempdir(), str(Path.home())]):
             folder = None
             try:
                 folder = Path(tempfile.mkdtemp(prefix="dopsd-lora-", dir=place))
@@ -217,7 +199,7 @@ class Checkpoints:
                 return folder
             except (OSError, SafetensorError):
                 if folder is not None:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    remove(folder)
         return None
 
     @contextmanager

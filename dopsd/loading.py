@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import diffusers.utils as diffusers_files
@@ -39,6 +40,7 @@ LOAD_ERRORS = (
     MemoryError,
     RuntimeError,
     EOFError,
+    UnpicklingError,
     StrictDataclassError,
     safetensors.SafetensorError,
 )

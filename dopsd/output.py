@@ -15,12 +15,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .errors import InputError, OutputError, first_line
 from .files import read_regular_file
+from .sharing import failing_together
 
 
 logger = get_logger(__name__)
@@ -47,16 +47,12 @@ def open_output_dir(folder: Path, accelerator: Accelerator, needed: Iterable[str
     Raises:
         InputError: the folder cannot be written, or another run is writing to it. All processes raise it.
     """
-    lock, problem = None, None
-    if accelerator.is_main_process:
-        try:
+    lock = None
+    with failing_together():
+        if accelerator.is_main_process:
             make_output_dir(folder)
             check_nothing_in_the_way(folder, needed)
             lock = lock_output_dir(folder)
-        except InputError as error:
-            problem = str(error)
-    if problem := broadcast_object_list([problem])[0]:
-        raise InputError(problem)
     return lock
 
 
@@ -192,7 +188,7 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether a write failed because the disk is full. Libraries report it without an error number."""
+    """Whether a write failed because the disk is full, which libraries report without an error number."""
     return getattr(error, "errno", None) is None or error.errno in FULL_DISK
 
 

@@ -203,7 +203,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def earlier_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's run did, for settings that came after the first versions."""
+    """The values that settings which came later had in effect in a checkpoint's run, if it does not name them."""
     return {"--num_trained_states": settings.get("--num_rollout_steps"), PRIOR: None}
 
 
@@ -227,7 +227,7 @@ def check_resumable(checkpoint: Path, contract: dict[str, Any], max_train_steps:
             )
         if name == PRIOR:
             raise InputError(
-                f"{flag}: its prior preservation was another (--with_prior_preservation, --prior_loss_weight, "
+                f"{flag}: its prior preservation was set differently (--with_prior_preservation, --prior_loss_weight, "
                 "--prior_every, --prior_prompts, --class_prompt, --trigger_word); pass the same, or start in another "
                 "--output_dir"
             )

@@ -201,7 +201,7 @@ class PriorSettings:
         "visits itself. No pictures are drawn for it.",
     )
     prior_loss_weight: MayDiffer[NotNegative] = flag(1.0, "Weight of the loss of prior preservation.")
-    prior_every: MayDiffer[Count] = flag(1, "Compute this loss in every so many steps only.")
+    prior_every: MayDiffer[Count] = flag(1, "Compute this loss only in every N-th step.")
     class_prompt: MayDiffer[list[str] | None] = flag(
         None, "Prompts to hold in addition, such as 'a photo of a dog'. Default: none."
     )

@@ -12,8 +12,8 @@ from .errors import DOPSDError, InputError, device_errors, first_line
 from .text import printable
 
 
-# Tokens of the Hugging Face Hub, and other services' keys as they appear in URLs and headers. Folders may be called
-# hf_home.
+# Tokens of the Hugging Face Hub, and other services' keys as they appear in URLs and headers. A folder name such as
+# hf_home is not a token.
 TOKEN = re.compile(
     r"(?<![\w-])(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{8,}|github_pat_\w{20,})(?![\w/-])"
     r"|(?<=[Bb]earer )\S+"
@@ -62,7 +62,7 @@ def ending_in_one_line(script: str) -> Iterator[None]:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Standard output and error survive their readers."""
+    """Context in which printing goes on, into nothing, once nobody reads standard output or error any more."""
     with redirect_stdout(LastingStream(sys.stdout)), redirect_stderr(LastingStream(sys.stderr)):
         yield
 

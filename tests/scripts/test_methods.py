@@ -58,7 +58,7 @@ def test_other_prior_prompts_are_refused_on_resuming(train, prior, tmp_path):
     succeed(train(**prior, checkpointing_steps=2))
     (tmp_path / "prompts.txt").write_text("a house\na bus\na car\n", encoding="utf-8")
     error = train(**prior, resume_from_checkpoint="latest", max_train_steps=3).error
-    assert "checkpoint-2: its prior preservation was another (--with_prior_preservation, " in error
+    assert "checkpoint-2: its prior preservation was set differently (--with_prior_preservation, " in error
 
 
 @ONE_MODEL
