@@ -5,7 +5,6 @@ import logging
 import re
 
 import pytest
-from accelerate import PartialState
 from PIL import Image
 
 from dopsd.data import sources
@@ -34,7 +33,6 @@ def write_jsonl(folder, *rows, name="metadata.jsonl"):
 
 
 def read_pictures(*, teacher_caption_column=None, cache_dir=None, **flags):
-    PartialState()  # accelerate's logger needs it
     return sources.read_pictures(
         DataSettings(**flags), teacher_caption_column=teacher_caption_column, cache_dir=cache_dir
     )

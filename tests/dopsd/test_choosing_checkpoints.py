@@ -32,7 +32,6 @@ from toy_training import ToyTraining
 
 def make_checkpoint(folder: Path, step: int, *, contract: dict | None = None) -> Path:
     """An intact checkpoint's folder, whose files are only text."""
-    PartialState()  # accelerate's logger asks it which process this is
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
     for name in CHECKPOINT_FILES:
@@ -48,7 +47,6 @@ def write_state(checkpoint: Path, **changed) -> None:
 
 
 def find(folder: Path, wanted: str | None = "latest") -> Path | None:
-    PartialState()  # accelerate's logger asks it which process this is
     return find_checkpoint(TrainingSettings(output_dir=str(folder), resume_from_checkpoint=wanted), one_process())
 
 

@@ -2,7 +2,6 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from accelerate import PartialState
 
 from dopsd.errors import OutputError
 from dopsd.history import HISTORY_FILE, MetricsLog, last_retention, read_history, rewind_history, sync_history
@@ -22,7 +21,6 @@ class Tracker:
 
 @pytest.fixture
 def accelerator():
-    PartialState()  # accelerate's logger asks it which process this is
     return SimpleNamespace(is_main_process=True, trackers=[Tracker()], wait_for_everyone=lambda: None)
 
 

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from accelerate import PartialState
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -25,7 +24,6 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 @pytest.fixture
 def settings(model):
     def make(**flags):
-        PartialState()  # accelerate's logger asks it which process this is
         flags = {"pretrained_model_name_or_path": model.path, "report_to": "none", "rank": RANK, **flags}
         return parse_settings(model.script.MODEL, "", as_arguments(flags))
 

@@ -8,7 +8,6 @@ import weakref
 
 import pytest
 import torch
-from accelerate import PartialState
 from diffusers.models import model_loading_utils, modeling_utils
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +30,6 @@ def folder(model, tmp_path):
 
 @pytest.fixture
 def settings(model, folder):
-    PartialState()  # accelerate's logger asks it which process this is
     flags = {"pretrained_model_name_or_path": folder, "report_to": "none"}
     return parse_settings(model.script.MODEL, "", as_arguments(flags)).model
 

@@ -1,13 +1,11 @@
 import pytest
 import torch
-from accelerate import PartialState
 
 from dopsd.optimizers import build_lr_scheduler, build_optimizer, effective_learning_rate
 from dopsd.settings import OptimizerSettings
 
 
 def build(size: int = 8, pictures_per_step: int = 1, **flags):
-    PartialState()  # accelerate's logger asks it which process this is
     return build_optimizer(OptimizerSettings(**flags), [torch.nn.Parameter(torch.ones(size))], pictures_per_step)
 
 

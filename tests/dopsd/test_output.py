@@ -101,7 +101,6 @@ def test_a_folder_is_locked_until_its_process_dies(forkserver, tmp_path):
 
 @pytest.mark.parametrize("owner", ["", "[]", "{}", '{"pid": 1}'])
 def test_a_locked_folder_with_a_damaged_owner_is_refused_all_the_same(tmp_path, owner):
-    PartialState()
     lock = lock_output_dir(tmp_path)
     (tmp_path / OWNER_FILE).write_text(owner)
     with pytest.raises(InputError, match="another run is writing to it"):
@@ -113,7 +112,6 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
     def fail(self, **kwargs):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    PartialState()
     monkeypatch.setattr("filelock.BaseFileLock.acquire", fail)
     lock_output_dir(tmp_path)
     assert "cannot be locked ([Errno 37] No locks available); start no second run in it" in caplog.text

@@ -3,7 +3,6 @@ import shutil
 
 import pytest
 import torch
-from accelerate import PartialState
 
 from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
@@ -50,7 +49,6 @@ def settings(model):
     """Settings of the model with its checkpoint or other flags."""
 
     def make(path=model.path, **flags):
-        PartialState()  # accelerate's logger asks it which process this is
         flags = {"pretrained_model_name_or_path": path, "report_to": "none"} | flags
         return parse_settings(model.script.MODEL, "", as_arguments(flags))
 

@@ -2,7 +2,6 @@ import random
 from dataclasses import fields
 
 import pytest
-from accelerate import PartialState
 
 from dopsd.errors import InputError
 from dopsd.prior import REAL_WORDS, PriorPrompts, TriggerWord, made_up_words, prior_prompts, read_prompts, replaced
@@ -14,7 +13,6 @@ CAPTIONS = ["a photo of sks corgi", "Sks corgi asleep, a sks photo", "a sksy dog
 
 
 def make(captions=CAPTIONS, longest=200, **flags) -> PriorPrompts:
-    PartialState()  # accelerate's logger asks it which process this is
     settings = Settings(*(group.type() for group in fields(Settings)))
     settings = settings.replace(**{"with_prior_preservation": True, "seed": 0} | flags)
     return prior_prompts(settings, captions, lambda prompt: len(prompt) <= longest, one_process())

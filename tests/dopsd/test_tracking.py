@@ -6,7 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from test_stopping import logged
 
 from dopsd.command_line import parse_settings
@@ -27,7 +27,6 @@ class Tracker:
 
 @pytest.fixture
 def accelerator():
-    PartialState()  # accelerate's logger asks it which process this is
     trackers = [Tracker("bad", OSError(28, "No space left on device")), Tracker("good")]
     return SimpleNamespace(trackers=trackers, end_training=lambda: None)
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from accelerate import PartialState
 from PIL import Image, ImageCms
 
 from data_helpers import WHITE, as_picture, assert_names, warnings_in
@@ -149,7 +148,6 @@ def test_a_profile_that_cannot_be_used_leaves_the_picture_as_it_is(tmp_path, ima
 
 
 def test_unusable_profiles_give_one_warning(tmp_path, caplog):
-    PartialState()  # accelerate's logger needs it
     pictures = [saved(tmp_path, Image.new("RGB", (4, 4)), b"not a profile", f"{n}.png") for n in range(3)]
     pictures.append(saved(tmp_path, Image.new("RGB", (4, 4)), P3, "good.png"))
     checked = check_pictures(pictures, resolution=64, disable_progress=True)
