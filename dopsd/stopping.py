@@ -23,8 +23,9 @@ WARNING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") 
 class StopRequest:
     """Set by a signal or the launcher's death. The run finishes its step, saves a checkpoint and ends.
 
-    During validation, it finishes only the image that it is drawing. Before training, there is nothing to save: a signal ends the
-    process at once, with one line. A signal that the parent process ignores, as under nohup, stays ignored.
+    During validation, it finishes only the image that it is drawing. Before training, there is nothing to save: a
+    signal ends the process at once, with one line. A signal that the parent process ignores, as under nohup, stays
+    ignored.
 
     Create it first: a launcher that has died before cannot be noticed.
     """
