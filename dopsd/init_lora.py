@@ -12,8 +12,8 @@ from accelerate.logging import get_logger
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-from .errors import InputError
-from .loading import LOAD_ERRORS, brief, reporting_library_errors
+from .errors import InputError, naming_flag
+from .loading import PICKLED, brief, reporting_library_errors
 from .model import Model
 from .output import ADAPTERS_FILE
 from .roles import LORA_PREFIX, StudentTeacherLoRA
@@ -55,15 +55,12 @@ def read_init_lora(
     if name_or_path is None:
         return None
     flag = f"--init_lora {name_or_path}"
-    try:
+    with (
+        naming_flag(f"{flag}:"),
+        reporting_library_errors("no LoRA is found there", "give a .safetensors file, its folder or a hub id"),
+    ):
         path = find_lora(name_or_path, cache_dir)
         raw = safetensors.torch.load_file(path)
-    except InputError as error:
-        raise InputError(f"{flag}: {error}") from error
-    except LOAD_ERRORS as error:
-        raise InputError(
-            f"{flag}: no LoRA is found there ({brief(error)}); give a .safetensors file, its folder or a hub id"
-        ) from error
     if problem := kind_problem(raw):
         raise InputError(f"{flag}: {problem}")
     linear = {
@@ -109,7 +106,7 @@ def find_lora(name_or_path: str, cache_dir: str | None) -> Path:
     path = Path(name_or_path)
     if path.is_dir():
         return path / _choose(entry.name for entry in path.iterdir() if entry.is_file())
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt") and path.is_file():
+    if path.suffix in PICKLED and path.is_file():
         raise InputError("it is a pickled file, which could run code; convert it to safetensors")
     if path.is_file():
         return path
@@ -135,7 +132,7 @@ def _choose(names: Iterable[str]) -> str:
         raise InputError(f"it holds {len(found)} LoRAs ({brief(', '.join(found), 200)}); name one of the files")
     if found:
         return found[0]
-    if pickled := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
+    if pickled := [name for name in names if name.endswith(PICKLED)]:
         raise InputError(
             f"it holds only {brief(pickled[0], 80)}, a pickled file, which could run code; convert it to safetensors"
         )

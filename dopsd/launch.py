@@ -37,8 +37,7 @@ logger = get_logger(__name__)
 # gloo's thread while it holds the GIL, and the process hangs if that thread is just releasing a tensor.
 _process_groups = []
 
-
-# Distributed modes of accelerate in which each process has a whole copy of the model.
+# Modes of accelerate in which a process may hold a part of the model only. The scripts need all of it in each process.
 UNSUPPORTED_MODES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",

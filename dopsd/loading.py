@@ -44,6 +44,8 @@ LOAD_ERRORS = (
     StrictDataclassError,
     safetensors.SafetensorError,
 )
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")  # endings of weight files that could run code
+
 _DEVICE_MESSAGE = re.compile(r"CUDA|CUBLAS|CUDNN|NCCL|HIP error|out of memory")
 
 # The largest models here have some hundred parameter tensors; a configuration with a billion layers has no end.
@@ -232,7 +234,7 @@ def check_weight_files(folder: Path, component: str, variant: str | None) -> Non
         names = sorted(path.name for path in place.iterdir())
         if any(name.endswith(".safetensors") and variant is not None and f".{variant}" in name for name in names):
             return  # with an index whose name is an older form, which the library knows
-        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        pickled = [name for name in names if name.endswith(PICKLED)]
         if pickled and not any(name.endswith(".safetensors") for name in names):
             raise ValueError(
                 f"{component} has only {brief(pickled[0], 60)}, a pickled file, which could run code; convert it to "
