@@ -210,8 +210,10 @@ class TrainingStep:
         return {"prior_loss": loss, **losses}
 
     def check_finite(self, step: int, loss: float, grad_norm: float, prior_loss: float = 0.0) -> None:
-        if not math.isfinite(prior_loss):
-            raise TrainingDiverged(f"at step {step + 1} the loss of prior preservation is {prior_loss:g}")
+        if math.isfinite(loss) and not math.isfinite(prior_loss):
+            raise TrainingDiverged(
+                f"at step {step + 1} the loss of prior preservation (--with_prior_preservation) is {prior_loss:g}"
+            )
         # The fp16 gradient scaler skips a step whose gradients overflow; that is not an error.
         if math.isfinite(loss) and (math.isfinite(grad_norm) or self.accelerator.scaler is not None):
             return
