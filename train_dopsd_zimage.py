@@ -247,7 +247,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         prepare_without_cache(contexts)
     else:
         cache = ContextCache(Path(settings.training.context_cache_dir))
-        fill_cache(contexts, cache, encoders_fingerprint(folder), prompts, accelerator)
+        fill_cache(contexts, cache, encoders_fingerprint(folder), prompts, accelerator, prior.trained)
     if settings.training.encode_only:
         end_training(accelerator, "The context cache is complete: train with the same flags, without --encode_only")
         return

@@ -200,8 +200,11 @@ class ContextCache:
             are_valid = pool.map(lambda key: key in present and self.is_valid(key), keys)
             return [key for key, is_valid in zip(progress(keys), are_valid, strict=True) if not is_valid]
 
-    def check_space(self, num_bytes: int) -> None:
+    def check_space(self, num_bytes: int, advice: Iterable[str] = ()) -> None:
         """Checks that this many bytes of new entries fit on the disk. Zero bytes always fit.
+
+        Args:
+            advice: what else would help, for the error.
 
         Raises:
             OutputError: less than `RESERVE_BYTES` would remain free.
@@ -211,9 +214,10 @@ class ContextCache:
             folder = folder.parent
         free, needed = shutil.disk_usage(folder).free, num_bytes + RESERVE_BYTES
         if num_bytes > 0 and free < needed:
+            remedies = "; ".join(["free some space or choose a folder on a larger disk", *advice])
             raise OutputError(
                 f"--context_cache_dir {self.folder}: the encodings need {needed / 1e9:.2f} GB, but its disk has only "
-                f"{free / 1e9:.2f} GB free; free some space or choose a folder on a larger disk"
+                f"{free / 1e9:.2f} GB free; {remedies}"
             )
 
 

@@ -4,7 +4,7 @@ import itertools
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -219,12 +219,14 @@ def fill_cache(
     checkpoint_fingerprint: str,
     prompts: list[str],
     accelerator: Accelerator,
+    held: Sequence[str] = (),
 ) -> None:
     """Encodes what the cache does not hold yet, shared among processes. If nothing is missing, no encoder is loaded.
 
     Args:
         checkpoint_fingerprint: identifies the encoders' weights.
         prompts: other prompts, which are encoded along with the captions.
+        held: those of them that prior preservation holds.
 
     Raises:
         InputError, OutputError: something cannot be encoded, or the cache cannot be written.
@@ -238,9 +240,10 @@ def fill_cache(
     missing_keys = set().union(*by_machine)
     missing = {key: encoding for key, encoding in encoding_of.items() if key in missing_keys}
     num_bytes = contexts.num_bytes(missing.values())
-    announce(contexts, missing.values(), encoding_of.values(), num_bytes)
+    advice = fewer_held_prompts(contexts, missing.values(), held)
+    announce(contexts, missing.values(), encoding_of.values(), num_bytes, advice)
     with failing_together():
-        cache.check_space(num_bytes)
+        cache.check_space(num_bytes, advice)
         share = list(missing.values())[accelerator.process_index :: accelerator.num_processes]
         encode_missing(contexts, share, accelerator)
     # A machine with a disk of its own lacks what the others have encoded.
@@ -255,17 +258,24 @@ def fill_cache(
         encode_missing(contexts, share, accelerator)
 
 
-def announce(contexts: Contexts, missing: Iterable[Encoding], needed: Iterable[Encoding], num_bytes: int) -> None:
+def announce(
+    contexts: Contexts,
+    missing: Iterable[Encoding],
+    needed: Iterable[Encoding],
+    num_bytes: int,
+    more_advice: Iterable[str] = (),
+) -> None:
     """Logs what will be encoded and its size on disk; warns if it is large.
 
     Args:
         num_bytes: of what is missing.
+        more_advice: what else would make it smaller.
     """
     folder = contexts.cache.folder
     sizes = f"{in_units(num_bytes)} of {in_units(contexts.num_bytes(needed))}"
     logger.info(f"Encoding {summarize(missing, needed)}: {sizes} in {folder}")
     if num_bytes > LARGE_BYTES:
-        advice = "; ".join(smaller_cache(contexts))
+        advice = "; ".join([*smaller_cache(contexts), *more_advice])
         logger.warning(f"The context cache needs {in_units(num_bytes)} more in {folder}: {advice}")
 
 
@@ -321,6 +331,18 @@ def smaller_cache(contexts: Contexts) -> list[str]:
     flags = dict.fromkeys(flag for encoder in conditioning.encoders for flag in encoder.size_flags())
     advice.append(" and ".join(["fewer captions", *(f"a lower {flag}" for flag in flags)]) + " make it smaller")
     return [*advice, "--no_context_cache does without it, but keeps the encoders in memory"]
+
+
+def fewer_held_prompts(contexts: Contexts, missing: Iterable[Encoding], held: Iterable[str]) -> list[str]:
+    """What makes the missing share of prior preservation's prompts smaller; nothing if none of them is missing."""
+    held = {*held}
+    num_bytes = contexts.num_bytes(encoding for encoding in missing if encoding.prompt in held)
+    if num_bytes == 0:
+        return []
+    return [
+        f"prior preservation's prompts take {in_units(num_bytes)} of it: give a shorter list with --prior_prompts, or "
+        "switch it off with --with_prior_preservation false"
+    ]
 
 
 def check_prompts(contexts: Contexts, prompts: list[str], teacher: TeacherSettings) -> None:

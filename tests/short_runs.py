@@ -87,8 +87,9 @@ class PreparedRun:
         return prior_prompts(self.settings, self.data.captions, self.contexts.fits, one_process())
 
     def fill_cache(self, folder: Path, accelerator: Any) -> None:
-        prompts = [*drawn_prompts(self.settings.validation, self.prior), *self.prior.trained]
-        fill_cache(self.contexts, ContextCache(folder), encoders_fingerprint(self.folder), prompts, accelerator)
+        held, fingerprint = self.prior.trained, encoders_fingerprint(self.folder)
+        prompts = [*drawn_prompts(self.settings.validation, self.prior), *held]
+        fill_cache(self.contexts, ContextCache(folder), fingerprint, prompts, accelerator, held)
 
     def encode_without_cache(self) -> "PreparedRun":
         prepare_without_cache(self.contexts)

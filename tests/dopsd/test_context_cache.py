@@ -452,6 +452,8 @@ def test_a_disk_that_is_too_small_is_reported(cache, monkeypatch):
     cache.check_space(free - RESERVE_BYTES)
     with pytest.raises(OutputError, match=r"--context_cache_dir .*cache: .* need 2\.60 GB, .* has only 2\.00 GB free"):
         cache.check_space(2_100_000_000)
+    with pytest.raises(OutputError, match="choose a folder on a larger disk; encode less$"):
+        cache.check_space(2_100_000_000, ["encode less"])
     with pytest.raises(OutputError, match="--context_cache_dir"):
         cache.check_space(free - RESERVE_BYTES + 1)
     # While the folder does not exist, its nearest parent is asked.

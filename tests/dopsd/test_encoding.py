@@ -145,6 +145,28 @@ def test_a_large_cache_is_announced_with_what_makes_it_smaller(model, prepare, t
 
 
 @ONE_MODEL
+def test_a_large_cache_is_announced_with_the_share_of_prior_preservation(prepare, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("dopsd.contexts.LARGE_BYTES", 1000)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a house\na tree\na car\n", encoding="utf-8")
+
+    def warning(**flags):
+        caplog.clear()
+        prepare(**flags).fill_cache(tmp_path / "cache", one_process())
+        return "".join(one.getMessage() for one in caplog.records if "context cache needs" in one.getMessage())
+
+    held = {"with_prior_preservation": True, "prior_prompts": prompts}
+    size = in_units(2 * 80 * 96 * 4)  # two prompts of 80 tokens, 96 channels in float32
+    assert warning(**held).endswith(
+        f"; prior preservation's prompts take {size} of it: give a shorter list with --prior_prompts, or switch it "
+        "off with --with_prior_preservation false"
+    )
+    more = {"instance_prompt": "a cube"}
+    assert warning(**more) and "prior" not in warning(**more, teacher_prompt_suffix=" again")
+    assert "prior" not in warning(**held, instance_prompt="a cone")  # they are in the cache already
+
+
+@ONE_MODEL
 def test_without_a_suffix_one_encoding_of_a_caption_serves_student_and_teacher(prepare):
     sizes = [len({*prepare(teacher_prompt_suffix=suffix).contexts.all_encodings([])}) for suffix in (" like this", "")]
     assert sizes == [5, 4]
