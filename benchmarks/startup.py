@@ -137,6 +137,7 @@ def main() -> None:
             flags = ["--pretrained_model_name_or_path", str(MODEL), "--instance_data_dir", str(data)]
             flags += ["--caption_column", *captions, "--context_cache_dir", str(data.with_suffix(".cache"))]
             flags += ["--max_sequence_length", str(MAX_SEQUENCE_LENGTH), "--resolution", "64", "--report_to", "none"]
+            flags += ["--with_prior_preservation", "false"]  # captions are what is counted
             for cache in ("empty", "full"):
                 output_dir = data.with_suffix(f".{cache}")
                 result = measure_start(

@@ -179,9 +179,7 @@ def resolve(settings: Settings, model: ModelFlags) -> Settings:
     )
     if problem := size_problem(height, width, model.sizes):
         raise InputError(f"--validation_height {height} --validation_width {width}: {problem}")
-    distillation = settings.distillation
     return settings.replace(
-        num_trained_states=distillation.num_trained_states or distillation.num_rollout_steps,
         validation_height=height,
         validation_width=width,
         lora_alpha=settings.lora.lora_alpha or 2 * settings.lora.rank,
@@ -235,7 +233,7 @@ def check(settings: Settings, model: ModelFlags) -> None:
         )
     check_geometry(settings.data, model.sizes)
     distillation = settings.distillation
-    if (distillation.num_trained_states or 0) > distillation.num_rollout_steps:
+    if distillation.num_trained_states > distillation.num_rollout_steps:
         raise InputError(
             f"--num_trained_states {distillation.num_trained_states}: the rollout has only "
             f"{distillation.num_rollout_steps} states; pass fewer, or raise --num_rollout_steps"

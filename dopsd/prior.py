@@ -119,8 +119,8 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
         return PriorPrompts(wrong_word=made.wrong_word, no_word=made.no_word)
     if not words:
         logger.warning(
-            "--with_prior_preservation: without --trigger_word, every unknown word may draw what is learned; name the "
-            "new word in the captions"
+            "--trigger_word: not given; if the captions have a new word, name it, or every other unknown word may "
+            "draw what is learned"
         )
     prompts = replace(made, **unrelated_prompts(prior, fits))
     known = {caption.casefold() for caption in captions}
@@ -136,7 +136,10 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
         )
         prompts = without(prompts, lambda prompt: prompt in clashing)
     if not prompts.trained:
-        raise InputError("--with_prior_preservation: no prompt is left to hold; give others with --prior_prompts")
+        raise InputError(
+            "--with_prior_preservation: no prompt is left to hold; give others with --prior_prompts, or switch it off "
+            "with --with_prior_preservation false"
+        )
     if both := [prompt for prompt in settings.validation.retention_prompts if prompt in prompts.trained]:
         logger.warning(
             f"--retention_prompts: {reprlib.repr(both[0])} is held by prior preservation, so it does not show what "
@@ -154,7 +157,7 @@ def warn_of_flags(settings: PriorSettings) -> None:
     if not settings.with_prior_preservation:
         for name in ("class_prompt", "prior_prompts", "prior_loss_weight", "prior_every"):
             if getattr(settings, name) != getattr(defaults, name):
-                logger.warning(f"--{name}: has no effect without --with_prior_preservation")
+                logger.warning(f"--{name}: has no effect with --with_prior_preservation false")
 
 
 def without(prompts: PriorPrompts, is_unwanted: Callable[[str], bool]) -> PriorPrompts:

@@ -24,7 +24,8 @@ from .sharing import failing_together
 
 logger = get_logger(__name__)
 
-PICTURES, PRIOR = "pictures and captions", "prior preservation"
+PICTURES, PRIOR, TRAINED_STATES = "pictures and captions", "prior preservation", "--num_trained_states"
+CHANGED_DEFAULTS = (TRAINED_STATES, PRIOR)  # earlier versions trained on all states, without a prior
 
 TRAINER_FILE, STATE_FILE = "trainer_state.pt", "state.json"
 CHECKPOINT_FILES = (ADAPTERS_FILE, TRAINER_FILE, LORA_FILE)  # listed in the state file with their SHA-256
@@ -204,7 +205,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def earlier_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The values that settings which came later had in effect in a checkpoint's run, if it does not name them."""
-    return {"--num_trained_states": settings.get("--num_rollout_steps"), PRIOR: None}
+    return {TRAINED_STATES: settings.get("--num_rollout_steps"), PRIOR: None}
 
 
 def check_resumable(checkpoint: Path, contract: dict[str, Any], max_train_steps: int) -> None:
@@ -213,29 +214,42 @@ def check_resumable(checkpoint: Path, contract: dict[str, Any], max_train_steps:
     saved_contract = earlier_settings(state["settings"]) | state["settings"]
     # An older version did not know all of today's flags.
     new = contract if state["files"] else {}
-    for name in dict.fromkeys([*saved_contract, *new]):
-        saved, now = saved_contract.get(name), contract.get(name)
-        if saved == now:
-            continue
-        if name == PICTURES and saved and now:
-            changed = sorted(
-                picture for picture in saved.keys() | now.keys() if saved.get(picture) != now.get(picture)
-            )
-            raise InputError(
-                f"{flag}: {changed[0]} or its caption was added, changed or removed (pictures affected: "
-                f"{len(changed)}); undo that, or start in another --output_dir"
-            )
-        if name == PRIOR:
-            raise InputError(
-                f"{flag}: its prior preservation was set differently (--with_prior_preservation, --prior_loss_weight, "
-                "--prior_every, --prior_prompts, --class_prompt, --trigger_word); pass the same, or start in another "
-                "--output_dir"
-            )
+    names = dict.fromkeys([*saved_contract, *new])
+    if differing := [name for name in names if saved_contract.get(name) != contract.get(name)]:
         raise InputError(
-            f"{flag}: its {name} was {saved}, now it is {now}; pass the same, or start in another --output_dir"
+            f"{flag}: {difference(differing, saved_contract, contract)}, or start in another --output_dir"
         )
     if state["step"] > max_train_steps:
         raise InputError(
             f"--max_train_steps {max_train_steps}: {checkpoint.name} is past it; pass at least {state['step']}, or "
             "use the LoRA in that folder"
         )
+
+
+def difference(names: list[str], saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """What the first of these settings was in the checkpoint's run, and what to do.
+
+    If its default has changed, the others whose defaults have changed are named too: one correction then suffices.
+    """
+    name = names[0]
+    if name == PICTURES and saved.get(name) and now.get(name):
+        before, after = saved[name], now[name]
+        changed = sorted(
+            picture for picture in before.keys() | after.keys() if before.get(picture) != after.get(picture)
+        )
+        return (
+            f"{changed[0]} or its caption was added, changed or removed (pictures affected: {len(changed)}); undo that"
+        )
+    told = [other for other in names if other in CHANGED_DEFAULTS] if name in CHANGED_DEFAULTS else [name]
+    return ", and ".join(setting_was(name, saved.get(name), now.get(name)) for name in told) + "; pass the same"
+
+
+def setting_was(name: str, saved: Any, now: Any) -> str:
+    if name != PRIOR:
+        return f"its {name} was {saved}, now it is {now}"
+    if saved is None:
+        return "it had no prior preservation (--with_prior_preservation false)"
+    return (
+        "its prior preservation was set differently (--with_prior_preservation, --prior_loss_weight, --prior_every, "
+        "--prior_prompts, --class_prompt, --trigger_word)"
+    )

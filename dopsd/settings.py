@@ -179,10 +179,10 @@ class DistillationSettings:
     )
     ema_decay: MustMatch[Fraction] = flag(0.9999, "Decay of the exponential moving average.")
     num_rollout_steps: MustMatch[Count] = flag(4, "Sampling steps of the student's rollout.")
-    num_trained_states: MustMatch[Count | None] = flag(
-        None,
-        "States of the rollout that are trained on, drawn at random for each micro-batch. Fewer cost less per step, "
-        "with the same gradient on average. Default: all.",
+    num_trained_states: MustMatch[Count] = flag(
+        1,
+        "States of the rollout that are trained on, drawn at random for each micro-batch. More cost more per step, "
+        "with the same gradient on average. The published runs train on all: as many as --num_rollout_steps.",
     )
     loss_space: MustMatch[Literal["x0", "velocity"]] = flag(
         "x0",
@@ -196,9 +196,9 @@ class PriorSettings:
 
     # Checkpoints keep these and the prompts' digest in one entry (`resuming.PRIOR`).
     with_prior_preservation: MayDiffer[bool] = flag(
-        False,
+        True,
         "Hold the student to the base model on prompts that have nothing to do with the pictures, at states that it "
-        "visits itself. No pictures are drawn for it.",
+        "visits itself. No pictures are drawn for it. Default: true; false switches it off, as in the published runs.",
     )
     prior_loss_weight: MayDiffer[NotNegative] = flag(1.0, "Weight of the loss of prior preservation.")
     prior_every: MayDiffer[Count] = flag(1, "Compute this loss only in every N-th step.")
@@ -212,9 +212,9 @@ class PriorSettings:
     )
     trigger_word: MayDiffer[list[str] | None] = flag(
         None,
-        "The new words in the captions, each as WORD or WORD=CLASS. With --with_prior_preservation, the captions "
-        "without them, or with the class in their place, are held as well, and so are the captions with made-up words "
-        "in their place: otherwise every unknown word may draw what was learned. Default: none.",
+        "The new words in the captions, each as WORD or WORD=CLASS. Prior preservation then also holds the captions "
+        "without them, or with the class in their place, and the captions with made-up words in their place: "
+        "otherwise every unknown word may draw what was learned. Default: none.",
     )
     class_data_dir: MayDiffer[str | None] = flag(
         None, "Has no effect, accepted for compatibility: no pictures of the class are needed. Default: none."

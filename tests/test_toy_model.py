@@ -9,6 +9,7 @@ from PIL import Image
 
 import train_dopsd_toy
 from command_line import Command, same_weights, succeed
+from short_runs import PUBLISHED
 from toy_pipeline import ToyPipeline, make_toy
 
 
@@ -32,6 +33,7 @@ def train(forkserver, tmp_path):
             "num_validation_images": 1,
             "seed": 0,
             "report_to": "none",
+            **PUBLISHED,
         }
         return command(*(text for name, value in (flags | changed).items() for text in (f"--{name}", value)))
 

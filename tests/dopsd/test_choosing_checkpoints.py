@@ -294,9 +294,25 @@ def test_settings_that_came_later_are_what_they_were_before(tmp_path):
     contract = {"--num_rollout_steps": 4, "--num_trained_states": 4, PRIOR: None}
     checkpoint = make_checkpoint(tmp_path, 2, contract={"--num_rollout_steps": 4})
     check_resumable(checkpoint, contract, max_train_steps=2)
-    for name, value in (("--num_trained_states", 1), (PRIOR, [1.0, 1, "abc"])):
-        with pytest.raises(InputError, match="pass the same, or start in another --output_dir"):
-            check_resumable(checkpoint, contract | {name: value}, max_train_steps=2)
+    states, prior = {"--num_trained_states": 1}, {PRIOR: [1.0, 1, "abc"]}
+    told = (
+        "its --num_trained_states was 4, now it is 1",
+        "it had no prior preservation (--with_prior_preservation false)",
+    )
+    for changed, problem in ((states, told[0]), (prior, told[1]), (states | prior, ", and ".join(told))):
+        with pytest.raises(InputError) as caught:
+            check_resumable(checkpoint, contract | changed, max_train_steps=2)
+        assert str(caught.value) == (
+            f"--resume_from_checkpoint checkpoint-2: {problem}; pass the same, or start in another --output_dir"
+        )
+
+
+def test_a_checkpoint_with_prior_preservation_is_not_resumed_without_it(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 2, contract={PRIOR: [1.0, 1, "abc"]})
+    with pytest.raises(
+        InputError, match="its prior preservation was set differently .*--trigger_word.; pass the same,"
+    ):
+        check_resumable(checkpoint, {PRIOR: None}, max_train_steps=2)
 
 
 @pytest.mark.parametrize(("saved", "now"), [({}, {"--rank": 4}), ({"--rank": 4}, {})])

@@ -187,6 +187,24 @@ def test_flags_may_be_spelled_with_hyphens_and_booleans_with_values():
     assert not settings.optimizer.prodigy_decouple and settings.lora.lora_alpha == 3.0
 
 
+def test_prior_preservation_is_switched_off_on_the_command_line_and_in_a_config(config):
+    assert parse().prior.with_prior_preservation and parse("--with_prior_preservation").prior.with_prior_preservation
+    for off in ("false", False, "no"):
+        assert not parse("--with_prior_preservation", off).prior.with_prior_preservation
+        assert not parse(*config({"with_prior_preservation": off})).prior.with_prior_preservation
+    given = [*config({"with_prior_preservation": False}), "--with_prior_preservation", "true"]
+    assert parse(*given).prior.with_prior_preservation
+
+
+def test_help_says_how_to_train_as_published(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--with_prior_preservation [true|false]" in text and "--no_with" not in text
+    assert "Default: true; false switches it off, as in the published runs." in text
+    assert "The published runs train on all: as many as --num_rollout_steps. (default: 1)" in text
+
+
 def test_the_defaults_follow_the_model_and_the_teacher_context():
     klein, zimage = parse(), parse(model=ZIMAGE)
     assert (klein.teacher.teacher_context, zimage.teacher.teacher_context) == ("edit", "vlm")

@@ -14,7 +14,7 @@ CAPTIONS = ["a photo of sks corgi", "Sks corgi asleep, a sks photo", "a sksy dog
 
 def make(captions=CAPTIONS, longest=200, **flags) -> PriorPrompts:
     settings = Settings(*(group.type() for group in fields(Settings)))
-    settings = settings.replace(**{"with_prior_preservation": True, "seed": 0} | flags)
+    settings = settings.replace(**{"seed": 0} | flags)
     return prior_prompts(settings, captions, lambda prompt: len(prompt) <= longest, one_process())
 
 
@@ -100,7 +100,11 @@ def test_captions_of_the_word_alone_have_no_prompt_without_it():
 def test_without_a_trigger_word_only_unrelated_prompts_are_held_and_a_hint_says_so(caplog):
     prompts = make()
     assert prompts.trained == list(prompts.unrelated) and prompts.wrong_word is None
-    assert "without --trigger_word, every unknown word may draw what is learned" in caplog.text
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        "--trigger_word: not given; if the captions have a new word, name it, or every other unknown word may draw "
+        "what is learned"
+    )
 
 
 def test_without_prior_preservation_nothing_is_held():
@@ -132,7 +136,9 @@ def test_own_prompts_that_are_too_long_are_left_out_and_the_users_refused(tmp_pa
         make(prior_prompts=str(path), longest=20)
     with pytest.raises(InputError, match="^--class_prompt: 'bbb"):
         make(class_prompt=["b" * 30], longest=20)
-    with pytest.raises(InputError, match="^--with_prior_preservation: no prompt is left to hold"):
+    with pytest.raises(
+        InputError, match="^--with_prior_preservation: no prompt is left .* --with_prior_preservation false$"
+    ):
         make(longest=1)
 
 
@@ -174,6 +180,6 @@ def test_flags_that_upstream_needs_are_accepted_with_a_line(caplog, flag, value)
     ("flag", "value"),
     [("class_prompt", ["a dog"]), ("prior_prompts", "x"), ("prior_loss_weight", 2.0), ("prior_every", 2)],
 )
-def test_flags_without_prior_preservation_have_no_effect_and_say_so(caplog, flag, value):
+def test_flags_of_prior_preservation_that_is_off_have_no_effect_and_say_so(caplog, flag, value):
     assert make(with_prior_preservation=False, **{flag: value}) == PriorPrompts()
-    assert f"--{flag}: has no effect without --with_prior_preservation" in caplog.text
+    assert f"--{flag}: has no effect with --with_prior_preservation false" in caplog.text

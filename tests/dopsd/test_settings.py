@@ -1,3 +1,4 @@
+from argparse import SUPPRESS
 from dataclasses import dataclass, fields
 
 import pytest
@@ -45,7 +46,7 @@ def test_every_line_of_help_states_a_default(model):
     parser = build_parser(model, "")
     formatter = parser._get_formatter()
     for action in parser._actions:
-        if action.dest not in ("help", "config") and not action.option_strings[0].startswith("--no_prodigy"):
+        if action.dest not in ("help", "config") and action.help != SUPPRESS:
             text = formatter._expand_help(action)
             assert "Default: " in text or "(default: " in text, f"--{action.dest}: {text}"
             assert "None" not in text, f"--{action.dest}: {text}"

@@ -117,7 +117,9 @@ class Lab:
     def flags(self, subject: str, output_dir: Path, **changed) -> dict[str, Any]:
         """Flags of a run of two steps."""
         photos = self.photos(with_metadata=subject.endswith("-caption"))
-        return short_run(self.model(subject), photos, output_dir) | {"lora_dropout": 0.1} | changed
+        flags = short_run(self.model(subject), photos, output_dir)
+        # One state, the default, goes with any --num_rollout_steps that a case gives.
+        return flags | {"lora_dropout": 0.1, "num_trained_states": None} | changed
 
     def reference(self, subject: str) -> Reference:
         with self._lock:

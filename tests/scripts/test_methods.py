@@ -1,10 +1,14 @@
 """Whole runs with sampled states and with prior preservation: what they leave, and that they resume."""
 
+import json
+import shutil
+
 import pytest
 
 from command_line import same_weights, succeed
 from dopsd.history import read_history
-from models import EVERY_CONTEXT, ONE_MODEL, SLOW
+from models import EVERY_CONTEXT, ONE_MODEL, SLOW, both_models
+from short_runs import PUBLISHED
 
 
 PRIOR = {
@@ -13,16 +17,50 @@ PRIOR = {
     "num_trained_states": 2,
     "prior_loss_weight": 2,
 }
+DEFAULTS = dict.fromkeys(PUBLISHED)
+
+
+@both_models(quick="flux2")
+def test_by_default_a_run_trains_on_one_state_with_prior_preservation(train, tmp_path):
+    log = succeed(train(**DEFAULTS, max_train_steps=3)).log
+    assert log.count("--trigger_word: not given; ") == 1
+    history = read_history(tmp_path / "run")
+    assert len(history) == 3 and history[0]["prior_loss"] == 0 < history[2]["prior_loss"]
+    for row in history:
+        for prefix in ("loss/state_", "prior_loss/state_"):
+            assert len([name for name in row if name.startswith(prefix)]) == 1
+
+
+@both_models(quick="flux2")
+@SLOW
+def test_the_defaults_are_encoded_drawn_and_trained_with_a_teacher_that_reads_captions(train, photos, tmp_path):
+    data = shutil.copytree(photos, tmp_path / "data")
+    rows = [{"file_name": f"{n}.png", "short": f"ball {n}", "long": f"a ball, number {n}"} for n in range(3)]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = DEFAULTS | {"instance_data_dir": data, "instance_prompt": None, "caption_column": "short"}
+    flags |= {"teacher_context": "caption", "teacher_caption_column": "long"}
+    flags |= {"vlm_model_name_or_path": None, "vlm_min_pixels": None, "vlm_max_pixels": None}
+    flags |= {"validation_steps": 2, "num_validation_images": 1, "validation_prompt": "a ball"}
+    assert "The context cache is complete" in succeed(train(**flags, encode_only=True)).log
+    log = succeed(train(**flags, preview_only=True)).log
+    assert "Encoding 0 of " in log and "Steps:" not in log and (tmp_path / "run/preview.png").exists()
+    assert "Encoding 0 of " in succeed(train(**flags)).log
+    rows = read_history(tmp_path / "run")
+    assert all("prior_loss" in row for row in rows if "loss" in row) and "retention/held_out" in rows[-1]
 
 
 @ONE_MODEL
 @SLOW
-def test_training_on_all_states_is_the_default(train, tmp_path):
-    succeed(train("default"))
-    succeed(train("all", num_trained_states=4))
-    assert same_weights(tmp_path / "default", tmp_path / "all")
-    succeed(train("one", num_trained_states=1))
-    assert not same_weights(tmp_path / "default", tmp_path / "one")
+def test_a_run_without_the_defaults_resumes_only_without_them(train, tmp_path):
+    succeed(train("whole", max_train_steps=3))
+    succeed(train(checkpointing_steps=2))
+    resumed = {"resume_from_checkpoint": "latest", "max_train_steps": 3}
+    assert train(**resumed, **DEFAULTS).error.endswith(
+        "--resume_from_checkpoint checkpoint-2: its --num_trained_states was 4, now it is 1, and it had no prior "
+        "preservation (--with_prior_preservation false); pass the same, or start in another --output_dir"
+    )
+    succeed(train(**resumed))
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
 
 
 @ONE_MODEL

@@ -45,6 +45,8 @@ def test_the_flags_differ_where_the_models_do():
 
 COMMON_DEFAULTS = {
     "num_rollout_steps": 4,
+    "num_trained_states": 1,
+    "with_prior_preservation": True,
     "max_sequence_length": 512,
     "vlm_min_pixels": 512**2,
     "vlm_rope": "vlm",
