@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .errors import OutputError
 from .output import naming_file, replacing
-from .settings import Settings
+from .settings import ON_BY_DEFAULT, Settings
 
 
 logger = get_logger(__name__)
@@ -27,7 +27,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "hugging
 HIDDEN_PREFIXES = ("hub_", "push_")
 HIDDEN_SUFFIXES = ("_dir", "_path", "_token")
 HIDDEN_SETTINGS = ("resume_from_checkpoint", "report_to", "local_rank", "preview_only")
-PATH_OR_HUB_ID = ("dataset_name", "init_lora", "vlm_model_name_or_path")
+# Of a path, only the last part is shown.
+PATH_OR_HUB_ID = ("dataset_name", "init_lora", "prior_prompts", "vlm_model_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def write_card(
         base_model: hub id, or a folder, of which only the last part is shown.
         instance_prompt: caption of all training pictures, if they share one.
         gallery: (prompt, path of the image relative to the folder, such as "images/validation_0.png").
-        settings: flag without dashes -> value. Must contain `num_inference_steps`. None and False are left out, and so
-            are hub flags, tokens, folders and paths.
+        settings: flag without dashes -> value. Must contain `num_inference_steps`. Left out are None, False
+            unless it is on by default, hub flags, tokens, folders and paths.
         retention: last measured retention, as defined in `measured`, or None.
 
     Returns:
@@ -277,12 +278,13 @@ def training(settings: dict[str, Any]) -> list[str]:
 def is_shown(name: str, value: Any) -> bool:
     """Whether the card shows this setting."""
     hidden = name.startswith(HIDDEN_PREFIXES) or name.endswith(HIDDEN_SUFFIXES) or name in HIDDEN_SETTINGS
-    return (not hidden or name in PATH_OR_HUB_ID) and value is not None and value is not False
+    is_off = value is None or (value is False and name not in ON_BY_DEFAULT)
+    return (not hidden or name in PATH_OR_HUB_ID) and not is_off
 
 
 def formatted(value: Any) -> str:
-    if value is True:
-        return "yes"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

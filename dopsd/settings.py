@@ -424,6 +424,12 @@ class Settings:
         }
 
 
+# Switches that `false` turns off.
+ON_BY_DEFAULT = frozenset(
+    item.name for group in fields(Settings) for item in fields(group.type) if item.default is True
+)
+
+
 def annotations(group: type) -> dict[str, list[Any]]:
     """Field name -> markers in its type: `MUST_MATCH` or `MAY_DIFFER`, and a `Range` if there is one."""
     hints = get_type_hints(group, include_extras=True)
