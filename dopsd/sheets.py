@@ -201,10 +201,10 @@ def plot_curves(history: list[dict], path: Path, *, title: str) -> None:
     """Plots a run's metrics into a PNG of 1200 x 1000 pixels: losses, cosine similarities and retention.
 
     Args:
-        history: the rows of metrics.jsonl. Each has "step" and any of "loss" (mean over the states), "loss/state_1"
-            (pure noise) to "loss/state_K", "cosine/state_1" to "cosine/state_K", "prior_loss", "retention" and
-            "retention/NAME". Other keys are ignored. If a step occurs more than once, as after resuming, the last one
-            counts.
+        history: the rows of metrics.jsonl. Each has "step" and any of "loss" (mean over the trained states),
+            "loss/state_1" (pure noise) to "loss/state_K", "cosine/state_1" to "cosine/state_K", "prior_loss",
+            "retention" and "retention/NAME". Other keys are ignored. If a step occurs more than once, as after
+            resuming, the last one counts.
         path: of the PNG.
         title: above the plots.
     """
