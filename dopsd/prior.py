@@ -117,6 +117,11 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
     made = without(word_prompts(words, captions, settings.training.seed), lambda prompt: not fits(prompt))
     if not prior.with_prior_preservation:
         return PriorPrompts(wrong_word=made.wrong_word, no_word=made.no_word)
+    if settings.lora.init_lora is not None:
+        logger.warning(
+            "--init_lora: on the prompts that prior preservation holds, the student is pulled towards the model "
+            "without this LoRA; to keep what it does to them, pass --with_prior_preservation false"
+        )
     if not words:
         logger.warning(
             "--trigger_word: not given; if the captions have a new word, name it, or every other unknown word may "

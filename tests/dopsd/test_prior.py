@@ -107,6 +107,13 @@ def test_without_a_trigger_word_only_unrelated_prompts_are_held_and_a_hint_says_
     )
 
 
+def test_a_lora_to_start_from_is_not_held(caplog):
+    make(trigger_word=["sks"], init_lora="somewhere")
+    (record,) = caplog.records
+    assert "--init_lora: on the prompts that prior preservation holds" in record.getMessage()
+    assert "pass --with_prior_preservation false" in record.getMessage()
+
+
 def test_without_prior_preservation_nothing_is_held():
     assert make(with_prior_preservation=False) == PriorPrompts() and PriorPrompts().trained == []
     drawn = make(with_prior_preservation=False, trigger_word=["sks"])
