@@ -266,13 +266,18 @@ def measured(retention: float | None) -> list[str]:
 
 
 def training(settings: dict[str, Any]) -> list[str]:
-    shown = {name: value for name, value in settings.items() if is_shown(name, value)}
-    shown |= {name: public_name(shown[name]) for name in PATH_OR_HUB_ID if name in shown}
+    shown = [(f"`--{name}`", formatted(value)) for name, value in shown_settings(settings).items()]
     return [
         "## Training",
-        table("flag", "value", [(f"`--{name}`", formatted(value)) for name, value in shown.items()]),
+        table("flag", "value", shown),
         table("package", "version", [(name, version(name)) for name in PACKAGES]),
     ]
+
+
+def shown_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that may be shown to others, paths by their last part."""
+    shown = {name: value for name, value in settings.items() if is_shown(name, value)}
+    return shown | {name: public_name(shown[name]) for name in PATH_OR_HUB_ID if name in shown}
 
 
 def is_shown(name: str, value: Any) -> bool:

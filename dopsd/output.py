@@ -130,6 +130,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
+def numbered_sheets(folder: Path, kind: str) -> dict[int, str]:
+    """Step -> file name of the sheets of one kind, such as validation-250.png, in the order of the steps."""
+    found = (re.fullmatch(rf"{kind}-(\d+)\.png", path.name) for path in folder.iterdir())
+    return dict(sorted((int(match[1]), match[0]) for match in found if match))
+
+
 def tidy_output_dir(folder: Path, first_step: int) -> None:
     """Removes what a killed run was writing or deleting, and moves newer checkpoints away.
 

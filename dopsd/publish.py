@@ -14,7 +14,7 @@ from huggingface_hub.errors import HTTPError
 
 from .errors import InputError, OutputError
 from .model_card import CARD_FILE
-from .output import LORA_FILE
+from .output import LORA_FILE, numbered_sheets
 from .settings import Settings
 
 
@@ -32,13 +32,11 @@ def published_files(folder: Path) -> list[str]:
     """Paths of the files that `publish` uploads, relative to the folder.
 
     These are the weights, the card, the sheets and the images of the gallery; of numbered sheets only the last one.
-    Note that preview.png and story.png show training pictures.
+    Note that preview.png and story.png show training pictures. So does report.html, which is not published.
     """
     names = [name for name in (LORA_FILE, CARD_FILE, *SHEETS) if (folder / name).is_file()]
     for kind in NUMBERED_SHEETS:
-        found = (re.fullmatch(rf"{kind}-(\d+)\.png", path.name) for path in folder.iterdir())
-        by_number = {int(match[1]): match[0] for match in found if match}
-        names += [by_number[max(by_number)]] if by_number else []
+        names += [*numbered_sheets(folder, kind).values()][-1:]
     return names + sorted(f"images/{path.name}" for path in folder.glob("images/*.png"))
 
 
