@@ -295,7 +295,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         pipeline=pipeline,
         roles=roles,
         contexts=contexts,
-        teacher_context=model.teacher_context(settings),
+        model=model,
         save_dtype=save_dtype,
         metrics_log=metrics_log,
         stop=stop,
@@ -308,10 +308,9 @@ def main(settings: Settings, model: Model = MODEL) -> None:
 
     # The training loop: one optimizer step, log, checkpoint, validate.
     stop.begin_training()
-    last_step = settings.training.max_train_steps
     is_quiet = not accelerator.is_local_main_process
-    with tqdm(desc="Steps", initial=first_step, total=last_step, disable=is_quiet) as progress:
-        for step in range(first_step, last_step):
+    with tqdm(desc="Steps", initial=first_step, total=settings.training.max_train_steps, disable=is_quiet) as progress:
+        for step in range(first_step, settings.training.max_train_steps):
             with checkpoints.saved_on_divergence(step, first_step):
                 metrics = train_step(step)
             progress.set_postfix(loss=f"{metrics['loss']:.3g}", lr=f"{metrics['lr']:.3g}")
@@ -325,6 +324,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
             if stop.is_set_on_any(accelerator):
                 checkpoints.save(num_done)
                 progress.close()
+                gallery.write_report(num_done, "stopped")
                 stop.end_run(accelerator, num_done)
 
     accelerator.wait_for_everyone()

@@ -22,15 +22,15 @@ from .data.order import Sample
 from .data.training_data import Crop
 from .errors import DOPSDError, one_line
 from .history import MetricsLog, read_history
+from .html_report import RunReport, State
 from .memory import reset_peak_memory
-from .model import Context, FewStepPipeline
-from .model_flags import TeacherContext
+from .model import Context, FewStepPipeline, Model
 from .output import naming_file
 from .prior import PriorPrompts
 from .roles import StudentTeacherLoRA
 from .rollout import RolloutStep, rollout, seeded_noise
 from .settings import Settings, ValidationSettings
-from .sheets import Cell, contact_sheet, plot_curves, save_png, stack
+from .sheets import Cell, contact_sheet, save_png, stack
 from .stopping import StopRequest
 from .tracking import track
 
@@ -93,7 +93,7 @@ class Gallery:
         settings: resolved.
         accelerator: sheets go to its trackers too.
         pipeline, roles, contexts: used to draw images.
-        teacher_context: what the teacher sees.
+        model: what the teacher sees, and what the report says of it.
         save_dtype: of the saved LoRA.
         metrics_log: gets retention.
         stop: if it is set, the rest of a preview or validation is not drawn. A resumed run draws the validation.
@@ -108,7 +108,7 @@ class Gallery:
         pipeline: FewStepPipeline,
         roles: StudentTeacherLoRA,
         contexts: Contexts,
-        teacher_context: TeacherContext,
+        model: Model,
         save_dtype: torch.dtype,
         metrics_log: MetricsLog,
         stop: StopRequest,
@@ -121,7 +121,8 @@ class Gallery:
         self.last_step = settings.training.max_train_steps
         self.accelerator, self.pipeline, self.roles, self.contexts = accelerator, pipeline, roles, contexts
         self.data = contexts.data
-        self.teacher_context = teacher_context
+        self.teacher_context = model.teacher_context(settings)
+        self.report = RunReport(settings, model, self.data)
         self.save_dtype = save_dtype
         self.base_drawings: dict[Subject, Drawing] = {}  # drawn once, the same on all processes
         # (step, prompt, seed) -> the student's image, for validation prompts at seed 0 and for retention prompts
@@ -149,6 +150,8 @@ class Gallery:
                 self.draw_preview()
         if first_step > 0 and self.is_due(first_step) and not self.has_retention(first_step):
             self.validate(first_step)
+        elif self.settings.validation_steps > 0:
+            self.write_report(first_step, "preview only" if self.settings.preview_only else "in progress")
         reset_peak_memory()
 
     def has_retention(self, step: int) -> bool:
@@ -160,7 +163,17 @@ class Gallery:
         """Draws validation sheets and logs retention. An error while drawing does not end the run."""
         with self.guarded(f"Validation at step {step}"):
             self.draw_validation(step)
+        self.write_report(step, "in progress")
         reset_peak_memory()
+
+    def write_report(self, step: int, state: State) -> None:
+        """Writes curves.png and report.html. An error does not end the run."""
+        if not self.accelerator.is_main_process:
+            return
+        with self.guarded("The plot of the curves"):
+            self.report.write_curves()
+        with self.guarded("The report"):
+            self.report.write_page(step, state)
 
     @contextmanager
     def guarded(self, what: str, *, after: str = "the run continues", must_succeed: bool = False) -> Iterator[None]:
@@ -394,14 +407,11 @@ class Gallery:
         return figures
 
     def draw_story(self) -> None:
-        """After the last step: the whole run on one sheet, and its curves. An error does not end the run."""
-        if not self.story:
-            return
-        with self.guarded("The story", after="the LoRA is saved"):
-            self.write("story", self.last_step, *self.story_sheets())
-            with naming_file(self.folder / "curves.png"):
-                plot_curves(read_history(self.folder), self.folder / "curves.png", title=self.folder.name)
-            logger.info(f"Wrote {self.folder / 'curves.png'}")
+        """After the last step: the whole run on one sheet, and its report. An error does not end the run."""
+        if self.story:
+            with self.guarded("The story", after="the LoRA is saved"):
+                self.write("story", self.last_step, *self.story_sheets())
+        self.write_report(self.last_step, "finished")
 
     def story_sheets(self) -> list[Sheet]:
         steps = evenly_spaced(sorted({step for step, *_ in self.story}), MAX_STORY_COLUMNS)

@@ -315,6 +315,7 @@ def test_the_peak_of_memory_is_reset_after_drawing(monkeypatch):
     monkeypatch.setattr("dopsd.gallery.reset_peak_memory", lambda: resets.append(1))
     gallery = object.__new__(Gallery)
     gallery.settings, gallery.folder = ValidationSettings(validation_steps=0), Path("none")
+    gallery.accelerator = one_process(is_main_process=False)
     gallery.draw_before_training(first_step=0)
     assert len(resets) == 1
     monkeypatch.setattr(Gallery, "draw_validation", lambda self, step: None)

@@ -44,6 +44,7 @@ def run_folder(tmp_path):
         "images/deeper/x.png",
         *(f"{kind}-{step}.png" for kind in ("validation", "rollout", "retention") for step in (250, 1000, 750)),
         "validation-final.png",
+        "report.html",
         "metrics.jsonl",
         "logs/events",
         "context_cache/ab/ab.safetensors",

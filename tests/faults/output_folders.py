@@ -19,6 +19,7 @@ SHEETS = (
     "retention-2.png",
     "story.png",
     "curves.png",
+    "report.html",
 )
 FOLDERS = (
     "logs",

@@ -114,6 +114,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_continue(command, command_
     assert 0 < step < 20
     assert f"Stopped after step {step} ({number.name}); checkpoint-{step} is saved" in text
     assert "--resume_from_checkpoint latest" in text and "Traceback" not in text
+    assert f"stopped at step {step}" in (tmp_path / "stopped/report.html").read_text()
     assert not (tmp_path / "stopped" / LORA_FILE).exists()
     succeed(command(*command_line("stopped")))
     assert same_weights(tmp_path / "undisturbed", tmp_path / "stopped")

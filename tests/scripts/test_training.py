@@ -72,8 +72,10 @@ def test_a_checkpoint_holds_adapters_and_optimizer_and_never_the_base_model(trai
         "checkpoint-2",
         "checkpoint-3",
         "context_cache",
+        "curves.png",
         "metrics.jsonl",
         LORA_FILE,
+        "report.html",
     ]
     checkpoint = tmp_path / "run/checkpoint-3"
     expected = ["adapters.safetensors", LORA_FILE, "state.json", "trainer_state.pt"]

@@ -1,0 +1,446 @@
+"""report.html: one page that shows a run, while it is in progress and when it has ended.
+
+It is made of what is in the output folder, the sheets and metrics.jsonl, so the page of a resumed run shows what came
+before. It loads nothing and runs nothing, and its Content-Security-Policy says so.
+
+Pictures are inlined: a PNG of at most `MAX_PNG_BYTES` as it is, a larger one as a JPEG of quality `JPEG_QUALITY`, if
+that is smaller. All together have at most `MAX_PICTURE_BYTES`, plus a third for base64. The oldest validations, if
+there is no room for them, are only named.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+from accelerate.logging import get_logger
+from PIL import Image
+
+from .command_line import build_parser, resolve
+from .data.images import PILLOW_ERRORS
+from .data.training_data import TrainingData
+from .errors import InputError
+from .files import read_regular_file
+from .history import read_history
+from .model import Model
+from .model_card import PACKAGES, formatted, public_name, shown_settings, usage
+from .output import LORA_FILE, list_checkpoints, naming_file, numbered_sheets, replacing
+from .settings import Settings
+from .sheets import RETENTION_CURVES, plot_curves
+
+
+logger = get_logger(__name__)
+
+REPORT_FILE, CURVES_FILE = "report.html", "curves.png"
+MAX_PNG_BYTES, JPEG_QUALITY = 200_000, 75
+MAX_PICTURE_BYTES = 22_000_000  # about twenty validations of two prompts
+PACE_STEPS = 100  # the time per step is the median of this many
+
+State = Literal["in progress", "finished", "stopped", "preview only"]
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1d2433; --faint: #5b6475; --rule: #d5d9e1; --soft: #f1f3f6;
+  --accent: #1b6b8f; --on-accent: #fff; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171d; --ink: #e4e7ed; --faint: #a0a8b8; --rule: #343a46;
+  --soft: #1f242d; --accent: #6cc0e5; --on-accent: #10141a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 88rem; padding: 1.5rem clamp(1rem, 3vw, 2.5rem) 4rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; }
+h2 { margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--rule); font-size: 1.2rem; }
+p, ul, ol { max-width: 48rem; margin: .5rem 0; }
+.faint, figcaption { color: var(--faint); font-size: .9rem; }
+.state { display: inline-block; padding: 0 .6rem; border-radius: 1rem; background: var(--accent);
+  color: var(--on-accent); font-weight: 600; }
+figure { margin: .75rem 0; overflow-x: auto; }
+figure img { display: block; height: auto; max-width: max(100%, 40rem); border-radius: .3rem; background: #fff; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
+.numbers td, .numbers th { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+code, .settings td:first-child { font: .875rem/1.5 ui-monospace, monospace; }
+.settings td:first-child { white-space: nowrap; }
+.settings td:last-child { white-space: pre-wrap; }
+@media (max-width: 40rem) { .settings td { display: block; padding: 0; } .settings td:first-child { border: 0; } }
+code { white-space: nowrap; }
+pre { overflow-x: auto; padding: 1rem; border-radius: .3rem; background: var(--soft); }
+pre code { white-space: pre; }
+summary { cursor: pointer; margin: .75rem 0; color: var(--accent); }
+.tabs { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .75rem; }
+.tabs > input { position: absolute; opacity: 0; pointer-events: none; }
+.tabs > label { padding: .15rem .7rem; border-radius: .3rem; background: var(--soft); cursor: pointer; }
+.tabs > input:checked + label { background: var(--accent); color: var(--on-accent); }
+.tabs > input:focus-visible + label { outline: 3px solid var(--ink); }
+.tabs > figure { display: none; order: 1; flex: 0 0 100%; }
+.tabs > input:checked + label + figure { display: block; }
+@media print { .tabs > figure { display: block; } }
+"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+# HTML
+
+
+class Markup(str):
+    """Text that is HTML. Any other text is escaped by `element`."""
+
+
+def element(name: str, /, *content: str | None, **attributes: str) -> Markup:
+    """An element without the parts that are None. An attribute's trailing underscore is dropped, as in `class_`."""
+    opening = "".join(f' {key.removesuffix("_")}="{html.escape(value)}"' for key, value in attributes.items())
+    end = "" if name in ("meta", "link", "img", "input") else f"</{name}>"
+    parts = (part if isinstance(part, Markup) else html.escape(part) for part in content if part is not None)
+    return Markup(f"<{name}{opening}>{''.join(parts)}{end}")
+
+
+def from_user(name: str, text: str, /, **attributes: str) -> Markup:
+    """An element with a user's text, which may be written from right to left."""
+    return element(name, text, dir="auto", **attributes)
+
+
+def table(rows: Iterable[Iterable[str]], headings: Iterable[str] = (), **attributes: str) -> Markup:
+    header = element("tr", *(element("th", text, scope="col") for text in headings)) if headings else None
+    body = [element("tr", *(from_user("td", text) for text in row)) for row in rows]
+    return element("div", element("table", header, *body, **attributes), class_="wide")
+
+
+def section(title: str, *content: str | None) -> Markup:
+    return element("section", element("h2", title), *content)
+
+
+def folded(summary: str, *content: str) -> Markup:
+    return element("details", element("summary", summary), *content)
+
+
+def prompt_list(prompts: Iterable[str]) -> Markup:
+    return folded("The prompts", element("ol", *(from_user("li", prompt) for prompt in prompts)))
+
+
+# Pictures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A sheet as it is inlined.
+
+    Attributes:
+        num_bytes: before base64.
+    """
+
+    url: str
+    size: tuple[int, int]
+    num_bytes: int
+
+
+def inlined(path: Path) -> Picture | None:
+    """A sheet by the rule at the top of this file; None if it is missing or damaged."""
+    try:
+        content, kind = read_regular_file(path), "png"
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            if len(content) > MAX_PNG_BYTES:
+                jpeg = io.BytesIO()
+                image.convert("RGB").save(jpeg, format="JPEG", quality=JPEG_QUALITY)
+                if jpeg.tell() < len(content):
+                    content, kind = jpeg.getvalue(), "jpeg"
+    except PILLOW_ERRORS:
+        return None
+    url = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return Picture(url, image.size, len(content))
+
+
+def figure(picture: Picture | None, description: str) -> Markup | None:
+    if picture is None:
+        return None
+    width, height = map(str, picture.size)
+    return element("figure", element("img", src=picture.url, alt=description, width=width, height=height))
+
+
+class SheetReader:
+    """Reads the sheets in a folder. Each is encoded once, since that takes most of the time."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.known: dict[str, tuple[int, Picture | None]] = {}  # name -> when it was written, and the sheet
+
+    def __call__(self, name: str) -> Picture | None:
+        path = self.folder / name
+        try:
+            written = path.stat().st_mtime_ns
+        except OSError:
+            return None
+        if name not in self.known or self.known[name][0] != written:
+            self.known[name] = written, inlined(path)
+        return self.known[name][1]
+
+
+@dataclass(frozen=True)
+class Sheets:
+    """The sheets of a page, newest first.
+
+    Attributes:
+        validations, retentions: (step, sheet).
+        left_out: steps of older validations, for which the page has no room.
+    """
+
+    preview: Picture | None
+    curves: Picture | None
+    rollout: Picture | None
+    validations: list[tuple[int, Picture]]
+    retentions: list[tuple[int, Picture]]
+    left_out: list[int]
+
+
+def choose_sheets(read: Callable[[str], Picture | None], steps: list[int]) -> Sheets:
+    """Those that fit on a page.
+
+    Args:
+        read: the sheet of that name; None if there is none.
+        steps: after which the run was validated, newest first.
+    """
+    single = [read("preview.png"), read(CURVES_FILE), read(f"rollout-{steps[0]}.png") if steps else None]
+    room = MAX_PICTURE_BYTES - sum(picture.num_bytes for picture in single if picture)
+    chosen = {"validation": [], "retention": []}
+    left_out = []
+    for position, step in enumerate(steps):
+        found = {kind: picture for kind in chosen if (picture := read(f"{kind}-{step}.png"))}
+        room -= sum(picture.num_bytes for picture in found.values())
+        if room < 0 and position > 0:
+            left_out = steps[position:]
+            break
+        for kind, picture in found.items():
+            chosen[kind].append((step, picture))
+    return Sheets(*single, *chosen.values(), left_out)
+
+
+def tabs(name: str, sheets: list[tuple[int, Picture]], describe: Callable[[int], str]) -> Markup:
+    """One sheet at a time, the newest first. The arrow keys go through them."""
+    parts = []
+    for number, (step, picture) in enumerate(sheets):
+        key, checked = f"{name}-{step}", {"checked": ""} if number == 0 else {}
+        parts += [
+            element("input", type="radio", name=name, id=key, **checked),
+            element("label", describe(step), for_=key),
+            figure(picture, f"{name} after step {step}"),
+        ]
+    return element("div", *parts, class_="tabs")
+
+
+# The page
+
+
+def duration(seconds: float) -> str:
+    """A time of two units at most, such as "2 h 5 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def own_settings(settings: Settings, model: Model) -> set[str]:
+    """The flags whose values are not their defaults, and those whose default the run has chosen, such as --seed."""
+    parser, values = build_parser(model, ""), settings.flat()
+
+    def is_default(name: str) -> bool:
+        default = parser.get_default(name)
+        if values[name] == default:
+            return True
+        try:
+            return resolve(settings.replace(**{name: default}), model).flat()[name] == values[name]
+        except InputError:  # the run needs another value than the default
+            return False
+
+    return {name for name in values if not is_default(name)}
+
+
+class RunReport:
+    """Writes a run's curves.png and report.html.
+
+    Args:
+        settings: resolved.
+        data: what it is trained on.
+    """
+
+    def __init__(self, settings: Settings, model: Model, data: TrainingData):
+        self.settings, self.model = settings, model
+        self.folder = Path(settings.training.output_dir)
+        self.read_sheet = SheetReader(self.folder)
+        self.num_pictures, self.num_captions = sum(map(bool, data.digests)), len(data.pictures)
+
+    def write_curves(self) -> None:
+        """Plots what is logged so far, if there is anything. Raises `OutputError` if curves.png cannot be written."""
+        history, path = read_history(self.folder), self.folder / CURVES_FILE
+        if not history:
+            return
+        with naming_file(path):
+            plot_curves(history, path, title=self.folder.name)
+
+    def write_page(self, step: int, state: State) -> None:
+        """Raises `OutputError` if report.html cannot be written."""
+        page, path = self.page(read_history(self.folder), step, state), self.folder / REPORT_FILE
+        with naming_file(path), replacing(path) as unfinished:
+            unfinished.write_text(page, encoding="utf-8")
+        logger.info(f"Wrote {path}")
+
+    def page(self, history: list[dict], step: int, state: State) -> str:
+        """The HTML.
+
+        Args:
+            history: the rows of metrics.jsonl, as a resumed run keeps them: without what came after its checkpoint.
+        """
+        retention = {row["step"]: row for row in history if "retention" in row}
+        # Sheets that an earlier attempt left are not in the history. Without retention prompts, neither are the run's.
+        steps = [
+            n for n in numbered_sheets(self.folder, "validation") if n <= step and (n in retention or not retention)
+        ]
+        sheets = choose_sheets(self.read_sheet, steps[::-1])
+        title = f"{self.folder.resolve().name}: step {step} of {self.settings.training.max_train_steps}, {state}"
+        head = element(
+            "head",
+            element("meta", charset="utf-8"),
+            element("meta", **{"http-equiv": "Content-Security-Policy"}, content=POLICY),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("link", rel="icon", href="data:,"),
+            element("title", title),
+            element("style", Markup(STYLE)),
+        )
+        body = element(
+            "body",
+            self.header(history, step, state),
+            self.validation(sheets, step),
+            self.preview(sheets),
+            section("Curves", figure(sheets.curves, "loss, cosine and retention over steps")) if history else None,
+            self.retention(sheets, retention),
+            self.shown_settings(),
+            self.usage(state),
+            section("Versions", table([(name, version(name)) for name in PACKAGES])),
+        )
+        return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+
+    def header(self, history: list[dict], step: int, state: State) -> Markup:
+        """What is trained, on what, and how far it is."""
+        last_step = self.settings.training.max_train_steps
+        times = [row["seconds_per_step"] for row in history if "seconds_per_step" in row]
+        facts = [f"step {step} of {last_step}"]
+        if times:
+            pace = median(times[-PACE_STEPS:])
+            facts.append(f"{pace:.3g} s per step")
+            if step < last_step:
+                facts.append(f"about {duration(pace * (last_step - step))} left at that pace, without validation")
+        base_model = public_name(self.settings.model.pretrained_model_name_or_path)
+        count, noun = (self.num_pictures, "picture") if self.num_pictures else (self.num_captions, "caption")
+        material = f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+        label = f"stopped at step {step}" if state == "stopped" else state
+        written = f"Written {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+        written += ", and again after each validation." if state == "in progress" else "."
+        return element(
+            "header",
+            from_user("h1", self.folder.resolve().name),
+            element(
+                "p",
+                f"A LoRA of rank {self.settings.lora.rank} for {self.model.name} ({base_model}), trained by "
+                f"on-policy self-distillation (D-OPSD) on {material}.",
+            ),
+            element("p", element("span", label, class_="state"), " " + " · ".join(facts)),
+            element("p", written, class_="faint"),
+        )
+
+    def validation(self, sheets: Sheets, step: int) -> Markup:
+        validation, last_step = self.settings.validation, self.settings.training.max_train_steps
+        if not sheets.validations:
+            every = validation.validation_steps
+            first = f"The first sheet follows step {min(step - step % every + every, last_step)}." if every else None
+            return section("Validation", element("p", first or "Nothing is drawn with --validation_steps 0."))
+        older = ", ".join(f"validation-{step}.png" for step in sheets.left_out)
+        return section(
+            "Validation",
+            element(
+                "p",
+                "The newest sheet comes first. Choose a step, or go through them with the arrow keys. Sheets may be "
+                "compressed here; the files beside this page, such as "
+                f"validation-{sheets.validations[0][0]}.png, are not.",
+            ),
+            tabs("validation", sheets.validations, lambda step: f"step {step}"),
+            element("p", f"Not on this page, which would be too large: {older}.", class_="faint") if older else None,
+            prompt_list([*validation.validation_prompt, *filter(None, [validation.final_validation_prompt])]),
+            folded("What student and teacher predict while sampling", figure(sheets.rollout, "rollout"))
+            if sheets.rollout
+            else None,
+        )
+
+    def preview(self, sheets: Sheets) -> Markup | None:
+        if sheets.preview is None:
+            return None
+        shown = "training pictures and captions" if self.num_pictures else "captions"
+        note = (
+            f"This page shows {shown}. ",
+            element("code", "--push_to_hub"),
+            " does not upload it, but it uploads preview.png and story.png, which show them too.",
+        )
+        return section(
+            "Preview",
+            figure(sheets.preview, "what the base model and the teacher draw before training"),
+            element("p", *note, class_="faint"),
+        )
+
+    def retention(self, sheets: Sheets, rows: dict[int, dict]) -> Markup | None:
+        """The figures over steps, and the sheets.
+
+        Args:
+            rows: step -> row of metrics.jsonl.
+        """
+        if not rows:
+            return None
+        curves = [(key, label) for key, label, _ in RETENTION_CURVES if any(key in row for row in rows.values())]
+        figures = [
+            [str(step), *(f"{row[key]:.3f}" if key in row else "" for key, _ in curves)]
+            for step, row in sorted(rows.items(), reverse=True)
+        ]
+        return section(
+            "Retention",
+            element("p", "How far prompts that should look as before have moved: 0 is drawn as before."),
+            table(figures, ["step", *(label for _, label in curves)], class_="numbers"),
+            tabs("retention", sheets.retentions, lambda step: f"step {step}: {rows[step]['retention']:.3f}"),
+            prompt_list(self.settings.validation.retention_prompts),
+        )
+
+    def shown_settings(self) -> Markup:
+        own, shown = own_settings(self.settings, self.model), shown_settings(self.settings.flat())
+        first, rest = (
+            table(
+                [(f"--{name}", formatted(value)) for name, value in shown.items() if (name in own) == is_own],
+                class_="settings",
+            )
+            for is_own in (True, False)
+        )
+        note = "Not shown: folders, tokens, what is published, and what is off."
+        return section(
+            "Settings", first, folded("Those that have their defaults", rest), element("p", note, class_="faint")
+        )
+
+    def usage(self, state: State) -> Markup:
+        """The model card's example, with the newest LoRA in the output folder."""
+        folder, checkpoints = self.folder.resolve().name, list_checkpoints(self.folder)
+        if state == "finished" and (self.folder / LORA_FILE).is_file():
+            note = f"The LoRA is {LORA_FILE}, beside this page."
+        elif checkpoints:
+            folder, note = f"{folder}/{checkpoints[-1].name}", f"The newest LoRA is that of {checkpoints[-1].name}."
+        else:
+            note = "There is no LoRA yet."
+        settings = self.settings.flat()
+        *_, example = usage(
+            self.model.card,
+            f"path/to/{folder}",
+            settings["pretrained_model_name_or_path"],
+            settings["instance_prompt"],
+            [(prompt, "") for prompt in settings["validation_prompt"] or []],
+            settings,
+        )
+        code = "\n".join(example.splitlines()[1:-1])  # without Markdown's fence
+        return section("Use the LoRA", element("p", note), element("pre", element("code", code)))
