@@ -1,5 +1,6 @@
 import logging
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from dopsd import launch
 from dopsd.errors import InputError
 from dopsd.launch import check_accelerator, hide_tokens, resolve_seed, start_accelerator
 from dopsd.settings import TrainingSettings
+from models import SLOW
 from toy_training import ToyTraining
 from train_dopsd_flux2 import Flux2Klein
 from train_dopsd_zimage import ZImageTurbo
@@ -152,6 +154,9 @@ def test_log_lines_show_no_tokens():
     assert hide_tokens(record) and record.getMessage() == "with [token]"
 
 
+BITSANDBYTES_CPU = "bitsandbytes.backends.cpu.ops"
+
+
 def log_as_libraries_do() -> None:
     os.dup2(2, 1)
     launch.set_up_logging()
@@ -160,6 +165,8 @@ def log_as_libraries_do() -> None:
         ("httpx2", "HTTP Request: HEAD https://example.org"),
         ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast from torch.bfloat16 to float16"),
         ("bitsandbytes.autograd._functions", "something else"),
+        (BITSANDBYTES_CPU, "Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'"),
+        (BITSANDBYTES_CPU, "something else"),
     ):
         logging.getLogger(name).info(text)
         logging.getLogger(name).warning("httpx failed" if "httpx" in name else text)
@@ -171,8 +178,34 @@ def test_routine_messages_of_other_libraries_are_not_logged(forkserver):
     process.join(timeout=60)
     text = log.read_text()
     assert process.exitcode == 0, text
-    assert "HTTP Request" not in text and "MatMul8bitLt" not in text
-    assert text.count("httpx failed") == 2 and text.count("something else") == 2
+    assert "HTTP Request" not in text and "MatMul8bitLt" not in text and "gemm_4bit_forward" not in text
+    assert text.count("httpx failed") == 2 and text.count("something else") == 4
+
+
+@pytest.mark.parametrize("script", ["train_dopsd_flux2.py", pytest.param("train_dopsd_zimage.py", marks=SLOW)])
+def test_a_script_starts_without_messages_of_bitsandbytes(script, tmp_path):
+    """In a process of its own: what is imported first decides. The kernel is looked for on some CPUs only."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import logging, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'bitsandbytes':\n"
+        f"            logger = logging.getLogger({BITSANDBYTES_CPU!r})\n"
+        "            logger.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s', 'none')\n"
+        "            logger.warning('bitsandbytes is imported')\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    command = [sys.executable, ROOT / script, "--pretrained_model_name_or_path", tmp_path]
+    done = subprocess.run(
+        [*command, "--instance_data_dir", tmp_path / "none", "--output_dir", tmp_path / "run"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and "--instance_data_dir" in done.stderr
+    output = done.stdout + done.stderr
+    assert "bitsandbytes is imported" in output and "gemm_4bit_forward" not in output
 
 
 def test_the_hubs_client_is_one_that_is_muted():
