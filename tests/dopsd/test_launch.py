@@ -182,6 +182,14 @@ def test_routine_messages_of_other_libraries_are_not_logged(forkserver):
     assert text.count("httpx failed") == 2 and text.count("something else") == 4
 
 
+@pytest.mark.parametrize("package", ["dopsd", "benchmarks"])
+def test_a_package_mutes_a_message_of_bitsandbytes_before_anything_is_imported(package):
+    log = f"import {package}, logging; log = logging.getLogger({BITSANDBYTES_CPU!r}).warning"
+    code = f"{log}; log('Failed to load CPU gemm_4bit_forward from %s', 'none'); log('something else')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("", "something else\n")
+
+
 @pytest.mark.parametrize("script", ["train_dopsd_flux2.py", pytest.param("train_dopsd_zimage.py", marks=SLOW)])
 def test_a_script_starts_without_messages_of_bitsandbytes(script, tmp_path):
     """In a process of its own: what is imported first decides. The kernel is looked for on some CPUs only."""
