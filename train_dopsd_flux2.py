@@ -51,6 +51,7 @@ class KleinFlags(ModelFlags):
     default_settings = {
         "output_dir": "flux2-klein-dopsd-lora",
         "learning_rate": 2e-5,
+        "max_train_steps": published.KLEIN_TRAIN_STEPS,
         "num_inference_steps": 4,
         "lora_layers": published.KLEIN_LORA_LAYERS,
     }
@@ -157,10 +158,7 @@ class Flux2Klein(KleinFlags, Model):
         pipeline="Flux2KleinPipeline",
         tags=("flux2", "flux2-klein"),
         guidance_scale=1.0,
-        sampling_defaults={
-            "max_sequence_length": 512,
-            "text_encoder_out_layers": list(published.KLEIN_OUT_LAYERS),
-        },
+        sampling_defaults={"max_sequence_length": 512, "text_encoder_out_layers": list(published.KLEIN_OUT_LAYERS)},
         licenses=FLUX2_KLEIN_LICENSES,
     )
 

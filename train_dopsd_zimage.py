@@ -56,6 +56,7 @@ class ZImageFlags(ModelFlags):
     default_settings = {
         "output_dir": "z-image-dopsd-lora",
         "learning_rate": 1e-4,
+        "max_train_steps": published.Z_IMAGE_TRAIN_STEPS,
         "num_inference_steps": 8,
         "lora_layers": published.Z_IMAGE_LORA_LAYERS,
     }

@@ -85,6 +85,13 @@ def build_parser(model: ModelFlags, description: str) -> SettingsParser:
         if action.option_strings[0].startswith("--no_") and action.nargs == 0:
             action.help = SUPPRESS  # the twin of a switch that is on by default
     action_of["optimizer"].type = str.lower
+    # `resolve` fills in this default, unless a number of epochs is given.
+    parser.set_defaults(max_train_steps=None)
+    action_of[
+        "max_train_steps"
+    ].help += (
+        f" Default: {model.default_settings['max_train_steps']}, or with --num_train_epochs as many as that takes."
+    )
     _describe_teacher_contexts(action_of, model.teacher_contexts)
     return parser
 
@@ -179,7 +186,11 @@ def resolve(settings: Settings, model: ModelFlags) -> Settings:
     )
     if problem := size_problem(height, width, model.sizes):
         raise InputError(f"--validation_height {height} --validation_width {width}: {problem}")
+    num_steps = training.max_train_steps
+    if num_steps is None and training.num_train_epochs is None:
+        num_steps = model.default_settings["max_train_steps"]
     return settings.replace(
+        max_train_steps=num_steps,
         validation_height=height,
         validation_width=width,
         lora_alpha=settings.lora.lora_alpha or 2 * settings.lora.rank,

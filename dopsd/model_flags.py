@@ -67,7 +67,8 @@ class ModelFlags:
         sizes: the sizes it can be trained at.
         teacher_contexts: choices of `--teacher_context`; the first is the default.
         settings_class: `ModelSettings`, or a subclass with flags that only this model has.
-        default_settings: flag -> default, where it depends on the model.
+        default_settings: flag -> default, where it depends on the model. Holds "max_train_steps", which is the default
+            unless `--num_train_epochs` is given.
     """
 
     name: ClassVar[str]

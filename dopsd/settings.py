@@ -267,10 +267,10 @@ class TrainingSettings:
         None, "Random seed. Default: chosen at random, logged and saved in the checkpoints."
     )
     train_batch_size: MustMatch[Count] = flag(1, "Batch size per device.")
-    num_train_epochs: MayDiffer[Count] = flag(1, "Number of epochs. Ignored if --max_train_steps is given.")
-    max_train_steps: MayDiffer[Count | None] = flag(
-        None, "Number of optimizer steps. Default: as many as --num_train_epochs takes."
+    num_train_epochs: MayDiffer[Count | None] = flag(
+        None, "Number of epochs. Ignored if --max_train_steps is given. Default: none, --max_train_steps decides."
     )
+    max_train_steps: MayDiffer[Count | None] = flag(None, "Number of optimizer steps.")
     # Checkpoints keep the number of micro-batches per step over all processes.
     gradient_accumulation_steps: MayDiffer[Count] = flag(1, "Micro-batches per optimizer step and device.")
     gradient_checkpointing: MayDiffer[bool] = flag(

@@ -14,5 +14,8 @@ Z_IMAGE_LORA_LAYERS = (
     r"(layers|noise_refiner|context_refiner)\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])"
 )
 
+# Optimizer steps of the published runs, with one picture on each of 4 GPUs.
+KLEIN_TRAIN_STEPS, Z_IMAGE_TRAIN_STEPS = 3000, 2000
+
 # Vision-language models by the hidden size of the text encoder.
 DEFAULT_VLMS = {2560: "Qwen/Qwen3-VL-4B-Instruct", 4096: "Qwen/Qwen3-VL-8B-Instruct"}

@@ -28,7 +28,6 @@ def train(forkserver, tmp_path):
             "output_dir": output_dir,
             "resolution": 64,
             "rank": 8,
-            "max_train_steps": 60,
             "validation_steps": 60,
             "num_validation_images": 1,
             "seed": 0,

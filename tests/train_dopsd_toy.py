@@ -48,7 +48,7 @@ class Toy(Model):
     pipeline_class = stock_pipeline_class = ToyPipeline
     transformer_class, text_encoder_class, vae_class = ToyTransformer, Qwen3Model, ToyVAE
     sizes = SizeLimits(pixels_per_token=16, min_side=16, max_tokens=100)
-    default_settings = {"lora_layers": "linear_in,linear_out", "learning_rate": 1e-2}
+    default_settings = {"lora_layers": "linear_in,linear_out", "learning_rate": 1e-2, "max_train_steps": 60}
     teacher_contexts = {"colours": TeacherContext("it sees the picture's colours", encoders=("text", "colours"))}
     card = CardInfo(pipeline="ToyPipeline", tags=("toy",), guidance_scale=1.0, sampling_defaults={})
 

@@ -115,9 +115,11 @@ def load_training_data(settings: Settings, limits: SizeLimits, accelerator: Acce
 def resolve_data_defaults(settings: Settings, data: TrainingData, num_processes: int) -> Settings:
     """Fills in the defaults that follow from the data: number of steps, validation prompts."""
     training, validation = settings.training, settings.validation
-    batches_per_step = num_processes * training.gradient_accumulation_steps
-    num_steps = math.ceil(training.num_train_epochs * data.order.num_batches / batches_per_step)
+    num_steps = training.max_train_steps
+    if num_steps is None:
+        batches_per_step = num_processes * training.gradient_accumulation_steps
+        num_steps = math.ceil(training.num_train_epochs * data.order.num_batches / batches_per_step)
     return settings.replace(
-        max_train_steps=training.max_train_steps or num_steps,
+        max_train_steps=num_steps,
         validation_prompt=validation.validation_prompt or data.captions[:NUM_DEFAULT_VALIDATION_PROMPTS],
     )

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 import train_dopsd_flux2
 import train_dopsd_zimage
 from dopsd.command_line import build_parser, parse_settings
+from dopsd.data.training_data import resolve_data_defaults
 from dopsd.errors import InputError
 from models import ONE_MODEL, ZIMAGE
 
@@ -57,6 +59,7 @@ DEFAULTS = {
     KLEIN: {
         "teacher_context": "edit",
         "learning_rate": 2e-5,
+        "max_train_steps": 3000,
         "num_inference_steps": 4,
         "text_encoder_out_layers": [9, 18, 27],
         "vlm_max_pixels": 512**2,
@@ -65,6 +68,7 @@ DEFAULTS = {
         "teacher_context": "vlm",
         "teacher_prompt_suffix": "",
         "learning_rate": 1e-4,
+        "max_train_steps": 2000,
         "num_inference_steps": 8,
         "vlm_max_pixels": 768**2,
     },
@@ -84,6 +88,25 @@ def test_the_suffix_follows_the_context():
     assert parse(KLEIN, "--teacher_context", "vlm").teacher.teacher_prompt_suffix == ""
     given = ["--teacher_context", "vlm", "--teacher_prompt_suffix", " so"]
     assert parse(KLEIN, *given).teacher.teacher_prompt_suffix == " so"
+
+
+@BOTH
+def test_the_number_of_steps_is_the_published_runs_unless_another_or_epochs_are_given(kind, capsys):
+    """It must not follow from the number of pictures: four of them would be four steps."""
+
+    def steps(*arguments):
+        settings = parse(kind, *arguments)
+        data = SimpleNamespace(order=SimpleNamespace(num_batches=5), captions=["a ball"])
+        return resolve_data_defaults(settings, data, num_processes=2).training.max_train_steps
+
+    published = DEFAULTS[kind]["max_train_steps"]
+    assert steps() == published
+    assert steps("--num_train_epochs", "3") == 8  # 15 batches, 2 at a time
+    assert steps("--max_train_steps", "7") == steps("--max_train_steps", "7", "--num_train_epochs", "3") == 7
+    assert steps("--num_train_epochs", "3", "--max_train_steps", str(published)) == published
+    with pytest.raises(SystemExit):
+        parse(kind, "--help")
+    assert f"Number of optimizer steps. Default: {published}, " in " ".join(capsys.readouterr().out.split())
 
 
 # What a model refuses
