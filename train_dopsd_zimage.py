@@ -83,10 +83,10 @@ from transformers import PretrainedConfig, Qwen3Model
 
 from dopsd.checkpoints import Checkpoints
 from dopsd.context_cache import ContextCache
-from dopsd.contexts import Contexts, check_prompts, fill_cache, prepare_without_cache
+from dopsd.contexts import Contexts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
 from dopsd.encoders import PictureAndPromptEncoder, PromptEncoder, resolve_vlm
-from dopsd.gallery import Gallery, drawn_prompts
+from dopsd.gallery import Gallery
 from dopsd.history import HISTORY_FILE, MetricsLog, last_retention
 from dopsd.init_lora import read_init_lora, start_from_lora
 from dopsd.launch import log_plan, resolve_seed, start_accelerator, weight_dtype
@@ -103,6 +103,7 @@ from dopsd.pretrained import (
     open_pipeline,
 )
 from dopsd.prior import prior_prompts
+from dopsd.prompts import drawn_prompts, resolve_prompts
 from dopsd.publish import push_to_hub
 from dopsd.resuming import check_resumable, find_checkpoint, resume_contract
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
@@ -236,9 +237,9 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         load_text_encoder=partial(load_text_encoder, model, settings.model, folder, dtype, accelerator.device),
         device=accelerator.device,
     )
+    settings = resolve_prompts(settings, contexts, model.teacher_context(settings))
     prior = prior_prompts(settings, data.captions, contexts.fits, accelerator)
     prompts = [*drawn_prompts(settings.validation, prior), *prior.trained]
-    check_prompts(contexts, prompts, settings.teacher)
     contract = resume_contract(settings, conditioning, data, prior, accelerator.num_processes)
     if checkpoint is not None:
         check_resumable(checkpoint, contract, settings.training.max_train_steps)

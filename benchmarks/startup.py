@@ -34,7 +34,7 @@ from dopsd.contexts import Contexts, batches
 # Stages of `main`, in its order; what comes between them is "other".
 STAGES = {
     "pictures and captions": "load_training_data",
-    "lengths of prompts": "check_prompts",
+    "lengths of prompts": "resolve_prompts",
     "resume contract": "resume_contract",
     "fingerprint of the encoders": "encoders_fingerprint",
     "context cache": "fill_cache",

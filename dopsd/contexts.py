@@ -19,8 +19,7 @@ from .data.order import Sample
 from .data.pictures import Picture
 from .data.training_data import Crop, TrainingData
 from .errors import InputError
-from .model import Conditioning, Context, Encoder, FewStepPipeline, TokenLimit
-from .settings import TeacherSettings
+from .model import Conditioning, Context, Encoder, FewStepPipeline
 from .sharing import failing_together, machine_of_each_process, machine_share, share_on_each_machine
 
 
@@ -343,54 +342,3 @@ def fewer_held_prompts(contexts: Contexts, missing: Iterable[Encoding], held: It
         f"prior preservation's prompts take {in_units(num_bytes)} of it: give a shorter list with --prior_prompts, or "
         "switch it off with --with_prior_preservation false"
     ]
-
-
-def check_prompts(contexts: Contexts, prompts: list[str], teacher: TeacherSettings) -> None:
-    """Checks every prompt that will be encoded: stock pipelines silently truncate long ones.
-
-    Raises:
-        InputError: a prompt is too long, or student and teacher would see the same.
-    """
-    student_limit, teacher_limit = contexts.conditioning.student_limit, contexts.conditioning.teacher_limit
-    for prompt in prompts:
-        for encoding in contexts.student_encodings(prompt):
-            check_length(contexts, encoding, student_limit, "--validation_prompt or --retention_prompts", "shorten it")
-    for picture in contexts.data.pictures:
-        for caption in picture.captions:
-            for encoding in contexts.student_encodings(caption):
-                check_length(contexts, encoding, student_limit, picture.name, "shorten the caption")
-    advice = "shorten the caption or --teacher_prompt_suffix"
-    if any(encoder.reads_prompt and encoder.sees_picture for encoder in contexts.conditioning.teacher):
-        advice += ", or lower --vlm_min_pixels and --vlm_max_pixels"
-    checked = set()
-    for picture, encoding in contexts.all_teacher_encodings():
-        inputs = encoding.encoder, encoding.prompt, contexts.size(encoding)
-        if encoding.encoder.reads_prompt and inputs not in checked:
-            checked.add(inputs)
-            check_length(contexts, encoding, teacher_limit, f"{picture.name}, the teacher's prompt", advice)
-    check_teacher_knows_more(contexts, teacher)
-
-
-def check_length(contexts: Contexts, encoding: Encoding, limit: TokenLimit, name: str, advice: str) -> None:
-    count = encoding.encoder.num_tokens(encoding.prompt, contexts.size(encoding))
-    if count > limit.tokens:
-        picture = "the picture and the chat template" if encoding.crop is not None else "the chat template"
-        raise InputError(
-            f"{name}: {reprlib.repr(encoding.prompt)} is {count} tokens long with {picture}; the limit is "
-            f"{limit.tokens} ({limit.flag}): {advice}"
-        )
-
-
-def check_teacher_knows_more(contexts: Contexts, teacher: TeacherSettings) -> None:
-    """Refuses a teacher that sees no picture and reads the student's captions: the loss would always be zero."""
-    if contexts.conditioning.teacher_sees_picture or teacher.teacher_prompt_suffix:
-        return
-    if all(
-        caption == (picture.teacher_caption or caption)
-        for picture in contexts.data.pictures
-        for caption in picture.captions
-    ):
-        raise InputError(
-            f"--teacher_caption_column {teacher.teacher_caption_column}: the teacher would read the same captions as "
-            "the student, so there is nothing to learn; name a column with longer captions"
-        )

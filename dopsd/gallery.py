@@ -29,7 +29,7 @@ from .output import naming_file
 from .prior import PriorPrompts
 from .roles import StudentTeacherLoRA
 from .rollout import RolloutStep, rollout, seeded_noise
-from .settings import Settings, ValidationSettings
+from .settings import Settings
 from .sheets import Cell, contact_sheet, save_png, stack
 from .stopping import StopRequest
 from .tracking import track
@@ -75,14 +75,6 @@ class Sheet:
         return contact_sheet(self.title, self.columns, rows, note=self.note)
 
 
-def drawn_prompts(settings: ValidationSettings, prior: PriorPrompts) -> list[str]:
-    """Every prompt that the gallery draws."""
-    if settings.validation_steps == 0:
-        return []
-    final = [settings.final_validation_prompt] if settings.final_validation_prompt else []
-    return [*settings.validation_prompt, *final, *settings.retention_prompts, *prior.drawn.values()]
-
-
 class Gallery:
     """Draws with base, student and teacher at the deployed number of steps; writes contact sheets and curves.
 
@@ -114,9 +106,10 @@ class Gallery:
         stop: StopRequest,
         prior: PriorPrompts,
     ):
-        self.extra_prompts = prior.drawn
         self.metrics_log, self.stop = metrics_log, stop
         self.settings, self.folder = settings.validation, Path(settings.training.output_dir)
+        # Without retention prompts there is nothing to compare the extra ones' drift with.
+        self.extra_prompts = prior.drawn if self.settings.retention_prompts else {}
         self.num_rollout_steps = settings.distillation.num_rollout_steps
         self.last_step = settings.training.max_train_steps
         self.accelerator, self.pipeline, self.roles, self.contexts = accelerator, pipeline, roles, contexts
@@ -308,7 +301,7 @@ class Gallery:
         return label, [base.image, teacher.image, *([] if picture is None else [picture])]
 
     def draw_validation(self, step: int) -> None:
-        """Three sheets: validation prompts, rollout, and retention prompts, whose figure is logged."""
+        """Three sheets: validation prompts, rollout, and retention prompts, if there are any, with their figure."""
         prompts = list(self.settings.validation_prompt)
         if step == self.last_step and self.settings.final_validation_prompt:
             prompts.append(self.settings.final_validation_prompt)
@@ -322,7 +315,8 @@ class Gallery:
         if self.accelerator.is_main_process:
             self.write_validation(step, prompts, validation)
             self.write_rollout(step, *rollouts)
-            self.metrics_log.write(step, self.write_retention(step, retention))
+            if retention:
+                self.metrics_log.write(step, self.write_retention(step, retention))
 
     def write_validation(self, step: int, prompts: list[str], drawn: dict[Subject, tuple[Drawing, Drawing]]) -> None:
         """The validation prompts, with the base model and with the student as it would be saved."""
@@ -439,7 +433,7 @@ class Gallery:
             [row(prompt, seed) for seed, prompt in enumerate(self.settings.retention_prompts)],
             "These should stay as the base draws them.",
         )
-        return [validation, *([training] if pictures else []), retention]
+        return [validation, *([training] if pictures else []), *([retention] if retention.rows else [])]
 
 
 def evenly_spaced(items: list[int], count: int) -> list[int]:

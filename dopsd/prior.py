@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 
 from .errors import InputError, first_line
 from .files import read_regular_file
-from .settings import PriorSettings, Settings
+from .settings import RETENTION_PROMPTS, PriorSettings, Settings
 from .sharing import failing_together
 from .text import text_problem
 
@@ -136,8 +136,8 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
     ]
     if clashing:
         logger.warning(
-            f"--with_prior_preservation: {reprlib.repr(clashing[0])} is what is to be learned, so it is not held "
-            f"(prompts affected: {len(clashing)})"
+            f"{source(clashing[0], prior, prompts)}: {reprlib.repr(clashing[0])} is what is to be learned, so it is "
+            f"not held (prompts affected: {len(clashing)})"
         )
         prompts = without(prompts, lambda prompt: prompt in clashing)
     if not prompts.trained:
@@ -145,12 +145,24 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
             "--with_prior_preservation: no prompt is left to hold; give others with --prior_prompts, or switch it off "
             "with --with_prior_preservation false"
         )
-    if both := [prompt for prompt in settings.validation.retention_prompts if prompt in prompts.trained]:
+    retained = settings.validation.retention_prompts
+    if both := [prompt for prompt in retained if prompt in prompts.trained]:
+        default = "the default prompt " if both[0] in RETENTION_PROMPTS else ""
         logger.warning(
-            f"--retention_prompts: {reprlib.repr(both[0])} is held by prior preservation, so it does not show what "
-            f"other prompts forget (prompts affected: {len(both)})"
+            f"--retention_prompts: {default}{reprlib.repr(both[0])} is held by prior preservation "
+            f"({source(both[0], prior, prompts)}), so it does not show what other prompts forget; give others "
+            f"(prompts affected: {len(both)})"
         )
     return prompts
+
+
+def source(prompt: str, settings: PriorSettings, prompts: PriorPrompts) -> str:
+    """The flag that a prompt to be held is from, or that replaces it."""
+    if prompt in (settings.class_prompt or []):
+        return "--class_prompt"
+    if prompt not in prompts.unrelated:
+        return "--trigger_word"
+    return "--prior_prompts" + (", one of the default prompts" if settings.prior_prompts is None else "")
 
 
 def warn_of_flags(settings: PriorSettings) -> None:
@@ -189,7 +201,12 @@ def unrelated_prompts(settings: PriorSettings, fits: Callable[[str], bool]) -> d
     given = {"--class_prompt": own, f"--prior_prompts {settings.prior_prompts}": listed}
     if settings.prior_prompts is None:
         del given["--prior_prompts None"]
-        listed = [prompt for prompt in listed if fits(prompt)]
+        num_listed, listed = len(listed), [prompt for prompt in listed if fits(prompt)]
+        if len(listed) < num_listed:
+            logger.info(
+                f"--prior_prompts: {num_listed - len(listed)} of the {num_listed} default prompts are longer than the "
+                "text limit and left out; give your own to replace them"
+            )
     for flag, prompts in given.items():
         if too_long := [prompt for prompt in prompts if not fits(prompt)]:
             raise InputError(f"{flag}: {reprlib.repr(too_long[0])} is longer than the text limit; shorten it")

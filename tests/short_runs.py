@@ -15,11 +15,11 @@ from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, fill_cache, prepare_without_cache
 from dopsd.data.order import Sample
 from dopsd.data.training_data import TrainingData, load_training_data, resolve_data_defaults
-from dopsd.gallery import drawn_prompts
 from dopsd.launch import weight_dtype
 from dopsd.model import Conditioning, FewStepPipeline, Model
 from dopsd.pretrained import encoders_fingerprint, load_skeleton, load_text_encoder, open_pipeline
 from dopsd.prior import PriorPrompts, prior_prompts
+from dopsd.prompts import drawn_prompts, resolve_prompts
 from dopsd.resuming import resume_contract
 from dopsd.settings import Settings
 from models import TinyModel
@@ -80,6 +80,7 @@ def one_process(device: str = "cpu", **changed) -> SimpleNamespace:
 class PreparedRun:
     """A run before anything is encoded."""
 
+    model: Model
     settings: Settings
     data: TrainingData
     pipeline: FewStepPipeline
@@ -91,6 +92,9 @@ class PreparedRun:
     @property
     def prior(self) -> PriorPrompts:
         return prior_prompts(self.settings, self.data.captions, self.contexts.fits, one_process())
+
+    def resolve_prompts(self) -> Settings:
+        return resolve_prompts(self.settings, self.contexts, self.model.teacher_context(self.settings))
 
     def fill_cache(self, folder: Path, accelerator: Any) -> None:
         held, fingerprint = self.prior.trained, encoders_fingerprint(self.folder)
@@ -144,4 +148,4 @@ def prepare_run(model: Model, arguments: list[str]) -> PreparedRun:
         load_text_encoder=partial(load_text_encoder, model, settings.model, folder, dtype),
         device=torch.device("cpu"),
     )
-    return PreparedRun(settings, data, pipeline, folder, text_config, conditioning, contexts)
+    return PreparedRun(model, settings, data, pipeline, folder, text_config, conditioning, contexts)

@@ -9,14 +9,13 @@ from PIL import Image, ImageOps
 from transformers import AutoConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLVisionModel
 
-from dopsd.contexts import Contexts, Encoding, check_prompts, summarize
+from dopsd.contexts import Contexts, Encoding, summarize
 from dopsd.data.buckets import Example, crop_image
 from dopsd.data.images import read_image
 from dopsd.data.order import Sample
 from dopsd.data.training_data import Crop
 from dopsd.errors import InputError
-from dopsd.gallery import drawn_prompts
-from models import EVERY_CONTEXT, ONE_MODEL, SLOW, WITH_VLM
+from models import EVERY_CONTEXT, ONE_MODEL, SLOW
 from short_runs import context_tensors, one_process, same_tensors
 from tiny_vlm import make_tiny_vlm
 
@@ -203,54 +202,6 @@ def test_an_encoding_that_is_not_finite_is_refused(dtype, advice):
         contexts.encode(Encoding(NotFinite(), "a ball"))
     with pytest.raises(InputError, match=f"^7.png: its encoding is not finite; {advice}$"):
         contexts.encode(Encoding(NotFinite(), "a ball", Crop(0, False)))
-
-
-# Prompts that would be cut
-
-
-def problem_of(run) -> str:
-    with pytest.raises(InputError) as caught:
-        check_prompts(run.contexts, drawn_prompts(run.settings.validation, run.prior), run.settings.teacher)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@EVERY_CONTEXT
-def test_a_caption_that_would_be_cut_is_refused(prepare):
-    message = problem_of(prepare(max_sequence_length=24))
-    assert re.fullmatch(
-        r"0\.png: 'a ball' is \d\d tokens long with the chat template; the limit is 24 \(--max_sequence_length\): "
-        "shorten the caption",
-        message,
-    )
-
-
-@EVERY_CONTEXT
-def test_a_validation_prompt_that_would_be_cut_is_refused(prepare):
-    message = problem_of(prepare(validation_steps=1, validation_prompt=["a ball", "b" * 100]))
-    assert message.startswith("--validation_prompt or --retention_prompts: 'bbb") and message.endswith("shorten it")
-
-
-@ONE_MODEL
-def test_a_teachers_prompt_that_would_be_cut_is_refused(prepare):
-    message = problem_of(prepare(teacher_prompt_suffix="b" * 100))
-    assert message.startswith("0.png, the teacher's prompt: 'a ballb")
-    assert message.endswith("(--max_sequence_length): shorten the caption or --teacher_prompt_suffix")
-
-
-@WITH_VLM
-@pytest.mark.parametrize("pixels", [256 * 256, 10**14])
-def test_a_picture_that_would_be_cut_is_refused(model, prepare, pixels):
-    flag = "teacher_max_sequence_length" if "zimage" in model.script.__name__ else "max_sequence_length"
-    message = problem_of(prepare(**{flag: 64, "vlm_max_pixels": pixels, "vlm_min_pixels": pixels}))
-    assert message.startswith("0.png, the teacher's prompt: 'a ball like this' is ")
-    assert f" tokens long with the picture and the chat template; the limit is 64 (--{flag}): " in message
-    assert message.endswith("or lower --vlm_min_pixels and --vlm_max_pixels")
-
-
-@WITH_VLM
-def test_a_caption_with_a_pictures_placeholder_is_refused(prepare):
-    assert "<|image_pad|>" in problem_of(prepare(instance_prompt="<|image_pad|>"))
 
 
 def test_the_teachers_prompt_is_the_caption_with_the_suffix():

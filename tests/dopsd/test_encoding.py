@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dopsd.context_cache import ContextCache
-from dopsd.contexts import Encoding, announce, batches, check_prompts, in_units
+from dopsd.contexts import Encoding, announce, batches, in_units
 from models import EVERY_CONTEXT, ONE_MODEL, WITH_VLM, ZIMAGE
 from short_runs import one_process
 
@@ -93,7 +93,7 @@ def test_a_prompt_is_tokenized_once(prepare, photos, tmp_path, monkeypatch):
     for encoder in run.conditioning.encoders:
         if encoder.reads_prompt:
             monkeypatch.setattr(encoder, "count_tokens", recorded(encoder))
-    check_prompts(run.contexts, [], run.settings.teacher)
+    run.resolve_prompts()
     run.fill_cache(tmp_path / "cache", one_process())
     assert counted and len(counted) == len({*counted})
 

@@ -13,9 +13,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from command_line import LORA_FILE, same_weights, succeed
-from dopsd.gallery import DrawingFailed, DrawingStopped, Gallery, drawn_prompts, evenly_spaced, relative_drift
+from dopsd.gallery import DrawingFailed, DrawingStopped, Gallery, evenly_spaced, relative_drift
 from dopsd.history import read_history
-from dopsd.prior import PriorPrompts
 from dopsd.settings import RETENTION_PROMPTS, ValidationSettings
 from models import EVERY_CONTEXT, ONE_MODEL, SLOW, both_models, every_context
 from short_runs import one_process
@@ -180,6 +179,17 @@ def test_retention_is_the_relative_distance_of_stock_latents(train, model, tmp_p
     assert history[-1]["retention"] > 0.01
 
 
+@ONE_MODEL
+def test_a_run_whose_retention_prompts_do_not_fit_measures_no_retention(train, tmp_path):
+    flags = {"max_sequence_length": 40, "teacher_prompt_suffix": "", "validation_steps": 2, "num_validation_images": 1}
+    log = succeed(train(**flags, trigger_word=["ball=box"])).log
+    assert "so retention is not measured" in log and " failed (" not in log
+    assert {path.name for path in tmp_path.glob("run/*.png")} == {
+        *("preview.png", "validation-2.png", "rollout-2.png", "story.png", "curves.png")
+    }
+    assert not [key for line in read_history(tmp_path / "run") for key in line if "retention" in key]
+
+
 def test_relative_drift():
     base = torch.tensor([[[0.0, 0.0]], [[3.0, 4.0]], [[6.0, 8.0]]])  # distances 5, 5 and 10
     moved = base + torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]], [[0.0, 1.0]]])
@@ -195,15 +205,6 @@ def test_evenly_spaced_items():
     assert evenly_spaced([1, 2, 3], 4) == [1, 2, 3]
     assert evenly_spaced(list(range(10)), 4) == [0, 3, 6, 9]
     assert evenly_spaced([1, 2, 3, 4, 5], 2) == [1, 5]
-
-
-def test_nothing_is_drawn_without_validation():
-    settings = {"validation_prompt": ["a"], "retention_prompts": ["b", "c"]}
-    assert drawn_prompts(ValidationSettings(**settings, validation_steps=0), PriorPrompts(held_out="x")) == []
-    assert drawn_prompts(ValidationSettings(**settings), PriorPrompts()) == ["a", "b", "c"]
-    assert drawn_prompts(
-        ValidationSettings(**settings, final_validation_prompt="d"), PriorPrompts(held_out="h", no_word="n")
-    ) == ["a", "d", "b", "c", "h", "n"]
 
 
 @both_models(quick="zimage")

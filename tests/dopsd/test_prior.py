@@ -129,11 +129,29 @@ def test_what_is_to_be_learned_is_not_held(caplog):
 
 def test_a_retention_prompt_that_is_held_is_a_warning(caplog):
     make(trigger_word=["sks"], class_prompt=[RETENTION_PROMPTS[1]])
-    assert "--retention_prompts: 'a bowl of" in caplog.text and "(prompts affected: 1)" in caplog.text
+    assert "--retention_prompts: the default prompt 'a bowl of" in caplog.text
+    assert "is held by prior preservation (--class_prompt), so" in caplog.text
+    assert "give others (prompts affected: 1)" in caplog.text
+    caplog.clear()
+    make(retention_prompts=["a cat", "a dog"], class_prompt=["a cat"])
+    assert "--retention_prompts: 'a cat' is held by prior preservation" in caplog.text
 
 
-def test_own_prompts_that_are_too_long_are_left_out_and_the_users_refused(tmp_path):
+def test_a_default_prompt_that_is_to_be_learned_is_named_with_the_flag_that_replaces_it(caplog, tmp_path):
+    own = read_prompts(None)[0]
+    make([own], trigger_word=None)
+    assert f"--prior_prompts, one of the default prompts: {own[:9]!r}"[:-1] in caplog.text
+    caplog.clear()
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na fish")
+    make(["a cat"], prior_prompts=str(tmp_path / "prompts.txt"))
+    assert "--prior_prompts: 'a cat' is what is to be learned, so it is not held" in caplog.text
+
+
+def test_own_prompts_that_are_too_long_are_left_out_and_the_users_refused(tmp_path, caplog):
+    caplog.set_level("INFO")
     prompts = make(trigger_word=["sks"], longest=20)
+    num_left_out = sum(len(prompt) > 20 for prompt in read_prompts(None))
+    assert f"--prior_prompts: {num_left_out} of the 102 default prompts are longer than the text limit" in caplog.text
     assert prompts.unrelated and all(len(prompt) <= 20 for prompt in prompts.trained)
     path = tmp_path / "prompts.txt"
     path.write_text("a house\n" + "b" * 30)
