@@ -146,8 +146,8 @@ def write_card(
         base_model: hub id, or a folder, of which only the last part is shown.
         instance_prompt: caption of all training pictures, if they share one.
         gallery: (prompt, path of the image relative to the folder, such as "images/validation_0.png").
-        settings: flag without dashes -> value. Must contain `num_inference_steps`. Left out are None, False
-            unless it is on by default, hub flags, tokens, folders and paths.
+        settings: flag without dashes -> value. Must contain `num_inference_steps` and the size of validation images.
+            Left out are None, False unless it is on by default, hub flags, tokens, folders and paths.
         retention: last measured retention, as defined in `measured`, or None.
 
     Returns:
@@ -239,6 +239,8 @@ def usage(
         f"pipe.load_lora_weights({quoted(target)})",
         "image = pipe(",
         f"    prompt={quoted(prompt)},",
+        f"    height={settings['validation_height']},",
+        f"    width={settings['validation_width']},",
         f"    num_inference_steps={settings['num_inference_steps']},",
         f"    guidance_scale={info.guidance_scale},",
         *(f"    {name}={value}," for name, value in values.items() if value != defaults[name]),

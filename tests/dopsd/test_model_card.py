@@ -36,6 +36,9 @@ DIFFICULT_PROMPTS = [
 ]
 
 
+SIZE = {"validation_height": 768, "validation_width": 1024}
+
+
 def write(folder: Path, **changed) -> ModelCard:
     """Writes a card and parses it like the Hub."""
     arguments = {
@@ -47,7 +50,9 @@ def write(folder: Path, **changed) -> ModelCard:
         "settings": {"num_inference_steps": 4, "max_sequence_length": 512, "learning_rate": 2e-5},
         "retention": 0.1234,
     }
-    path = write_card(folder, **(arguments | changed))
+    arguments |= changed
+    arguments["settings"] = SIZE | arguments["settings"]
+    path = write_card(folder, **arguments)
     assert path == folder / "README.md"
     return ModelCard.load(path)
 
@@ -164,6 +169,8 @@ def test_secrets_and_paths_are_not_on_the_card(tmp_path):
     assert TOKEN not in str(card) and "private" not in str(card)
     rows = re.findall(r"^\| `--(\w+)` \| (.*) \|$", card.text, re.MULTILINE)
     assert rows == [
+        ("validation_height", "768"),
+        ("validation_width", "1024"),
         ("num_inference_steps", "4"),
         ("dataset_name", r"my\_pictures"),
         ("init_lora", "someone/earlier-lora"),
@@ -192,7 +199,7 @@ def test_any_prompt_is_kept_and_cannot_break_the_card(tmp_path, prompt):
     ]
     # The table continues after the prompt, and each of its rows has two cells.
     rows = re.findall(r"^\| `--\w+`.*$", card.text, re.MULTILINE)
-    assert len(rows) == 4 and "--rank" in rows[-1]
+    assert len(rows) == len(SIZE) + 4 and "--rank" in rows[-1]
     assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3 for row in rows)
     assert prompt_of(card) == prompt
 
@@ -217,7 +224,8 @@ def test_escape_gives_one_line_without_markup():
 
 def test_the_example_passes_what_differs_from_the_defaults(tmp_path):
     usual = {"num_inference_steps": 4, "max_sequence_length": 512, "text_encoder_out_layers": [9, 18, 27]}
-    expected = {"prompt": "a photo of sks corgi", "num_inference_steps": 4, "guidance_scale": 1.0}
+    expected = {"prompt": "a photo of sks corgi", "height": 768, "width": 1024}
+    expected |= {"num_inference_steps": 4, "guidance_scale": 1.0}
     assert pipe_arguments(write(tmp_path, settings=usual)) == expected
     other = {"num_inference_steps": 8, "max_sequence_length": 128, "text_encoder_out_layers": [1, 2, 3]}
     assert pipe_arguments(write(tmp_path, settings=other)) == expected | other
@@ -241,7 +249,8 @@ def test_card_of_z_image(tmp_path):
     card = write(tmp_path, info=ZIMAGE, base_model="Tongyi-MAI/Z-Image-Turbo", settings=settings)
     assert card.data.license == "apache-2.0" and card.data.base_model == "Tongyi-MAI/Z-Image-Turbo"
     assert "z-image" in card.data.tags and "flux2" not in card.data.tags
-    expected = {"prompt": "a photo of sks corgi", "num_inference_steps": 8, "guidance_scale": 0.0}
+    expected = {"prompt": "a photo of sks corgi", "height": 768, "width": 1024}
+    expected |= {"num_inference_steps": 8, "guidance_scale": 0.0}
     assert pipe_arguments(card) == expected
     assert 'ZImagePipeline.from_pretrained("Tongyi-MAI/Z-Image-Turbo", dtype=torch.bfloat16)' in card.text
     assert "| `--vlm_model_name_or_path` | Qwen3-VL-4B |" in card.text
