@@ -1,6 +1,6 @@
 """What a run draws and when: preview, validation, rollout, retention, and the story of the whole run."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +39,7 @@ logger = get_logger(__name__)
 
 NUM_PREVIEW_PICTURES = 4
 MAX_STORY_COLUMNS = 4  # besides the base model's
+MAX_STORY_ROWS = 6
 
 Row = tuple[str, list[Image.Image | None]]  # a label, and one image per column
 Subject = tuple[str, int]  # a prompt and a seed
@@ -69,10 +70,13 @@ class Sheet:
     columns: list[str]
     rows: list[Row]
     note: str
+    accent_columns: Collection[int] = ()
+    accent_rows: Collection[int] = ()
 
     def draw(self) -> Image.Image:
         rows = [(label, [*map(Cell, images)]) for label, images in self.rows]
-        return contact_sheet(self.title, self.columns, rows, note=self.note)
+        accents = {"accent_columns": self.accent_columns, "accent_rows": self.accent_rows}
+        return contact_sheet(self.title, self.columns, rows, note=self.note, **accents)
 
 
 class Gallery:
@@ -111,6 +115,7 @@ class Gallery:
         # Without retention prompts there is nothing to compare the extra ones' drift with.
         self.extra_prompts = prior.drawn if self.settings.retention_prompts else {}
         self.num_rollout_steps = settings.distillation.num_rollout_steps
+        self.loss_space = settings.distillation.loss_space
         self.last_step = settings.training.max_train_steps
         self.accelerator, self.pipeline, self.roles, self.contexts = accelerator, pipeline, roles, contexts
         self.data = contexts.data
@@ -333,6 +338,7 @@ class Gallery:
             [f"seed {seed}" for seed in seeds],
             rows,
             "A column starts from the same noise. Look for your subject, and for edges as sharp as the base's.",
+            accent_rows=range(1, len(rows), 2),
         )
         self.write(f"validation-{step}", step, sheet)
 
@@ -359,7 +365,9 @@ class Gallery:
             f"After training step {step}: the clean picture implied at each visited state, noisiest first",
             headings,
             [("student", students), ("teacher", teachers)],
-            f"Caption: {self.data.caption(self.shown[0])}. The loss is the distance between the two rows.",
+            f'Caption: "{self.data.caption(self.shown[0])}". The loss is the distance between the two rows'
+            + (", divided by sigma." if self.loss_space == "velocity" else "."),
+            accent_rows=[0],
         )
         self.write(f"rollout-{step}", step, sheet)
 
@@ -390,12 +398,14 @@ class Gallery:
             f"retention/{name}": value for name, value in zip(self.extra_prompts, moved[num_retained:], strict=True)
         }
         labels = [f"{name.replace('_', ' ')}: {prompt}" for name, prompt in self.extra_prompts.items()]
+        not_counted = f" The last {len(labels)} prompts are not part of this figure." if labels else ""
         sheet = Sheet(
             f"After training step {step}: prompts that should look as before, retention {figures['retention']:.3f}",
             [*self.settings.retention_prompts, *labels],
             [("base", [drawing.image for drawing in bases]), ("student", [drawing.image for drawing in students])],
             "A column starts from the same noise. Retention 0: drawn as before. 1: as unlike the base's picture as "
-            "another prompt's picture is.",
+            f"another prompt's picture is.{not_counted}",
+            accent_rows=[1],
         )
         self.write(f"retention-{step}", step, sheet)
         return figures
@@ -408,6 +418,8 @@ class Gallery:
         self.write_report(self.last_step, "finished")
 
     def story_sheets(self) -> list[Sheet]:
+        """Some of the validations and some of the prompts, so that the story fits a screen's width and is not long."""
+        prompts, retained = story_subjects(self.settings.validation_prompt, self.settings.retention_prompts)
         steps = evenly_spaced(sorted({step for step, *_ in self.story}), MAX_STORY_COLUMNS)
         columns = ["base", *(f"after step {step}" for step in steps)]
 
@@ -421,8 +433,9 @@ class Gallery:
             f"{self.folder.name}: {self.last_step} training steps, drawn in {self.settings.num_inference_steps} "
             "sampling steps",
             columns,
-            [row(prompt, 0) for prompt in self.settings.validation_prompt],
+            [row(*subject) for subject in prompts],
             "Validation prompts. Each row starts from the same noise.",
+            accent_columns=[len(steps)],
         )
         crops = [self.data.cropped(Crop(sample.example, sample.flip)) for sample in self.shown]
         pictures = [picture for picture in crops if picture is not None]
@@ -430,13 +443,21 @@ class Gallery:
         retention = Sheet(
             "Prompts that have nothing to do with the training",
             columns,
-            [row(prompt, seed) for seed, prompt in enumerate(self.settings.retention_prompts)],
+            [row(*subject) for subject in retained],
             "These should stay as the base draws them.",
+            accent_columns=[len(steps)],
         )
         return [validation, *([training] if pictures else []), *([retention] if retention.rows else [])]
 
 
-def evenly_spaced(items: list[int], count: int) -> list[int]:
+def story_subjects(prompts: list[str], retention_prompts: list[str]) -> tuple[list[Subject], list[Subject]]:
+    """Validation and retention prompts for at most `MAX_STORY_ROWS` rows, half of them for either if both are many."""
+    retained = [(prompt, seed) for seed, prompt in enumerate(retention_prompts)]
+    retained = evenly_spaced(retained, max(MAX_STORY_ROWS // 2, MAX_STORY_ROWS - len(prompts)))
+    return evenly_spaced([(prompt, 0) for prompt in prompts], MAX_STORY_ROWS - len(retained)), retained
+
+
+def evenly_spaced(items: list[Result], count: int) -> list[Result]:
     """At most `count` of the items, the first and the last among them."""
     if len(items) <= count:
         return items

@@ -1,7 +1,9 @@
 """Contact sheets of images, and plots of a run's metrics. All lengths are in pixels."""
 
+import math
 import unicodedata
 from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,12 +14,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .output import replacing
 
 
 PAPER, INK, FAINT, RULE, EMPTY = "#ffffff", "#1d2433", "#5b6475", "#c9ced8", "#f1f3f6"
+ACCENT = "#d9480f"
+SCREEN_PIXELS = 1600  # no sheet is wider, unless a single cell is
+CELL_PIXELS, CELLS_OF_FIVE, CELLS_OF_AN_OVERVIEW = 320, 288, 192
 MAX_LABEL_LINES, MAX_HEADING_LINES, MAX_CAPTION_LINES = 4, 3, 2
 SMALLEST_FONT = 12
 # Key in the history, label, colour.
@@ -43,47 +48,136 @@ class Cell:
     caption: str = ""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Fonts and lengths of a contact sheet whose images fit into squares of this side."""
+
+    cell_pixels: int
+
+    @property
+    def gap(self) -> int:
+        """Between two cells."""
+        return self.cell_pixels // 16
+
+    @property
+    def margin(self) -> int:
+        return self.cell_pixels // 8
+
+    @property
+    def frame(self) -> int:
+        """Thickness of the frame around each cell, which is visible around those that stand out."""
+        return max(1, self.gap // 4)
+
+    @property
+    def font_size(self) -> int:
+        return max(SMALLEST_FONT, self.cell_pixels // 18)
+
+    def font(self, *, bold: bool = False, scale: float = 1) -> ImageFont.FreeTypeFont:
+        return load_font("DejaVuSans-Bold" if bold else "DejaVuSans", max(SMALLEST_FONT, int(self.font_size * scale)))
+
+    def width(self, num_columns: int) -> int:
+        return num_columns * (self.cell_pixels + self.gap) - self.gap
+
+    def columns_within(self, pixels: int) -> int:
+        """How many columns, at least one, a sheet of this width has room for."""
+        return max(1, (pixels - 2 * self.margin + self.gap) // (self.cell_pixels + self.gap))
+
+    def beside(self, framed: list[Image.Image]) -> Image.Image:
+        """The cells of a row, each with its frame."""
+        return beside(framed, self.gap - 2 * self.frame)
+
+    def indented(self, block: Image.Image) -> Image.Image:
+        """With blank frames on the left and right, as what is above and below framed images."""
+        return ImageOps.expand(block, (self.frame, 0), PAPER)
+
+    def captions(self, texts: list[str], font: ImageFont.FreeTypeFont, max_lines: int, inks: list[str]) -> Image.Image:
+        """A row of centred texts, one per cell."""
+        return self.beside(
+            [
+                self.indented(text_block(text, font, self.cell_pixels, max_lines, align="center", ink=ink))
+                for text, ink in zip(texts, inks, strict=True)
+            ]
+        )
+
+    def images(self, cells: list[Cell], are_framed: list[bool]) -> Image.Image:
+        """A row of images, each centred in its cell. The row is as tall as the tallest image."""
+        images = [fit(cell.image, self.cell_pixels) if cell.image else None for cell in cells]
+        height = max((image.height for image in images if image), default=self.cell_pixels)
+        framed = []
+        for image, is_framed in zip(images, are_framed, strict=True):
+            block = Image.new("RGB", (self.cell_pixels, height), PAPER if image else EMPTY)
+            block = ImageOps.expand(block, self.frame, PAPER)
+            if image:
+                image = ImageOps.expand(image, self.frame, ACCENT if is_framed else PAPER)
+                block.paste(image, ((block.width - image.width) // 2, (block.height - image.height) // 2))
+            framed.append(block)
+        return self.beside(framed)
+
+
 def contact_sheet(
-    title: str, columns: list[str], rows: list[tuple[str, list[Cell]]], *, note: str = "", cell_pixels: int = 320
+    title: str,
+    columns: list[str],
+    rows: list[tuple[str, list[Cell]]],
+    *,
+    note: str = "",
+    cell_pixels: int | None = None,
+    accent_columns: Collection[int] = (),
+    accent_rows: Collection[int] = (),
 ) -> Image.Image:
     """A table of images that are compared within each row.
 
     Args:
         title: at the top, in a larger font.
-        columns: one heading per column.
+        columns: one heading per column. Columns for which `SCREEN_PIXELS` have no room continue below the others.
         rows: (label, one cell per column). The label, often a prompt, is above its images and can use the full width
             of the sheet. It is cut to four lines.
         note: at the bottom, explains how to read the sheet. It is wrapped, and its line breaks are kept.
         cell_pixels: side of the square that each image is fitted into (see `fit`). Fonts and margins scale with it.
+            Default: see `default_cell_pixels`.
+        accent_columns, accent_rows: indices of those that stand out, by frames and a coloured heading or label.
 
     Returns:
         An RGB image as large as its contents.
     """
-    gap, margin = cell_pixels // 16, cell_pixels // 8
-    width = len(columns) * (cell_pixels + gap) - gap
-    font_size = max(SMALLEST_FONT, cell_pixels // 18)
-    regular, bold = load_font("DejaVuSans", font_size), load_font("DejaVuSans-Bold", font_size)
-    small = load_font("DejaVuSans", max(SMALLEST_FONT, font_size * 5 // 6))
-    title_font = load_font("DejaVuSans-Bold", font_size * 8 // 5)
-    rule = Image.new("RGB", (width, 1), RULE)
-
-    headings = [text_block(heading, bold, cell_pixels, MAX_HEADING_LINES, align="center") for heading in columns]
-    blocks = [text_block(title, title_font, width, MAX_HEADING_LINES), beside(headings, gap)]
+    layout = Layout(cell_pixels or default_cell_pixels(len(columns)))
     for label, cells in rows:
         assert len(cells) == len(columns), f"row {label!r}: {len(cells)} cells for {len(columns)} columns"
-        captions = [
-            text_block(cell.caption, small, cell_pixels, MAX_CAPTION_LINES, align="center", ink=FAINT)
-            for cell in cells
-        ]
-        images = stack([image_row(cells, cell_pixels, gap), beside(captions, gap)], gap // 3)
-        blocks += [rule, stack([text_block(label, regular, width, MAX_LABEL_LINES), images], gap // 2)]
-    if note:
-        blocks += [rule, text_block(note, small, width, ink=FAINT)]
+    num_bands = math.ceil(len(columns) / layout.columns_within(SCREEN_PIXELS))
+    band = math.ceil(len(columns) / num_bands)
+    width = layout.width(band)
+    small = layout.font(scale=5 / 6)
 
-    content = stack(blocks, gap * 3 // 4)
-    sheet = Image.new("RGB", (width + 2 * margin, content.height + 2 * margin), PAPER)
-    sheet.paste(content, (margin, margin))
+    def text(text: str, font: ImageFont.FreeTypeFont, max_lines: int | None = None, ink: str = INK) -> Image.Image:
+        return layout.indented(text_block(text, font, width, max_lines, ink=ink))
+
+    rule = layout.indented(Image.new("RGB", (width, 1), RULE))
+    blocks = [text(title, layout.font(bold=True, scale=8 / 5), MAX_HEADING_LINES)]
+    for first in range(0, len(columns), band):
+        places = range(first, min(first + band, len(columns)))
+        if first:
+            blocks.append(Image.new("RGB", (width, layout.gap), PAPER))
+        inks = [ACCENT if place in accent_columns else INK for place in places]
+        headings = [columns[place] for place in places]
+        blocks.append(layout.captions(headings, layout.font(bold=True), MAX_HEADING_LINES, inks))
+        for number, (label, cells) in enumerate(rows):
+            is_accented, shown = number in accent_rows, [cells[place] for place in places]
+            images = layout.images(shown, [is_accented or place in accent_columns for place in places])
+            texts = [cell.caption for cell in shown]
+            captions = layout.captions(texts, small, MAX_CAPTION_LINES, [FAINT] * len(texts))
+            above = text(label, layout.font(bold=is_accented), MAX_LABEL_LINES, ACCENT if is_accented else INK)
+            blocks += [rule, stack([above, stack([images, captions], layout.gap // 3)], layout.gap // 2)]
+    if note:
+        blocks += [rule, text(note, small, ink=FAINT)]
+
+    content = stack(blocks, layout.gap * 3 // 4)
+    sheet = Image.new("RGB", (width + 2 * layout.margin, content.height + 2 * layout.margin), PAPER)
+    sheet.paste(content, (layout.margin - layout.frame, layout.margin))
     return sheet
+
+
+def default_cell_pixels(num_columns: int) -> int:
+    """Side of the cells of a sheet: large, but more than eight columns make an overview."""
+    return CELLS_OF_AN_OVERVIEW if num_columns > 8 else CELLS_OF_FIVE if num_columns == 5 else CELL_PIXELS
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:
@@ -97,19 +191,6 @@ def fit(image: Image.Image, side: int) -> Image.Image:
         return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
     image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
     return image
-
-
-def image_row(cells: list[Cell], cell_pixels: int, gap: int) -> Image.Image:
-    """The images of the cells, each centred in its cell. The row is as tall as the tallest image."""
-    images = [fit(cell.image, cell_pixels) if cell.image else None for cell in cells]
-    height = max((image.height for image in images if image), default=cell_pixels)
-    blocks = []
-    for image in images:
-        block = Image.new("RGB", (cell_pixels, height), PAPER if image else EMPTY)
-        if image:
-            block.paste(image, ((cell_pixels - image.width) // 2, (height - image.height) // 2))
-        blocks.append(block)
-    return beside(blocks, gap)
 
 
 def stack(blocks: list[Image.Image], gap: int) -> Image.Image:
@@ -219,9 +300,10 @@ def plot_curves(history: list[dict], path: Path, *, title: str) -> None:
     draw_losses(loss_axes, history)
     draw_cosines(cosine_axes, history)
     draw_retention(retention_axes, history)
-    retention_axes.set_xlabel(
-        f"optimizer step\n(more than {SMOOTH_FROM} points: losses and cosines are moving means over 4 % of them)"
-    )
+    plotted = {key for row in history for key in row if key.startswith(("loss", "cosine", "prior_loss"))}
+    is_smoothed = any(len(series(history, key)[0]) > SMOOTH_FROM for key in plotted)
+    smoothing = f"\n(losses and cosines of more than {SMOOTH_FROM} points are moving means over 4 % of them)"
+    retention_axes.set_xlabel("optimizer step" + smoothing * is_smoothed)
     retention_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     retention_axes.margins(x=0.02)
     for axes in (loss_axes, cosine_axes, retention_axes):

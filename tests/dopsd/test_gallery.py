@@ -13,9 +13,18 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from command_line import LORA_FILE, same_weights, succeed
-from dopsd.gallery import DrawingFailed, DrawingStopped, Gallery, evenly_spaced, relative_drift
+from dopsd.gallery import (
+    Drawing,
+    DrawingFailed,
+    DrawingStopped,
+    Gallery,
+    evenly_spaced,
+    relative_drift,
+    story_subjects,
+)
 from dopsd.history import read_history
 from dopsd.settings import RETENTION_PROMPTS, ValidationSettings
+from dopsd.sheets import CELLS_OF_FIVE, SCREEN_PIXELS
 from models import EVERY_CONTEXT, ONE_MODEL, SLOW, both_models, every_context
 from short_runs import one_process
 
@@ -51,9 +60,9 @@ def place(sheet: Path, image: Image.Image, cell_pixels: int = 320) -> tuple[int,
     return None
 
 
-def are_in_a_row(sheet: Path, *images: Image.Image) -> bool:
+def are_in_a_row(sheet: Path, *images: Image.Image, cell_pixels: int = 320) -> bool:
     """Whether all are on the sheet, at one height, from left to right."""
-    places = [place(sheet, image) for image in images]
+    places = [place(sheet, image, cell_pixels) for image in images]
     return None not in places and len({top for top, _ in places}) == 1 and places == sorted(places)
 
 
@@ -136,7 +145,7 @@ def test_the_story_of_many_validations_spans_the_run(train, model, tmp_path):
         stock = model.pipeline()
         stock.load_lora_weights(tmp_path / f"run/checkpoint-{step}")
         images.append(model.draw(stock, "a ball", 0))
-    assert are_in_a_row(tmp_path / "run/story.png", *images)
+    assert are_in_a_row(tmp_path / "run/story.png", *images, cell_pixels=CELLS_OF_FIVE)
     last = model.draw(stock, "a box", 0)
     assert place(tmp_path / "run/validation-6.png", last)
     heights = [Image.open(tmp_path / f"run/validation-{step}.png").height for step in (1, 5, 6)]
@@ -155,6 +164,42 @@ def test_images_have_the_validation_size(train, tmp_path, model):
     succeed(train(validation_steps=2, num_validation_images=1, validation_height=64, validation_width=96))
     drawn = model.draw(model.pipeline(), "a ball", 0, height=64, width=96)
     assert drawn.size == (96, 64) and place(tmp_path / "run/validation-2.png", drawn)
+
+
+@pytest.mark.parametrize(
+    ("num_validation", "num_retention", "shown", "retained"),
+    [
+        (2, 4, [0, 1], [0, 1, 2, 3]),
+        (1, 40, [0], [0, 10, 20, 29, 39]),
+        (20, 40, [0, 10, 19], [0, 20, 39]),
+        (20, 2, [0, 6, 13, 19], [0, 1]),
+        (20, 0, [0, 4, 8, 11, 15, 19], []),
+    ],
+)
+def test_a_story_of_many_prompts_shows_some_of_each_kind(num_validation, num_retention, shown, retained):
+    asked, kept = [f"v {n}" for n in range(num_validation)], [f"r {n}" for n in range(num_retention)]
+    validation, retention = story_subjects(asked, kept)
+    assert validation == [(f"v {n}", 0) for n in shown]
+    assert retention == [(f"r {n}", n) for n in retained]
+
+
+def test_a_long_story_fits_a_screens_width_and_its_last_column_stands_out():
+    prompts, retained, steps = [f"v {n}" for n in range(9)], [f"r {n}" for n in range(40)], range(250, 3001, 250)
+    subjects = [*((prompt, 0) for prompt in prompts), *((prompt, seed) for seed, prompt in enumerate(retained))]
+    picture = Image.new("RGB", (1024, 1024))
+    gallery = object.__new__(Gallery)
+    gallery.settings = ValidationSettings(validation_prompt=prompts, retention_prompts=retained)
+    gallery.story = {(step, *subject): picture for step in steps for subject in subjects}
+    gallery.base_drawings = {subject: Drawing(None, picture) for subject in subjects}
+    gallery.folder, gallery.last_step, gallery.shown = Path("corgi"), 3000, []
+    sheets = gallery.story_sheets()
+    columns = ["base", *(f"after step {step}" for step in (250, 1250, 2000, 3000))]
+    assert [sheet.columns for sheet in sheets] == [columns, columns]
+    assert [sheet.accent_columns for sheet in sheets] == [[4], [4]]
+    assert sum(len(sheet.rows) for sheet in sheets) == 6
+    images = [sheet.draw() for sheet in sheets]
+    assert {image.width for image in images} <= {*range(SCREEN_PIXELS + 1)}
+    assert sum(image.height for image in images) < 2500
 
 
 # Retention
@@ -188,6 +233,22 @@ def test_a_run_whose_retention_prompts_do_not_fit_measures_no_retention(train, t
         *("preview.png", "validation-2.png", "rollout-2.png", "story.png", "curves.png")
     }
     assert not [key for line in read_history(tmp_path / "run") for key in line if "retention" in key]
+
+
+@pytest.mark.parametrize("extra", [{}, {"held_out": "a cat", "wrong_word": "a kebidu"}])
+def test_the_retention_sheet_says_which_prompts_its_figure_leaves_out(extra):
+    gallery, sheets = object.__new__(Gallery), []
+    gallery.settings = ValidationSettings(retention_prompts=["a", "b"])
+    gallery.extra_prompts, gallery.story = extra, {}
+    gallery.write = lambda name, step, sheet: sheets.append(sheet)
+    picture = Image.new("RGB", (64, 64))
+    bases = [Drawing(torch.full((1, 1), float(number)), picture) for number in range(2 + len(extra))]
+    figures = gallery.write_retention(3, {(f"p{n}", n): (base, base) for n, base in enumerate(bases)})
+    assert figures == {"retention": 0} | {f"retention/{name}": 0 for name in extra}
+    (sheet,) = sheets
+    assert sheet.accent_rows == [1] and [label for label, _ in sheet.rows] == ["base", "student"]
+    assert sheet.columns[2:] == [f"{name.replace('_', ' ')}: {prompt}" for name, prompt in extra.items()]
+    assert sheet.note.endswith(" The last 2 prompts are not part of this figure.") == bool(extra)
 
 
 def test_relative_drift():

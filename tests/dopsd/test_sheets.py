@@ -1,14 +1,27 @@
 """Pixels of contact sheets and plots, also for difficult inputs."""
 
+import math
 import warnings
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageColor
 
-from dopsd.sheets import Cell, contact_sheet, draw_retention, fit, load_font, plot_curves, save_png, smooth, wrap
+from dopsd.sheets import (
+    ACCENT,
+    SMOOTH_FROM,
+    Cell,
+    contact_sheet,
+    draw_retention,
+    fit,
+    load_font,
+    plot_curves,
+    save_png,
+    smooth,
+    wrap,
+)
 
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -28,7 +41,12 @@ DIFFICULT_TEXTS = {
 
 def colour_box(sheet, colour):
     """(left, top, right, bottom) of the pixels of exactly this colour."""
-    rows, columns = np.nonzero((np.asarray(sheet) == colour).all(-1))
+    return box((np.asarray(sheet) == colour).all(-1))
+
+
+def box(mask):
+    """(left, top, right, bottom) of the true elements."""
+    rows, columns = np.nonzero(mask)
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
@@ -130,6 +148,37 @@ def test_many_rows_and_columns():
     cells = [Cell(solid(16, 16, RED), "seed")] * 12
     sheet = contact_sheet("Many", ["column"] * 12, [("a prompt", cells)] * 40, cell_pixels=32)
     assert (np.asarray(sheet) == RED).all(-1).sum() == 40 * 12 * 32 * 32
+
+
+@pytest.mark.parametrize(("count", "across"), [(1, 1), (4, 4), (5, 5), (7, 4), (8, 4), (16, 6), (19, 7), (43, 7)])
+def test_columns_for_which_a_screen_has_no_room_continue_below(count, across):
+    rows = [("base", [Cell(solid(64, 64, RED))] * count), ("student", [Cell(solid(64, 64, BLUE))] * count)]
+    sheet = contact_sheet("Retention", ["a lighthouse on a cliff"] * count, rows, note="A note.")
+    red = (np.asarray(sheet) == RED).all(-1)
+    side = math.isqrt(red.sum() // count)
+    assert sheet.width <= 1600 and side >= 128 and red.sum() == count * side**2
+    assert red.sum(axis=1).max() == across * side  # as many beside each other
+    assert red.any(axis=1).sum() == math.ceil(count / across) * side  # as many below each other
+    assert (np.asarray(sheet) == BLUE).all(-1).sum() == red.sum()
+
+
+def test_an_accent_frames_its_column_or_row_and_covers_no_image():
+    rows = [(label, [Cell(solid(64, 64, RED), "caption")] * 9 + [Cell(None)]) for label in ("base", "student")]
+
+    def accent(**accents):
+        sheet = np.asarray(contact_sheet("Title", [f"column {number}" for number in range(10)], rows, **accents))
+        assert (sheet == RED).all(-1).sum() == 18 * 192**2
+        return (sheet == ImageColor.getrgb(ACCENT)).all(-1)
+
+    assert not accent().any()
+    left, top, right, bottom = box(accent(accent_columns=[1]))
+    frame = 192 + 2 * 3
+    assert right - left == frame and bottom - top > 2 * frame  # two framed images and the heading above them
+    last_band = box(accent(accent_columns=[6]))
+    assert last_band[0] == left and last_band[1] > bottom  # the second column of the second band
+    assert not accent(accent_columns=[9])[: last_band[3], : right + 1].any()
+    row = accent(accent_rows=[1])
+    assert row.any() and row.sum() > 4 * accent(accent_columns=[1]).sum()
 
 
 def test_a_row_with_the_wrong_number_of_cells_is_refused():
@@ -248,6 +297,15 @@ def test_a_long_curve_is_drawn_with_and_without_smoothing(drawn, tmp_path):
     assert raw == [row["loss"] for row in history]
     assert (label, steps) == ("mean", list(range(100)))
     assert smoothed[10:-10] == [2.0] * 80
+
+
+def test_only_smoothed_curves_have_a_note_that_says_so(monkeypatch, tmp_path):
+    labels = []
+    monkeypatch.setattr(Axes, "set_xlabel", lambda axes, label: labels.append(label))
+    for count in (SMOOTH_FROM, SMOOTH_FROM + 1):
+        plot_curves(make_history(count), tmp_path / "curves.png", title="")
+    short, long = filter(None, labels)  # panels that share an axis have blank labels
+    assert short == "optimizer step" and long.startswith("optimizer step\n") and "moving means" in long
 
 
 def test_smooth_equals_values_computed_by_hand():
