@@ -3,7 +3,11 @@
 - `sft`: flow matching on the training pictures, as in diffusers' training scripts.
 - `sft_deployed`: the same, but only at the sigmas that the deployed sampler visits.
 - `sft_teacher`: flow matching on samples of the teacher, which sees the training pictures.
+- `sft_prior`: flow matching on the training pictures and, as in DreamBooth (arXiv 2208.12242), on as many pictures
+  that the base drew beforehand, of the prompts on which D-OPSD's prior preservation holds the student.
 - `off_policy`: D-OPSD's loss at the states of the teacher's trajectory instead of the student's.
+- `one_state`, `one_state_by_norm`: D-OPSD's loss at one state of the student's trajectory, drawn uniformly or in
+  proportion to the norm of its gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +19,19 @@ import torch
 from diffusers.optimization import get_scheduler
 from PIL import Image
 
+from benchmarks.miniature import world
 from benchmarks.miniature.methods import SharedSettings
+from dopsd.data.order import place_seed
 from dopsd.roles import StudentTeacherLoRA
-from dopsd.rollout import Schedule, VelocityFunction, distillation_loss, euler_step, few_step_sample, seeded_noise
+from dopsd.rollout import (
+    Schedule,
+    VelocityFunction,
+    distillation_loss,
+    euler_step,
+    few_step_sample,
+    rollout,
+    seeded_noise,
+)
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline, KleinContext
 
 
@@ -46,6 +60,36 @@ class EncodedPictures:
             KleinContext(self.teacher.prompt_embeds[indices], (references[indices],)),
             self.x0[indices],
         )
+
+
+@dataclass(frozen=True)
+class PriorPictures:
+    """N pictures that the base drew.
+
+    Attributes:
+        context: encoded prompts.
+        x0: (N, C, h, w), latents.
+    """
+
+    context: KleinContext
+    x0: torch.Tensor
+
+    def draw(self, count: int, generator: torch.Generator) -> "PriorPictures":
+        indices = torch.randint(len(self.x0), (count,), generator=generator)
+        return PriorPictures(KleinContext(self.context.prompt_embeds[indices]), self.x0[indices])
+
+
+@torch.no_grad()
+def draw_prior_pictures(
+    pipeline: Flux2KleinDOPSDPipeline, prompts: list[str], schedule: Schedule, *, max_sequence_length: int, seed: int
+) -> PriorPictures:
+    """One picture for each prompt. The pipeline must be the base model's."""
+    context = pipeline.encode_student(prompts, max_sequence_length=max_sequence_length)
+    seeds = [place_seed(seed, "prior pictures", str(index)) for index in range(len(prompts))]
+    noise = seeded_noise(pipeline.latent_shape(world.SIDE, world.SIDE), seeds)
+    return PriorPictures(
+        context, few_step_sample(partial(pipeline.predict_velocity, context=context), noise, schedule)
+    )
 
 
 def encode_pictures(
@@ -104,6 +148,49 @@ def off_policy_losses(
         latents = euler_step(latents, velocity, sigma, next_sigma)
 
 
+class StateSampler:
+    """Draws the state to train on.
+
+    If states are drawn in proportion to the norms of their gradients, and weighted so that the mean is right, the
+    variance is the least. The norms are a running mean; every state keeps a quarter of its uniform share.
+
+    Args:
+        num_states: K.
+        by_norm: False for a uniform choice.
+    """
+
+    def __init__(self, num_states: int, *, by_norm: bool):
+        self.norms, self.seen, self.by_norm = torch.zeros(num_states), torch.zeros(num_states), by_norm
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """(K,), uniform until every state has been seen."""
+        uniform = torch.full_like(self.norms, 1 / len(self.norms))
+        if not self.by_norm or not self.seen.all():
+            return uniform
+        return 0.25 * uniform + 0.75 * self.norms / self.norms.sum()
+
+    def draw(self, generator: torch.Generator) -> tuple[int, float]:
+        """(state, weight): the weighted loss is the mean loss of all states on average."""
+        probabilities = self.probabilities
+        index = int(torch.multinomial(probabilities, 1, generator=generator))
+        return index, 1 / (len(probabilities) * float(probabilities[index]))
+
+    def observe(self, index: int, norm: float) -> None:
+        """Takes the norm of a gradient of the state's own loss, without a weight."""
+        decay = min(0.9, float(self.seen[index] / (self.seen[index] + 1)))
+        self.norms[index] = decay * self.norms[index] + (1 - decay) * norm
+        self.seen[index] += 1
+
+
+def one_state_loss(
+    student: VelocityFunction, teacher: VelocityFunction, noise: torch.Tensor, schedule: Schedule, index: int
+) -> torch.Tensor:
+    """D-OPSD's x0 loss at one state of the student's trajectory."""
+    (state,) = rollout(student, teacher, noise, schedule, trained=[index])
+    return state.loss
+
+
 def step_losses(
     method: str,
     student: VelocityFunction,
@@ -115,15 +202,14 @@ def step_losses(
     """The losses of one training step: K of them, so that every method sees as many states as D-OPSD.
 
     Args:
-        method: "sft", "sft_deployed", "sft_teacher" or "off_policy".
+        method: "sft", "sft_deployed", "sft_prior", "sft_teacher" or "off_policy".
         x0: (B, C, h, w), latents of the batch's pictures.
     """
     sigmas = None
     if method == "sft_deployed":
         sigmas = schedule.sigmas[:-1]
-    elif method != "sft":
-        seeds = torch.randint(2**62, (len(x0),), generator=generator).tolist()
-        noise = seeded_noise(x0.shape[1:], seeds)
+    elif method not in ("sft", "sft_prior"):
+        noise = drawn_noise(x0, generator)
         if method == "off_policy":
             yield from off_policy_losses(student, teacher, noise, schedule)
             return
@@ -131,6 +217,11 @@ def step_losses(
         x0 = few_step_sample(teacher, noise, schedule)
     for _ in schedule.timesteps:
         yield flow_matching_loss(student, x0, generator, sigmas=sigmas)
+
+
+def drawn_noise(x0: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Noise like `x0`, from seeds that the generator draws."""
+    return seeded_noise(x0.shape[1:], torch.randint(2**62, (len(x0),), generator=generator).tolist())
 
 
 def build_optimizer(
@@ -147,42 +238,67 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def train_baseline(
-    method: str,
-    pipeline: Flux2KleinDOPSDPipeline,
-    roles: StudentTeacherLoRA,
-    pictures: EncodedPictures,
-    schedule: Schedule,
-    settings: SharedSettings,
-    *,
-    num_steps: int,
-    seed: int,
-    should_stop: Callable[[int], bool] | None = None,
-) -> int:
+class BaselineTraining:
     """Trains the student's adapter, with gradients clipped as in `train_dopsd_flux2.py`.
 
     Args:
-        method: see `step_losses`.
+        method: see the module's docstring.
         schedule: the K steps of the deployed sampler.
-        should_stop: called after every step with the number of steps so far.
-
-    Returns:
-        The number of training steps.
+        prior: for "sft_prior".
     """
-    optimizer, scheduler = build_optimizer(roles.student_parameters, settings, num_steps)
-    generator = torch.Generator().manual_seed(seed)
-    batches = batch_indices(len(pictures.x0), settings.train_batch_size, seed)
-    for step, indices in enumerate(islice(batches, num_steps), start=1):
-        batch = pictures.select(indices)
-        student = partial(pipeline.predict_velocity, context=batch.student)
-        teacher = roles.as_teacher(partial(pipeline.predict_velocity, context=batch.teacher))
-        for loss in step_losses(method, student, teacher, batch.x0, schedule, generator):
-            (loss / len(schedule)).backward()
-        torch.nn.utils.clip_grad_norm_(roles.student_parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        roles.update_teacher(settings.ema_decay)
-        if should_stop is not None and should_stop(step):
-            return step
-    return num_steps
+
+    def __init__(
+        self,
+        method: str,
+        pipeline: Flux2KleinDOPSDPipeline,
+        roles: StudentTeacherLoRA,
+        pictures: EncodedPictures,
+        schedule: Schedule,
+        settings: SharedSettings,
+        *,
+        seed: int,
+        prior: PriorPictures | None = None,
+    ):
+        self.method, self.pipeline, self.roles, self.settings = method, pipeline, roles, settings
+        self.pictures, self.schedule, self.prior, self.seed = pictures, schedule, prior, seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sampler = StateSampler(len(schedule), by_norm=method == "one_state_by_norm")
+
+    def train(self, num_steps: int, should_stop: Callable[[int], bool] | None = None) -> int:
+        """Trains for `num_steps` steps, or until `should_stop` says so, which gets the number of steps so far.
+
+        Returns:
+            The number of training steps.
+        """
+        optimizer, scheduler = build_optimizer(self.roles.student_parameters, self.settings, num_steps)
+        batches = batch_indices(len(self.pictures.x0), self.settings.train_batch_size, self.seed)
+        for step, indices in enumerate(islice(batches, num_steps), start=1):
+            self.backpropagate(self.pictures.select(indices))
+            torch.nn.utils.clip_grad_norm_(self.roles.student_parameters, 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            self.roles.update_teacher(self.settings.ema_decay)
+            if should_stop is not None and should_stop(step):
+                return step
+        return num_steps
+
+    def backpropagate(self, batch: EncodedPictures) -> None:
+        student = self.velocity(batch.student)
+        teacher = self.roles.as_teacher(self.velocity(batch.teacher))
+        if self.method.startswith("one_state"):
+            index, weight = self.sampler.draw(self.generator)
+            noise = drawn_noise(batch.x0, self.generator)
+            (one_state_loss(student, teacher, noise, self.schedule, index) * weight).backward()
+            norm = torch.stack([parameter.grad.norm() for parameter in self.roles.student_parameters]).norm()
+            self.sampler.observe(index, float(norm) / weight)
+            return
+        for loss in step_losses(self.method, student, teacher, batch.x0, self.schedule, self.generator):
+            (loss / len(self.schedule)).backward()
+            if self.method == "sft_prior":
+                prior = self.prior.draw(len(batch.x0), self.generator)
+                prior_loss = flow_matching_loss(self.velocity(prior.context), prior.x0, self.generator)
+                (prior_loss / len(self.schedule)).backward()
+
+    def velocity(self, context: KleinContext) -> VelocityFunction:
+        return partial(self.pipeline.predict_velocity, context=context)

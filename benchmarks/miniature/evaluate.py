@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.miniature import world
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
-from benchmarks.miniature.concepts import Concept, concept_task, old_task
+from benchmarks.miniature.concepts import Concept, Renaming, neighbour_task, old_task, wrong_word_task
 from benchmarks.miniature.files import MODEL, check_model
 from benchmarks.miniature.metrics import PictureReader, detail, effective_poses, frechet_distance, object_residual
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
@@ -82,11 +82,14 @@ class Evaluator:
         self.reader = PictureReader(world.all_appearances())
         self.old = old_task(count)
 
-    def load(self, lora: Path | None = None) -> Flux2KleinDOPSDPipeline:
-        """The base model, or the base model with a LoRA."""
+    def load(self, *loras: Path) -> Flux2KleinDOPSDPipeline:
+        """The base model with LoRAs, each at its full strength."""
         pipeline = Flux2KleinDOPSDPipeline.from_pretrained(self.model)
-        if lora is not None:
-            pipeline.load_lora_weights(lora)
+        names = [f"lora_{index}" for index in range(len(loras))]
+        for name, lora in zip(names, loras, strict=True):
+            pipeline.load_lora_weights(lora, adapter_name=name)
+        if loras:
+            pipeline.set_adapters(names)
         return pipeline
 
     @property
@@ -109,13 +112,30 @@ class Evaluator:
         return measure(sample(pipeline, task, num_steps=num_steps), task, self.reader)
 
     def evaluate(
-        self, pipeline: Flux2KleinDOPSDPipeline, concept: Concept, num_steps: int = NUM_STEPS
+        self, pipeline: Flux2KleinDOPSDPipeline, concept: Concept | Renaming, num_steps: int = NUM_STEPS
     ) -> dict[str, dict[str, float]]:
         """Metrics on the concept ("new") and on known objects ("old")."""
         return {
-            "new": self.measure(pipeline, concept_task(concept, self.count), num_steps),
+            "new": self.measure(pipeline, concept.task(self.count), num_steps),
             "old": self.measure(pipeline, self.old, num_steps),
         }
+
+    def evaluate_leaks(
+        self, pipeline: Flux2KleinDOPSDPipeline, concept: Concept | Renaming
+    ) -> dict[str, dict[str, float]]:
+        """Metrics on known objects that are like the concept ("neighbours"), and with other new words ("wrong_words").
+
+        With the latter, "exact" is the share of pictures that show the concept.
+        """
+        metrics = {"neighbours": self.measure(pipeline, neighbour_task(concept, self.count))}
+        if isinstance(concept, Concept):
+            metrics["wrong_words"] = self.measure(pipeline, wrong_word_task(concept, self.count))
+        return metrics
+
+    def evaluate_stack(self, pipeline: Flux2KleinDOPSDPipeline, concepts: list[Concept]) -> dict[str, float]:
+        """Shares of right pictures with the LoRAs of several concepts: the concepts' mean ("exact") and "old"."""
+        new = [self.measure(pipeline, concept.task(self.count))["exact"] for concept in concepts]
+        return {"exact": sum(new) / len(new), "old": self.measure(pipeline, self.old)["exact"]}
 
 
 def parse_args() -> argparse.Namespace:

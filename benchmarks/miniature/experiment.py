@@ -3,7 +3,8 @@
     python -m benchmarks.miniature.experiment --output_dir miniature-results
 
 Run the same command again to continue a stopped experiment: finished runs are kept. `--quick` does one concept, one
-seed and the methods of the first table, and measures fewer pictures. D-OPSD's runs use `train_dopsd_flux2.py` itself.
+seed and some methods of the first table, and measures fewer pictures, no stacks and no times. D-OPSD's runs use
+`train_dopsd_flux2.py` itself.
 """
 
 import os
@@ -16,23 +17,36 @@ from pathlib import Path
 
 from benchmarks.miniature import report
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
-from benchmarks.miniature.concepts import CONCEPTS
+from benchmarks.miniature.concepts import CONCEPTS, MAX_EVAL_COUNT, RENAMING
 from benchmarks.miniature.evaluate import NUM_RETENTION_PROMPTS
 from benchmarks.miniature.files import MODEL, check_model, check_settings, make_folder
 from benchmarks.miniature.methods import (
     ABLATIONS,
+    EQUAL_COST_TABLE,
     FIRST_TABLE,
+    LARGE_EPSILON,
+    LARGE_EPSILON_TABLE,
+    LEARNING_RATE_GRIDS,
     NUM_TRAIN_STEPS,
+    PRIOR_TABLE,
+    QUICK_TABLE,
+    RENAMING_TABLE,
+    SAMPLING_TABLE,
     STEP_TABLE,
+    RunsByMethod,
     all_runs,
+    learning_rate_grid,
     runs_by_method,
 )
-from benchmarks.miniature.runs import Experiment
-from benchmarks.miniature.workers import disable_progress_bars, run_side_by_side
+from benchmarks.miniature.report import Comparison
+from benchmarks.miniature.runs import Experiment, timed_run
+from benchmarks.miniature.workers import Work, disable_progress_bars, run_side_by_side
 from dopsd.errors import InputError
 
 
 SEEDS = (0, 1, 2)
+TUNING_SEED = 3  # of the runs that learning rates are chosen by; not among the seeds that are reported
+RENAMING_TITLE = f"A lesson that prior preservation resists: {RENAMING.word!r} is to mean {RENAMING.meaning!r}"
 EVAL_COUNT, QUICK_EVAL_COUNT = 64, 48
 STEPS_PER_EVALUATION, QUICK_STEPS_PER_EVALUATION = 20, 30
 
@@ -61,7 +75,7 @@ def parse_args() -> argparse.Namespace:
         type=positive_int,
         help="Runs at the same time. Default: one per core; with --quick one on all cores.",
     )
-    parser.add_argument("--quick", action="store_true", help="Only one concept, one seed and the first table.")
+    parser.add_argument("--quick", action="store_true", help="Only one concept, one seed and some methods.")
     args = parser.parse_args()
     if args.output_dir is None:
         args.output_dir = Path("miniature-quick" if args.quick else "miniature-results")
@@ -75,8 +89,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_model(args.model)
-    if args.eval_count < NUM_RETENTION_PROMPTS:
-        raise InputError(f"--eval_count {args.eval_count}: give {NUM_RETENTION_PROMPTS} or more")
+    if not NUM_RETENTION_PROMPTS <= args.eval_count <= MAX_EVAL_COUNT:
+        raise InputError(f"--eval_count {args.eval_count}: give {NUM_RETENTION_PROMPTS} to {MAX_EVAL_COUNT}")
     make_folder(args.output_dir, flag="--output_dir")
     experiment = Experiment(
         model=args.model.resolve(),
@@ -88,15 +102,58 @@ def main() -> None:
     check_settings(args.output_dir, experiment.settings, flag="--output_dir")
     disable_progress_bars()
 
-    concepts, seeds = (CONCEPTS[:1], SEEDS[:1]) if args.quick else (CONCEPTS, SEEDS)
-    first = runs_by_method(FIRST_TABLE, concepts, seeds)
-    ablations = {} if args.quick else runs_by_method(ABLATIONS, concepts[:1], seeds)
-    by_step_count = runs_by_method(STEP_TABLE, concepts[:1], seeds[:1])
+    comparisons = make_comparisons(is_quick=args.quick)
+    by_step_count = runs_by_method(STEP_TABLE, CONCEPTS[:1], SEEDS[:1])
 
     # For the workers and the training script, which read it when they start.
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.num_workers))
-    run_side_by_side(experiment, all_runs(first, ablations), all_runs(by_step_count), args.num_workers)
-    report.write(experiment, first, ablations, by_step_count)
+    run_side_by_side(experiment, make_work(comparisons, by_step_count), args.num_workers)
+    report.write(experiment, comparisons, by_step_count)
+
+
+def make_comparisons(*, is_quick: bool) -> list[Comparison]:
+    """The tables of the report."""
+    if is_quick:
+        return [Comparison("first_table", "First table", QUICK_TABLE, CONCEPTS[:1], SEEDS[:1])]
+    every, one, renaming = (CONCEPTS, SEEDS), (CONCEPTS[:1], SEEDS), ((RENAMING,), SEEDS)
+    on_object = f"concept {CONCEPTS[0].name!r}"
+    return [
+        Comparison("first_table", "First table", FIRST_TABLE, *every, has_stacks=True),
+        Comparison("equal_cost", "At the cost of D-OPSD", EQUAL_COST_TABLE, *every, has_stacks=True),
+        Comparison(
+            "large_epsilon",
+            f"With an epsilon of {LARGE_EPSILON:g}, seed {SEEDS[0]}",
+            LARGE_EPSILON_TABLE,
+            CONCEPTS,
+            SEEDS[:1],
+        ),
+        Comparison("sampling", f"How states are sampled, {on_object}", SAMPLING_TABLE, *one),
+        Comparison("prior", f"Kinds of prior preservation, {on_object}", PRIOR_TABLE, *one),
+        Comparison("renaming", RENAMING_TITLE, RENAMING_TABLE, *renaming),
+        Comparison("ablations", f"Ablations, {on_object}, epsilon {LARGE_EPSILON:g}", ABLATIONS, *one),
+        *(
+            Comparison(
+                f"grid_{epsilon:g}",
+                f"Learning rates with an epsilon of {epsilon:g}, {on_object}, seed {TUNING_SEED}",
+                learning_rate_grid(epsilon),
+                CONCEPTS[:1],
+                (TUNING_SEED,),
+            )
+            for epsilon in LEARNING_RATE_GRIDS
+        ),
+    ]
+
+
+def make_work(comparisons: list[Comparison], by_step_count: RunsByMethod) -> Work:
+    """The runs of the comparisons. Steps are timed of the methods of which stacks are measured."""
+    stacked = [comparison.runs for comparison in comparisons if comparison.has_stacks]
+    stacks = [run for run in all_runs(*stacked) if run.method.is_trained]
+    return Work(
+        runs=all_runs(*(comparison.runs for comparison in comparisons)),
+        stacks=stacks,
+        timed=list({timed_run(run).folder: run for run in stacks}.values()),
+        by_step_count=all_runs(by_step_count),
+    )
 
 
 if __name__ == "__main__":

@@ -23,15 +23,26 @@ from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
 CELL_PIXELS = 128
-# Column of `concept_sheet` -> its heading.
+# Columns of `concept_sheet` and their headings.
 SHEET_COLUMNS = {
     "base": "base\nthe prompt alone",
     "teacher": "teacher\nbase, with a picture",
     "SFT": "SFT\nLoRA; the prompt alone",
     "D-OPSD": "D-OPSD\nLoRA; the prompt alone",
+    "D-OPSD with prior": "D-OPSD with prior\nLoRA; the prompt alone",
     "pictures": "the pictures\n",
 }
-PLOT_COLUMNS = ("concept", "detail", "places", "old: exact", "old: detail", "retention")
+# Columns of `plot` and what is good.
+PLOT_COLUMNS = {
+    "concept": "higher is better",
+    "detail": "real pictures: 1",
+    "places": "higher is better",
+    "old: exact": "higher is better",
+    "old: detail": "real pictures: 1",
+    "neighbours": "higher is better",
+    "wrong words": "lower is better",
+    "forwards": "cost",
+}
 
 
 def plot(results: dict[str, list[dict]], base: dict, path: Path) -> None:
@@ -42,7 +53,7 @@ def plot(results: dict[str, list[dict]], base: dict, path: Path) -> None:
         base: a result of the base model.
     """
     fig, all_axes = plt.subplots(
-        1, len(PLOT_COLUMNS), figsize=(15, 1.3 + 0.36 * len(results)), layout="constrained", sharey=True
+        1, len(PLOT_COLUMNS), figsize=(18, 1.3 + 0.36 * len(results)), layout="constrained", sharey=True
     )
     for axes, column in zip(all_axes, PLOT_COLUMNS, strict=True):
         draw_panel(axes, results, base, column)
@@ -55,19 +66,18 @@ def plot(results: dict[str, list[dict]], base: dict, path: Path) -> None:
 def draw_panel(axes: Axes, results: dict[str, list[dict]], base: dict, column: str) -> None:
     for line, (name, method_results) in enumerate(results.items()):
         values = values_of(method_results, column)
-        colour = "#d9480f" if "D-OPSD:" in name or name == "D-OPSD" else "#495057"
+        colour = "#d9480f" if "D-OPSD" in name and "SFT" not in name else "#495057"
         axes.scatter(values, [line] * len(values), s=14, alpha=0.5, color=colour)
         if values:
             axes.scatter(np.mean(values), line, s=80, color=colour, marker="D")
-    axes.axvline(value_of(base, column), color="#868e96", linewidth=1, linestyle="--")
-    direction = "lower is better" if column == "retention" else "higher is better"
+    if (base_value := value_of(base, column)) is not None:
+        axes.axvline(base_value, color="#868e96", linewidth=1, linestyle="--")
     if "detail" in column:
-        direction = "real pictures: 1"
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator([0.5, 0.6, 0.8, 1, 1.3, 2, 4]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_title(f"{column}\n({direction})", fontsize=10)
+    axes.set_title(f"{column}\n({PLOT_COLUMNS[column]})", fontsize=10)
     axes.grid(color="#e3e6eb", linewidth=0.8)
     axes.set_axisbelow(True)
 
@@ -94,27 +104,31 @@ def concept_sheet(
     title: str,
     captions: dict[str, tuple[str, str]] | None = None,
 ) -> Image.Image:
-    """A sheet with columns for base, teacher, SFT, D-OPSD and the training pictures; old prompts are at the bottom.
+    """A sheet with columns for the pipelines, the teacher and the training pictures; old prompts are at the bottom.
 
     Args:
-        pipelines: "base", "SFT" and "D-OPSD".
-        captions: for each of `SHEET_COLUMNS`, the text below its last new and its last old picture.
+        pipelines: their names are among `SHEET_COLUMNS`; "base" and "D-OPSD" are needed. The last one stands out.
+        captions: for each column, the text below its last new and its last old picture.
     """
     new_captions, old_captions = ({name: texts[i] for name, texts in (captions or {}).items()} for i in (0, 1))
+    columns = [name for name in SHEET_COLUMNS if name in {*pipelines, "teacher", "pictures"}]
+    accents = [columns.index("D-OPSD with prior" if "D-OPSD with prior" in columns else "D-OPSD")]
     new_sheet = contact_sheet(
         title,
-        list(SHEET_COLUMNS.values()),
-        sheet_rows(draw_new_prompts(concept, seed, pipelines), new_captions),
+        [SHEET_COLUMNS[name] for name in columns],
+        sheet_rows(columns, draw_new_prompts(concept, seed, pipelines), new_captions),
         note=f"The word {concept.word!r} was taught with {NUM_PICTURES} pictures, none of them on these backgrounds. "
         f"Pictures of a row start from the same noise; {NUM_STEPS} steps.",
         cell_pixels=CELL_PIXELS,
+        accent_columns=accents,
     )
     old_rows = [(prompt, draw_all(pipelines, prompt, number)) for number, prompt in enumerate(old_prompts)]
     old_sheet = contact_sheet(
-        "Old prompts: these should stay as the base model draws them",
-        [name if name in pipelines else "" for name in SHEET_COLUMNS],
-        sheet_rows(old_rows, old_captions),
+        "Old prompts and another unknown word: these should stay as the base model draws them",
+        [name if name in pipelines else "" for name in columns],
+        sheet_rows(columns, old_rows, old_captions),
         cell_pixels=CELL_PIXELS,
+        accent_columns=accents,
     )
     return stack([new_sheet, old_sheet], 0)
 
@@ -138,7 +152,7 @@ def draw_new_prompts(
 
 
 def sheet_rows(
-    rows: list[tuple[str, dict[str, Image.Image]]], captions: dict[str, str]
+    columns: list[str], rows: list[tuple[str, dict[str, Image.Image]]], captions: dict[str, str]
 ) -> list[tuple[str, list[Cell]]]:
     """Rows of a contact sheet, with captions in the last one.
 
@@ -150,7 +164,7 @@ def sheet_rows(
     return [
         (
             f'"{prompt}"',
-            [Cell(pictures.get(name), captions.get(name, "") if row == last else "") for name in SHEET_COLUMNS],
+            [Cell(pictures.get(name), captions.get(name, "") if row == last else "") for name in columns],
         )
         for row, (prompt, pictures) in enumerate(rows)
     ]

@@ -19,12 +19,12 @@ import torch
 
 from benchmarks.miniature import world
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
-from benchmarks.miniature.concepts import CONCEPTS, concept_task, training_pictures, write_pictures
+from benchmarks.miniature.concepts import CONCEPTS, concept_task, training_pictures, wrong_word_task
 from benchmarks.miniature.files import MODEL, REPOSITORY, make_folder
-from benchmarks.miniature.methods import NUM_TRAIN_STEPS, SFT, Run
+from benchmarks.miniature.methods import DOPSD_BOTH_FAST, NUM_TRAIN_STEPS, SFT, Run
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from benchmarks.miniature.plots import concept_sheet
-from benchmarks.miniature.runs import TRAINING_SCRIPT, Experiment, TrainingFailed, dopsd_flags
+from benchmarks.miniature.runs import TRAINING_SCRIPT, Experiment, TrainingFailed, dopsd_flags, prior_flags
 from benchmarks.miniature.workers import disable_progress_bars
 from dopsd.errors import InputError
 from dopsd.sheets import save_png
@@ -34,7 +34,7 @@ from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 MARKER = ".made-by-quickstart"
 CONCEPT, SEED = CONCEPTS[0], 0
 EVAL_COUNT = 48  # pictures per task
-NUM_OLD_PROMPTS = 3  # on the sheet
+NUM_OLD_PROMPTS = 2  # on the sheet
 NUM_THREADS = min(os.cpu_count(), 4)  # more threads slow such small matrices down
 
 
@@ -85,7 +85,15 @@ def train_dopsd(pictures_dir: Path, lora_dir: Path, num_steps: int, retention_pr
     launch = ["launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
     launch += ["--mixed_precision", "no", "--num_cpu_threads_per_process", str(NUM_THREADS), str(TRAINING_SCRIPT)]
     flags = dopsd_flags(
-        MODEL, pictures_dir, lora_dir, seed=SEED, num_steps=num_steps, retention_prompts=retention_prompts
+        MODEL,
+        pictures_dir,
+        lora_dir,
+        seed=SEED,
+        num_steps=num_steps,
+        retention_prompts=retention_prompts,
+        **CONCEPT.training_flags,
+        **prior_flags(DOPSD_BOTH_FAST, CONCEPT, pictures_dir.parent),
+        **DOPSD_BOTH_FAST.flags,
     )
     print(" \\\n  ".join(["accelerate " + shlex.join(launch), *map(shlex.join, flags)]), flush=True)
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, *sum(flags, [])]
@@ -98,7 +106,7 @@ def measure(experiment: Experiment, pipelines: dict[str, Flux2KleinDOPSDPipeline
     """Metrics of base, SFT, D-OPSD, and of the teacher on the new object."""
     evaluator = experiment.evaluator
     figures = {
-        name: evaluator.evaluate(pipeline, CONCEPT) | {"retention": evaluator.retention(pipeline)}
+        name: evaluator.evaluate(pipeline, CONCEPT) | evaluator.evaluate_leaks(pipeline, CONCEPT)
         for name, pipeline in pipelines.items()
     }
     images, _ = training_pictures(CONCEPT, SEED)
@@ -106,19 +114,27 @@ def measure(experiment: Experiment, pipelines: dict[str, Flux2KleinDOPSDPipeline
     return figures | {"teacher": {"new": evaluator.measure(pipelines["base"], task)}}
 
 
-def sheet_caption(figures: dict | None) -> str:
-    if figures is None:
-        return ""
-    places = f"{figures['poses']:.1f} of {len(world.POSES)} places"
-    return f"right object in {figures['exact']:.0%} of {EVAL_COUNT}; {places}"
+def sheet_captions(figures: dict[str, dict]) -> tuple[str, str]:
+    """Of a column: below the new object's pictures, and below the others."""
+    new = figures["new"]
+    places = f"{new['poses']:.1f} of {len(world.POSES)} places"
+    new_caption = f"right object in {new['exact']:.0%} of {EVAL_COUNT}; {places}"
+    if "old" not in figures:
+        return new_caption, ""
+    old, wrong = (figures[task]["exact"] for task in ("old", "wrong_words"))
+    return new_caption, f"old: {old:.0%} right; wrong words draw it: {wrong:.0%}"
 
 
 def print_results(figures: dict[str, dict], lora_dir: Path, sheet_path: Path) -> None:
-    print(f"{'':10}{'new object':>12}{'places':>8}{'old objects':>13}{'retention':>11}")
+    print(
+        f"{'right':10}{'new object':>12}{'places':>8}{'old objects':>13}{'objects like it':>17}{'by wrong words':>16}"
+    )
     for name in ("base", "teacher", "SFT", "D-OPSD"):
-        new, old = figures[name]["new"], figures[name].get("old")
-        line = f"{name:10}{new['exact']:12.2f}{new['poses']:8.1f}"
-        print(line + (f"{old['exact']:13.2f}{figures[name]['retention']:11.2f}" if old else ""))
+        line = f"{name:10}{figures[name]['new']['exact']:12.2f}{figures[name]['new']['poses']:8.1f}"
+        if "old" in figures[name]:
+            old, like, wrong = (figures[name][task]["exact"] for task in ("old", "neighbours", "wrong_words"))
+            line += f"{old:13.2f}{like:17.2f}{wrong:16.2f}"
+        print(line)
     prompt = world.caption(CONCEPT.word, CONCEPT.other_backgrounds[0])
     print(f"""
 LoRA:    {lora_dir / "pytorch_lora_weights.safetensors"}
@@ -147,7 +163,7 @@ def main() -> None:
     evaluator = experiment.evaluator
 
     announce(f"1. Four pictures of a new object, called {CONCEPT.word!r}")
-    write_pictures(pictures_dir, *training_pictures(CONCEPT, SEED))
+    CONCEPT.write_training_data(pictures_dir, SEED)
     print(f"{pictures_dir}: {', '.join(sorted(path.name for path in pictures_dir.iterdir()))}")
 
     announce("2. D-OPSD: the training script")
@@ -169,12 +185,17 @@ def main() -> None:
         CONCEPT,
         SEED,
         pipelines,
-        evaluator.old.prompts[:NUM_OLD_PROMPTS],
+        [*evaluator.old.prompts[:NUM_OLD_PROMPTS], *wrong_word_task(CONCEPT, 1).prompts],
         title=f"A miniature FLUX.2-klein learns an object from four pictures, {num_steps} steps",
-        captions={name: (sheet_caption(f["new"]), sheet_caption(f.get("old"))) for name, f in figures.items()},
+        captions={name: sheet_captions(column) for name, column in figures.items()},
     )
     save_png(sheet, sheet_path)
     print_results(figures, lora_dir, sheet_path)
+    if num_steps < NUM_TRAIN_STEPS / 2:
+        print(
+            f"\n--max_train_steps {num_steps}: too few to learn the object, so the comparison means nothing yet; "
+            f"leave it at {NUM_TRAIN_STEPS}"
+        )
 
 
 if __name__ == "__main__":

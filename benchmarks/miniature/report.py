@@ -3,15 +3,33 @@
 import json
 import os
 import platform
+from dataclasses import dataclass
 from importlib.metadata import version
 
-from benchmarks.miniature.methods import RunsByMethod, all_runs
+from benchmarks.miniature.concepts import CONCEPTS, Concept, Renaming, wrong_word_task
+from benchmarks.miniature.methods import (
+    BASE,
+    DOPSD,
+    DOPSD_BOTH,
+    LEARNING_RATE_GRIDS,
+    LIVE,
+    PUBLISHED,
+    RECIPES,
+    SFT,
+    Method,
+    Run,
+    RunsByMethod,
+    all_runs,
+    runs_by_method,
+    with_rate,
+)
 from benchmarks.miniature.parts import NUM_STEPS
 from benchmarks.miniature.plots import concept_sheet, plot, step_sheet
 from benchmarks.miniature.runs import STEP_COUNTS, Experiment
 from benchmarks.miniature.tables import (
     COLUMNS_NOTE,
-    FAIRNESS_NOTE,
+    GRID_NOTE,
+    grid_table,
     missed_text,
     retention_text,
     step_table,
@@ -23,24 +41,43 @@ from dopsd.sheets import beside, save_png
 NUM_OLD_PROMPTS = 2  # on a sheet
 
 
-def write(experiment: Experiment, first: RunsByMethod, ablations: RunsByMethod, by_step_count: RunsByMethod) -> None:
+@dataclass(frozen=True)
+class Comparison:
+    """A table of the report.
+
+    Attributes:
+        name: of its plot, and in the code.
+        has_stacks: whether the LoRAs of two concepts are measured together.
+    """
+
+    name: str
+    title: str
+    methods: tuple[Method, ...]
+    concepts: tuple[Concept | Renaming, ...]
+    seeds: tuple[int, ...]
+    has_stacks: bool = False
+
+    @property
+    def runs(self) -> RunsByMethod:
+        return runs_by_method(self.methods, self.concepts, self.seeds)
+
+
+def write(experiment: Experiment, comparisons: list[Comparison], by_step_count: RunsByMethod) -> None:
     """Writes results.json, results.md, plots and sheets into the experiment's folder, and prints the tables.
 
-    All runs must have their results.
+    All runs must have their results. The first comparison is shown for each concept, and on the sheets.
     """
-    write_results(experiment, first, ablations, by_step_count)
+    first, *others = comparisons
+    write_results(experiment, comparisons, by_step_count)
     sections = [introduction(experiment, first), *first_sections(experiment, first)]
-    if ablations:
-        sections.append(ablation_section(experiment, ablations))
-    sections += [
-        retention_section(experiment, first, ablations),
-        step_section(experiment, by_step_count),
-    ]
+    sections += [comparison_section(experiment, comparison) for comparison in others]
+    sections.append(retention_section(experiment, comparisons))
+    sections.append(step_section(experiment, by_step_count))
     text = "\n\n".join(sections)
     (experiment.folder / "results.md").write_text(text + "\n")
     print(text)
-    write_plots(experiment, first, ablations)
-    write_sheets(experiment, first, by_step_count)
+    write_plots(experiment, comparisons)
+    write_sheets(experiment, first.runs, by_step_count)
     print(f"\nSheets and plots: {experiment.folder}")
 
 
@@ -48,46 +85,70 @@ def results_of(experiment: Experiment, runs: RunsByMethod) -> dict[str, list[dic
     return {name: [experiment.result(run) for run in method_runs] for name, method_runs in runs.items()}
 
 
-def write_results(
-    experiment: Experiment, first: RunsByMethod, ablations: RunsByMethod, by_step_count: RunsByMethod
-) -> None:
+def write_results(experiment: Experiment, comparisons: list[Comparison], by_step_count: RunsByMethod) -> None:
     """Writes results.json: the folder of each run and its result, with the results by step count where there are."""
-    results = {str(run.folder): experiment.result(run) for run in all_runs(first, ablations)}
+    runs = all_runs(*(comparison.runs for comparison in comparisons))
+    results = {str(run.folder): experiment.result(run) for run in runs}
     for run in all_runs(by_step_count):
         results[str(run.folder)]["step_counts"] = experiment.results_by_step_count(run)
     (experiment.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
-def introduction(experiment: Experiment, first: RunsByMethod) -> str:
-    seeds = sorted({run.seed for run in all_runs(first)})
+def introduction(experiment: Experiment, first: Comparison) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
     return (
-        f"# Results of `python -m benchmarks.miniature.experiment`\n\n{experiment.num_train_steps} steps per run, "
-        f"{experiment.eval_count} pictures per task, seeds {', '.join(map(str, seeds))}. {os.cpu_count()} CPU "
-        f"cores, {platform.machine()}; {versions}."
+        f"# Results of `python -m benchmarks.miniature.experiment`\n\n{experiment.num_train_steps} steps per run "
+        f"where nothing else is said, {experiment.eval_count} pictures per task, seeds "
+        f"{', '.join(map(str, first.seeds))}. {os.cpu_count()} CPU cores, {platform.machine()}; {versions}."
     )
 
 
-def first_sections(experiment: Experiment, first: RunsByMethod) -> list[str]:
+def first_sections(experiment: Experiment, first: Comparison) -> list[str]:
     """The first table, over all concepts and for each concept."""
-    results = results_of(experiment, first)
-    sections = [f"## First table\n\n{table(results)}\n\n{COLUMNS_NOTE}\n\n{FAIRNESS_NOTE}"]
+    results = results_of(experiment, first.runs)
+    sections = [f"## {first.title}\n\n{table(results)}\n\n{COLUMNS_NOTE}"]
     if missed := missed_text(results):
         sections.append(missed)
-    for concept in dict.fromkeys(run.concept for run in all_runs(first)):
-        part = {name: [run for run in runs if run.concept == concept] for name, runs in first.items()}
+    for concept in first.concepts:
+        part = runs_by_method(first.methods, (concept,), first.seeds)
         sections.append(f"### {concept.name}\n\n{table(results_of(experiment, part))}")
     return sections
 
 
-def ablation_section(experiment: Experiment, ablations: RunsByMethod) -> str:
-    concept = all_runs(ablations)[0].concept
-    return f"## Ablations, concept {concept.name!r}\n\n{table(results_of(experiment, ablations))}"
+def comparison_section(experiment: Experiment, comparison: Comparison) -> str:
+    heading = f"## {comparison.title}\n\n"
+    if comparison.name.startswith("grid"):
+        return heading + f"{GRID_NOTE}\n\n{grid_table(grid_results(comparison, experiment.result))}"
+    return heading + table(results_of(experiment, comparison.runs))
 
 
-def retention_section(experiment: Experiment, first: RunsByMethod, ablations: RunsByMethod) -> str:
-    results = [(run, experiment.result(run)) for run in all_runs(first, ablations)]
-    return f"## Retention\n\n{retention_text(results)}"
+def grid_results(comparison: Comparison, result_of) -> dict[str, dict[float, dict]]:
+    """The results of each recipe by learning rate.
+
+    Args:
+        result_of: (run) -> its result.
+    """
+    (concept,), (seed,) = comparison.concepts, comparison.seeds
+    epsilon = comparison.methods[0].flags["adam_epsilon"]
+    return {
+        recipe.name: {
+            rate: result_of(Run(concept, seed, with_rate(recipe, epsilon, rate)))
+            for rate in LEARNING_RATE_GRIDS[epsilon]
+        }
+        for recipe in RECIPES
+    }
+
+
+def retention_section(experiment: Experiment, comparisons: list[Comparison]) -> str:
+    concept, seeds = CONCEPTS[0], comparisons[0].seeds
+    is_full = any(comparison.name == "ablations" for comparison in comparisons)
+    methods = {"base": BASE, "D-OPSD": DOPSD, "SFT": SFT, "D-OPSD, one state + prior": DOPSD_BOTH}
+    if is_full:
+        methods |= {"D-OPSD, large epsilon": PUBLISHED, "a live teacher": LIVE}
+    runs = {name: runs_by_method((method,), (concept,), seeds)[method.name] for name, method in methods.items()}
+    results = [experiment.result(run) for run in all_runs(*(comparison.runs for comparison in comparisons))]
+    text = retention_text(results_of(experiment, runs), results)
+    return f"## Retention, concept {concept.name!r}\n\n{text}"
 
 
 def step_section(experiment: Experiment, by_step_count: RunsByMethod) -> str:
@@ -99,11 +160,11 @@ def step_section(experiment: Experiment, by_step_count: RunsByMethod) -> str:
     )
 
 
-def write_plots(experiment: Experiment, first: RunsByMethod, ablations: RunsByMethod) -> None:
-    base = experiment.result(first["base"][0])
-    plot(results_of(experiment, first), base, experiment.folder / "first_table.png")
-    if ablations:
-        plot(results_of(experiment, ablations), base, experiment.folder / "ablations.png")
+def write_plots(experiment: Experiment, comparisons: list[Comparison]) -> None:
+    base = experiment.result(comparisons[0].runs["base"][0])
+    for comparison in comparisons:
+        if not comparison.name.startswith("grid") and CONCEPTS[0] in comparison.concepts:
+            plot(results_of(experiment, comparison.runs), base, experiment.folder / f"{comparison.name}.png")
 
 
 def write_sheets(experiment: Experiment, first: RunsByMethod, by_step_count: RunsByMethod) -> None:
@@ -112,13 +173,15 @@ def write_sheets(experiment: Experiment, first: RunsByMethod, by_step_count: Run
     sheets = []
     for base in first["base"]:
         same = {
-            name: next(run for run in first[name] if (run.concept, run.seed) == (base.concept, base.seed))
-            for name in ("base", "SFT", "D-OPSD")
+            name: next(run for run in first[method.name] if (run.concept, run.seed) == (base.concept, base.seed))
+            for name, method in {"base": BASE, "SFT": SFT, "D-OPSD": DOPSD, "D-OPSD with prior": DOPSD_BOTH}.items()
         }
         pipelines = {name: experiment.load(run) for name, run in same.items()}
         variant = " variant" if base.concept.name == "two-colour" else ""
-        title = f"A new {base.concept.name}{variant}"
-        sheets.append(concept_sheet(base.concept, base.seed, pipelines, old_prompts, title=title))
+        prompts = [*old_prompts, *wrong_word_task(base.concept, 1).prompts]
+        sheets.append(
+            concept_sheet(base.concept, base.seed, pipelines, prompts, title=f"A new {base.concept.name}{variant}")
+        )
     save_png(beside(sheets, 0), experiment.folder / "sheet.png")
 
     concept = all_runs(by_step_count)[0].concept

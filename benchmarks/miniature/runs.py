@@ -3,30 +3,44 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
 
 from benchmarks.miniature import world
-from benchmarks.miniature.baselines import encode_pictures, train_baseline
-from benchmarks.miniature.concepts import concept_task, training_pictures, write_pictures
+from benchmarks.miniature.baselines import BaselineTraining, PriorPictures, draw_prior_pictures, encode_pictures
+from benchmarks.miniature.concepts import (
+    CONCEPTS,
+    Concept,
+    Renaming,
+    concept_task,
+    prior_prompts,
+    training_pictures,
+)
+from benchmarks.miniature.costs import NUM_PRIOR_PICTURES
 from benchmarks.miniature.evaluate import Evaluator
 from benchmarks.miniature.files import REPOSITORY, replacing
-from benchmarks.miniature.methods import DOPSD, SHARED_FLAGS, Run
+from benchmarks.miniature.methods import DOPSD, SHARED_FLAGS, Method, Run
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from dopsd.context_cache import files_fingerprint
 from dopsd.errors import DOPSDError
-from dopsd.history import last_retention
+from dopsd.history import last_retention, read_history
+from dopsd.prior import TriggerWord, word_prompts
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
+from dopsd.rollout import Schedule
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 from pipelines.published import KLEIN_LORA_LAYERS
 
 
 TRAINING_SCRIPT = REPOSITORY / "train_dopsd_flux2.py"
+NUM_TIMED_STEPS = 17
 STEP_COUNTS = (1, 2, 4, 8)  # numbers of sampling steps that models are compared at
 
 
@@ -68,8 +82,25 @@ class Experiment:
         }
 
     def result(self, run: Run) -> dict:
-        """The run's metrics: "new" (on the concept), "old" (on known objects), "retention", and training "steps"."""
-        return self._once(run, "result.json", self._measure)
+        """The run's metrics: "new" (on the concept), "old" (on known objects), "neighbours", "wrong_words" and
+        "retention"; training "steps" and their cost, "forwards". Also "stack" and "seconds", if they were measured.
+        """
+        result = self._once(run, "result.json", self._measure)
+        if run.method.is_trained:
+            result["forwards"] = round(run.method.cost(result["steps"]))
+        if (path := self.folder / run.folder / "stack.json").exists():
+            result["stack"] = json.loads(path.read_text())
+        if (path := self.folder / timed_run(run).folder / "step_seconds.json").exists():
+            result["seconds"] = round(json.loads(path.read_text()) * result["steps"], 1)
+        return result
+
+    def stack(self, run: Run) -> dict:
+        """Metrics with the run's LoRA and that of the same method for the next concept, for runs that are trained."""
+        return self._once(run, "stack.json", self._measure_stack)
+
+    def step_seconds(self, run: Run) -> float:
+        """Seconds per training step, measured by a short training on an otherwise idle machine."""
+        return self._once(timed_run(run), "step_seconds.json", self._time)
 
     def results_by_step_count(self, run: Run) -> dict[str, dict]:
         """Metrics "new" and "old" at each of `STEP_COUNTS`, for a run that has been trained."""
@@ -77,9 +108,9 @@ class Experiment:
 
     def load(self, run: Run) -> Flux2KleinDOPSDPipeline:
         """The pipeline of a run that has been trained, or of the base model."""
-        return self.evaluator.load(None if run.method.kind == "base" else self.folder / run.folder)
+        return self.evaluator.load(*([self.folder / run.folder] if run.method.is_trained else []))
 
-    def _once(self, run: Run, name: str, compute: Callable[[Run], dict]) -> dict:
+    def _once(self, run: Run, name: str, compute: Callable[[Run], dict | float]) -> dict | float:
         """Reads a JSON file in the run's folder, which is computed and written first if it is missing."""
         path = self.folder / run.folder / name
         if not path.exists():
@@ -94,10 +125,27 @@ class Experiment:
             images, _ = training_pictures(run.concept, run.seed)
             task = concept_task(run.concept, self.eval_count, references=images)
             return {"new": self.evaluator.measure(self.evaluator.load(), task)}
-        trained = {} if run.method.kind == "base" else self._once(run, "trained.json", self._train)
+        trained = self._once(run, "trained.json", self._train) if run.method.is_trained else {}
         pipeline = self.load(run)
-        retention = {"retention": self.evaluator.retention(pipeline)}
-        return self.evaluator.evaluate(pipeline, run.concept) | retention | trained
+        metrics = self.evaluator.evaluate(pipeline, run.concept) | self.evaluator.evaluate_leaks(pipeline, run.concept)
+        return metrics | {"retention": self.evaluator.retention(pipeline)} | trained
+
+    def _measure_stack(self, run: Run) -> dict[str, float]:
+        concepts = [run.concept, CONCEPTS[(CONCEPTS.index(run.concept) + 1) % len(CONCEPTS)]]
+        folders = [self.folder / replace(run, concept=concept).folder for concept in concepts]
+        return self.evaluator.evaluate_stack(self.evaluator.load(*folders), concepts)
+
+    def _time(self, run: Run) -> float:
+        with TemporaryDirectory() as folder:
+            timed = replace(self, folder=Path(folder), num_train_steps=NUM_TIMED_STEPS)
+            if run.method.kind != "dopsd":
+                clock = [time.perf_counter()]
+                timed.train_baseline(run, should_stop=lambda step: clock.append(time.perf_counter()))
+                seconds = np.diff(clock)
+            else:
+                timed.train_dopsd(run, validation_steps=0)
+                seconds = [line["seconds_per_step"] for line in read_history(Path(folder, run.folder))]
+        return round(float(np.mean(seconds[1:])), 4)  # the first one includes warming up
 
     def _measure_by_step_count(self, run: Run) -> dict[str, dict]:
         pipeline = self.load(run)
@@ -106,22 +154,28 @@ class Experiment:
     def _train(self, run: Run) -> dict:
         return self.train_dopsd(run) if run.method.kind == "dopsd" else self.train_baseline(run)
 
-    def train_dopsd(self, run: Run) -> dict:
+    def train_dopsd(self, run: Run, **changed: object) -> dict:
         """Trains with the training script. Returns the number of steps and the last retention that it logged.
+
+        Args:
+            changed: flags of the training script.
 
         Raises:
             TrainingFailed: the script ended with an error or logged no retention.
         """
         folder = self.folder / run.folder
-        write_pictures(folder / "pictures", *training_pictures(run.concept, run.seed))
+        run.concept.write_training_data(folder / "pictures", run.seed)
+        num_steps = run.method.num_steps(self.num_train_steps)
         flags = dopsd_flags(
             self.model,
             folder / "pictures",
             folder,
             seed=run.seed,
-            num_steps=self.num_train_steps,
+            num_steps=num_steps,
             retention_prompts=self.evaluator.retention_prompts,
-            **run.method.flags,
+            **run.concept.training_flags,
+            **prior_flags(run.method, run.concept, folder),
+            **run.method.flags | changed,
         )
         log_path = folder / "training.log"
         with open(log_path, "a") as log:
@@ -130,46 +184,52 @@ class Experiment:
         if finished.returncode:
             raise TrainingFailed(f"{log_path}: the training script ended with exit status {finished.returncode}")
         retention = last_retention(folder)
-        if retention is None:
+        if retention is None and "validation_steps" not in changed:
             raise TrainingFailed(f"{log_path}: the training script logged no retention")
-        return {"steps": self.num_train_steps, "retention_logged": retention}
+        return {"steps": num_steps, "retention_logged": retention}
 
-    def train_baseline(self, run: Run) -> dict:
+    def train_baseline(self, run: Run, should_stop: Callable[[int], bool] | None = None) -> dict:
         """Trains a baseline and saves its LoRA in the run's folder.
+
+        Args:
+            should_stop: see `BaselineTraining.train`.
 
         Returns:
             "steps", the number of training steps; and if the run stops at an accuracy, "reached": whether it did.
         """
         pipeline = self.evaluator.load()
         torch.manual_seed(run.seed)
+        schedule = pipeline.schedule(world.SIDE, world.SIDE, NUM_STEPS)
+        prior = self._prior_pictures(run, pipeline, schedule) if run.method.kind == "sft_prior" else None
         settings = run.method.settings
         targets = lora_target_modules(pipeline.transformer, KLEIN_LORA_LAYERS)
         roles = StudentTeacherLoRA(pipeline.transformer, targets, rank=settings.rank, alpha=settings.lora_alpha)
-        stop = self._accuracy_stop(run, pipeline, roles) if run.method.stops_at_dopsd else None
-        num_steps = train_baseline(
-            run.method.kind,
+        stop = self._accuracy_stop(run, pipeline, roles) if run.method.stops_at_dopsd else should_stop
+        pictures = encode_pictures(
             pipeline,
-            roles,
-            encode_pictures(
-                pipeline,
-                *training_pictures(run.concept, run.seed),
-                prompt_suffix=world.REFERENCE_SUFFIX,
-                max_sequence_length=MAX_SEQUENCE_LENGTH,
-            ),
-            pipeline.schedule(world.SIDE, world.SIDE, NUM_STEPS),
-            settings,
-            num_steps=self.num_train_steps,
-            seed=run.seed,
-            should_stop=stop,
+            *training_pictures(run.concept, run.seed),
+            prompt_suffix=world.REFERENCE_SUFFIX,
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
         )
+        training = BaselineTraining(
+            run.method.kind, pipeline, roles, pictures, schedule, settings, seed=run.seed, prior=prior
+        )
+        num_steps = training.train(run.method.num_steps(self.num_train_steps), stop)
         weights, metadata = roles.export(torch.float32)
         Flux2KleinPipeline.save_lora_weights(
             self.folder / run.folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
         )
-        return ({"reached": stop.reached} if stop else {}) | {"steps": num_steps}
+        return ({"reached": stop.reached} if run.method.stops_at_dopsd else {}) | {"steps": num_steps}
+
+    def _prior_pictures(self, run: Run, pipeline: Flux2KleinDOPSDPipeline, schedule: Schedule) -> PriorPictures:
+        _, captions = training_pictures(run.concept, run.seed)
+        made = word_prompts([TriggerWord(run.concept.word, "")], captions, run.seed)
+        prompts = replace(made, unrelated=tuple(prior_prompts(run.method.prior_avoids)))
+        drawn = [prompts.draw(run.seed, place, 1)[0] for place in range(NUM_PRIOR_PICTURES)]
+        return draw_prior_pictures(pipeline, drawn, schedule, max_sequence_length=MAX_SEQUENCE_LENGTH, seed=run.seed)
 
     def _accuracy_stop(self, run: Run, pipeline: Flux2KleinDOPSDPipeline, roles: StudentTeacherLoRA) -> "AccuracyStop":
-        task = concept_task(run.concept, self.eval_count)
+        task = run.concept.task(self.eval_count)
 
         def accuracy() -> float:
             with roles.shipped_role(torch.float32):
@@ -194,6 +254,20 @@ class AccuracyStop:
         return self.reached
 
 
+def timed_run(run: Run) -> Run:
+    """The run whose training is timed for all runs of a method, whatever their number of steps."""
+    return Run(CONCEPTS[0], 0, replace(run.method, relative_steps=1.0, stops_at_dopsd=False))
+
+
+def prior_flags(method: Method, concept: Concept | Renaming, folder: Path) -> dict[str, object]:
+    """Flags of prior preservation, if the method has it; writes its prompts into the folder."""
+    if not method.flags.get("with_prior_preservation"):
+        return {}
+    path = folder / "prior_prompts.txt"
+    path.write_text("\n".join(prior_prompts(method.prior_avoids)) + "\n")
+    return {"prior_prompts": path} | ({"trigger_word": concept.word} if method.names_word else {})
+
+
 def dopsd_flags(
     model: Path,
     pictures_dir: Path,
@@ -213,7 +287,6 @@ def dopsd_flags(
         "pretrained_model_name_or_path": model,
         "instance_data_dir": pictures_dir,
         "output_dir": output_dir,
-        "teacher_prompt_suffix": world.REFERENCE_SUFFIX,
         "resolution": world.SIDE,
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
         **SHARED_FLAGS,

@@ -1,6 +1,6 @@
 """Makes the results of many runs in worker processes."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import diffusers
 import transformers
@@ -13,21 +13,41 @@ from benchmarks.miniature.runs import Experiment
 worker_experiment: Experiment  # in a worker process only
 
 
-def run_side_by_side(experiment: Experiment, runs: list[Run], step_runs: list[Run], num_workers: int) -> None:
-    """Makes every run's result, then the results by step count of `step_runs`, with one run per worker at a time.
+@dataclass(frozen=True)
+class Work:
+    """What an experiment computes.
+
+    Attributes:
+        runs: to be trained and measured.
+        stacks: of these, the ones to be measured together with another concept's.
+        timed: of these, the ones whose training steps are timed.
+        by_step_count: of these, the ones to be measured at several numbers of sampling steps.
+    """
+
+    runs: list[Run]
+    stacks: list[Run]
+    timed: list[Run]
+    by_step_count: list[Run]
+
+
+def run_side_by_side(experiment: Experiment, work: Work, num_workers: int) -> None:
+    """Makes all results, with one run per worker at a time. Times are measured afterwards, one run after the other.
 
     Raises:
         TrainingFailed: a training failed. Runs that have not started by then are left out.
     """
     # D-OPSD first, since its runs take longest: otherwise the last one runs alone while other cores are idle.
-    runs = sorted(runs, key=lambda run: run.method.kind != "dopsd")
+    runs = sorted(work.runs, key=lambda run: run.method.kind != "dopsd")
     waves = [
         (_make_result, [run for run in runs if not run.method.stops_at_dopsd]),
         (_make_result, [run for run in runs if run.method.stops_at_dopsd]),
-        (_make_results_by_step_count, step_runs),
+        (_make_stack, work.stacks),
+        (_make_results_by_step_count, work.by_step_count),
     ]
     # A copy, since the workers need not receive what `experiment` has cached.
-    run_in_waves(waves, num_workers, initializer=_start_worker, initargs=(replace(experiment),))
+    start = {"initializer": _start_worker, "initargs": (replace(experiment),)}
+    run_in_waves(waves, num_workers, **start)
+    run_in_waves([(_time_steps, work.timed)], 1, **start)
 
 
 def disable_progress_bars() -> None:
@@ -48,3 +68,11 @@ def _make_result(run: Run) -> None:
 
 def _make_results_by_step_count(run: Run) -> None:
     worker_experiment.results_by_step_count(run)
+
+
+def _make_stack(run: Run) -> None:
+    worker_experiment.stack(run)
+
+
+def _time_steps(run: Run) -> None:
+    worker_experiment.step_seconds(run)

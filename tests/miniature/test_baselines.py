@@ -2,13 +2,15 @@ import pytest
 import torch
 
 from benchmarks.miniature.baselines import (
+    BaselineTraining,
     EncodedPictures,
+    StateSampler,
     batch_indices,
+    draw_prior_pictures,
     encode_pictures,
     flow_matching_loss,
     off_policy_losses,
     step_losses,
-    train_baseline,
 )
 from benchmarks.miniature.concepts import CONCEPTS, training_pictures
 from benchmarks.miniature.methods import SharedSettings
@@ -116,28 +118,97 @@ def test_a_selected_picture_has_its_own_caption_reference_and_latents(miniature)
     assert not torch.allclose(selected.student.prompt_embeds, selected.teacher.prompt_embeds)
 
 
+def make_roles(pipeline) -> StudentTeacherLoRA:
+    targets = lora_target_modules(pipeline.transformer, KLEIN_LORA_LAYERS)
+    return StudentTeacherLoRA(pipeline.transformer, targets, rank=2, alpha=4)
+
+
 def test_a_baseline_trains_student_and_teacher_until_it_is_stopped(miniature, monkeypatch):
-    pictures = encode(miniature, 2)
-    targets = lora_target_modules(miniature.transformer, KLEIN_LORA_LAYERS)
-    roles = StudentTeacherLoRA(miniature.transformer, targets, rank=2, alpha=4)
+    pictures, roles = encode(miniature, 2), make_roles(miniature)
     before = {name: weight.clone() for name, weight in roles.state_dict().items()}
     batches, steps = [], []
     select = pictures.select
     monkeypatch.setattr(
         EncodedPictures, "select", lambda self, indices: batches.append(indices.tolist()) or select(indices)
     )
-    num_steps = train_baseline(
-        "off_policy",
-        miniature,
-        roles,
-        pictures,
-        miniature.schedule(64, 64, 2),
-        SharedSettings(train_batch_size=1, ema_decay=0.5, lr_warmup_steps=0),
-        num_steps=5,
-        seed=0,
-        should_stop=lambda step: steps.append(step) or step == 2,
+    settings = SharedSettings(train_batch_size=1, ema_decay=0.5, lr_warmup_steps=0)
+    training = BaselineTraining(
+        "off_policy", miniature, roles, pictures, miniature.schedule(64, 64, 2), settings, seed=0
     )
-    assert num_steps == 2 and steps == [1, 2]
+    assert training.train(5, lambda step: steps.append(step) or step == 2) == 2 and steps == [1, 2]
     assert sorted(batches) == [[0], [1]]
     changed = {name for name, weight in roles.state_dict().items() if not torch.equal(weight, before[name])}
     assert {name.split(".")[0] for name in changed} == {"student", "teacher"}
+
+
+def gradient(roles: StudentTeacherLoRA) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in roles.student_parameters])
+
+
+def test_prior_pictures_are_the_bases_and_are_learned_beside_the_own_ones(miniature):
+    schedule = miniature.schedule(64, 64, 2)
+    prompts = ["a plain red disc on sand"] * 3
+    prior = draw_prior_pictures(miniature, prompts, schedule, max_sequence_length=MAX_SEQUENCE_LENGTH, seed=0)
+    assert len({picture.sum().item() for picture in prior.x0}) == 3  # each from its own noise
+    pictures, roles = encode(miniature, 2), make_roles(miniature)
+
+    def trained_gradient(method: str, prior=None) -> torch.Tensor:
+        training = BaselineTraining(
+            method, miniature, roles, pictures, schedule, SharedSettings(), seed=0, prior=prior
+        )
+        training.backpropagate(pictures)
+        found = gradient(roles)
+        for parameter in roles.student_parameters:
+            parameter.grad = None
+        return found
+
+    plain, with_prior = trained_gradient("sft"), trained_gradient("sft_prior", prior)
+    assert not torch.allclose(plain, with_prior)
+    drawn = prior.draw(50, torch.Generator().manual_seed(0))
+    assert {picture.sum().item() for picture in drawn.x0} == {picture.sum().item() for picture in prior.x0}
+
+
+def test_one_state_weighted_by_its_probability_has_the_mean_gradient(miniature):
+    """Exactly, by going through all states, with probabilities that are not uniform."""
+    schedule, pictures, roles = miniature.schedule(64, 64, 3), encode(miniature, 2), make_roles(miniature)
+    with torch.no_grad():
+        for parameter in roles.student_parameters:
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    training = BaselineTraining("one_state_by_norm", miniature, roles, pictures, schedule, SharedSettings(), seed=0)
+    for index, norm in enumerate((3.0, 2.0, 1.0)):
+        training.sampler.observe(index, norm)
+    probabilities = training.sampler.probabilities
+    assert probabilities.tolist() == pytest.approx([0.25 / 3 + 0.75 * share for share in (1 / 2, 1 / 3, 1 / 6)])
+    training.sampler.observe = lambda index, norm: norms.__setitem__(index, norm)
+    noise = seeded_noise(pictures.x0.shape[1:], [0, 1])
+    norms, mean = {}, 0
+    for index, probability in enumerate(probabilities.tolist()):
+        training.sampler.draw = lambda generator, i=index, p=probability: (i, 1 / (3 * p))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("benchmarks.miniature.baselines.drawn_noise", lambda *args: noise)
+            training.backpropagate(pictures)
+        mean = mean + probability * gradient(roles)
+        roles_grads = [parameter.grad for parameter in roles.student_parameters]
+        assert norms[index] == pytest.approx(
+            float(torch.stack([grad.norm() for grad in roles_grads]).norm()) * 3 * probability, rel=1e-4
+        )
+        for parameter in roles.student_parameters:
+            parameter.grad = None
+    student, teacher = training.velocity(pictures.student), roles.as_teacher(training.velocity(pictures.teacher))
+    for state in rollout(student, teacher, noise, schedule):
+        (state.loss / 3).backward()
+    torch.testing.assert_close(mean, gradient(roles), rtol=1e-3, atol=1e-6)
+
+
+def test_states_are_drawn_uniformly_until_all_were_seen():
+    sampler, generator = StateSampler(4, by_norm=True), torch.Generator().manual_seed(0)
+    sampler.observe(0, 100.0)
+    assert sampler.probabilities.tolist() == [0.25] * 4 and sampler.draw(generator)[1] == pytest.approx(1.0)
+    for index in (1, 2, 3):
+        sampler.observe(index, 1.0)
+    draws = [sampler.draw(generator) for _ in range(400)]
+    assert sum(index == 0 for index, _ in draws) > 250
+    assert sum(weight for _, weight in draws) / 400 == pytest.approx(1.0, abs=0.25)
+    for _ in range(60):
+        sampler.observe(0, 1.0)  # a running mean
+    assert sampler.probabilities[0] < 0.3

@@ -8,7 +8,7 @@ from PIL import Image
 
 from benchmarks.miniature import experiment as experiment_module
 from benchmarks.miniature.concepts import CONCEPTS
-from benchmarks.miniature.methods import DOPSD, FIRST_TABLE, SFT, SFT_STOPPED, Run
+from benchmarks.miniature.methods import DOPSD, QUICK_TABLE, SFT, SFT_STOPPED, Run
 from dopsd.errors import InputError
 
 
@@ -25,12 +25,13 @@ def test_an_experiment_trains_measures_and_reports(tmp_path, monkeypatch):
     experiment_module.main()
 
     results = json.loads((tmp_path / "results.json").read_text())
-    runs = {method.name: Run(CONCEPTS[0], 0, method) for method in FIRST_TABLE}
+    runs = {method.name: Run(CONCEPTS[0], 0, method) for method in QUICK_TABLE}
     assert set(results) == {str(run.folder) for run in runs.values()}
     dopsd, sft = results[str(runs[DOPSD.name].folder)], results[str(runs[SFT.name].folder)]
     assert dopsd["retention"] == pytest.approx(dopsd["retention_logged"], abs=1e-3) and dopsd["retention"] > 0
     assert sft["steps"] == dopsd["steps"] == 3 and set(dopsd["step_counts"]) == {"1", "2", "4", "8"}
     assert "reached" in results[str(runs[SFT_STOPPED.name].folder)]
+    assert sft["forwards"] == 50 and "seconds" not in sft and "stack" not in sft
     text = (tmp_path / "results.md").read_text()
     assert text.count("| D-OPSD |") == 6  # in the table, in the concept's, and for each number of sampling steps
     for name in ("sheet.png", "step_counts.png", "first_table.png"):
@@ -57,7 +58,8 @@ def test_quick_measures_fewer_pictures_in_a_folder_of_its_own(monkeypatch):
     ("flags", "message"),
     [
         (["--model", "nowhere"], "--model nowhere: holds no pipeline"),
-        (["--eval_count", "8"], "--eval_count 8: give 16 or more"),
+        (["--eval_count", "8"], "--eval_count 8: give 16 to 192"),
+        (["--eval_count", "200"], "--eval_count 200: give 16 to 192"),
         (["--output_dir", "a_file"], "--output_dir a_file: File exists; choose another folder"),
     ],
 )

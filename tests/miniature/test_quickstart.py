@@ -50,14 +50,17 @@ def test_it_leaves_a_lora_and_a_sheet_and_can_be_run_again(tmp_path, monkeypatch
 
     before = draw()
     pipeline.load_lora_weights(output_dir / "lora")
-    assert np.abs(draw() - before).mean() > 0.01
+    assert np.abs(draw() - before).mean() > 1e-3
     for path in ("lora/pytorch_lora_weights.safetensors", "sheet.png"):
         assert str(output_dir / path) in printed
     figures = {
         line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith(("base ", "teacher "))
     }
     assert float(figures["base"][0]) < 0.1 and float(figures["teacher"][0]) > 0.9  # right objects, new prompts
-    assert float(figures["base"][2]) > 0.9 and float(figures["base"][3]) == 0  # right objects, old prompts; retention
+    old, like, wrong = map(float, figures["base"][2:])
+    assert old > 0.9 and like > 0.9 and wrong < 0.1
+    assert "--max_train_steps 6: too few to learn the object, so the comparison means nothing yet" in printed
+    assert "--with_prior_preservation True" in printed and "--trigger_word zofu" in printed
 
 
 def test_it_does_not_clear_a_folder_that_holds_something_else(tmp_path):

@@ -1,27 +1,41 @@
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import train_dopsd_flux2
 from benchmarks.miniature import runs as runs_module
-from benchmarks.miniature.concepts import CONCEPTS
+from benchmarks.miniature.concepts import CONCEPTS, RENAMING, prior_prompts
+from benchmarks.miniature.experiment import make_comparisons, make_work
 from benchmarks.miniature.files import MODEL
 from benchmarks.miniature.methods import (
-    ABLATIONS,
     BASE,
     DOPSD,
-    FIRST_TABLE,
+    DOPSD_BOTH,
+    PRIOR_TABLE,
+    RENAMING_TABLE,
     SFT,
+    SFT_PRIOR,
     SFT_STOPPED,
     SHARED_FLAGS,
     Method,
     Run,
     SharedSettings,
+    runs_by_method,
     runs_of,
 )
-from benchmarks.miniature.runs import AccuracyStop, Experiment, TrainingFailed, dopsd_flags
+from benchmarks.miniature.runs import (
+    NUM_TIMED_STEPS,
+    AccuracyStop,
+    Experiment,
+    TrainingFailed,
+    dopsd_flags,
+    prior_flags,
+)
 from dopsd.command_line import parse_settings
+from dopsd.history import read_history
 from pipelines.published import KLEIN_LORA_LAYERS
 
 
@@ -49,9 +63,11 @@ def test_the_training_script_takes_the_flags_and_trains_like_the_baselines(tmp_p
 
 
 def test_runs_share_a_folder_only_if_their_settings_are_equal():
-    folders = [Run(OBJECT, 0, method).folder for method in (*FIRST_TABLE, *ABLATIONS)]
-    repeated = {folder for folder in folders if folders.count(folder) > 1}
-    assert repeated == {Run(OBJECT, 0, method).folder for method in (SFT, DOPSD)}
+    methods = [method for comparison in make_comparisons(is_quick=False) for method in comparison.methods]
+    settings = {}
+    for method in methods:
+        settings.setdefault(Run(OBJECT, 0, method).folder, set()).add(str(replace(method, name="")))
+    assert len(settings) > 60 and all(len(different) == 1 for different in settings.values())
     prefix = "transformer_blocks." * 10  # too long for a folder's name
     layers = [Run(OBJECT, 0, Method("x", flags={"lora_layers": prefix + end})).folder for end in ("a", "b")]
     assert layers[0] != layers[1]
@@ -60,6 +76,32 @@ def test_runs_share_a_folder_only_if_their_settings_are_equal():
 def test_there_is_one_run_per_concept_and_seed_except_for_the_base():
     assert len({run.folder for run in runs_of(DOPSD, CONCEPTS, (0, 1, 2))}) == 9
     assert [run.seed for run in runs_of(BASE, CONCEPTS, (0, 1, 2))] == [0, 0, 0]
+
+
+def test_every_trained_run_is_measured_stacked_and_timed_where_the_tables_say_so():
+    work = make_work(make_comparisons(is_quick=False), runs_by_method((BASE,), (OBJECT,), (0,)))
+    assert len({run.folder for run in work.runs}) == len(work.runs) > 200
+    assert {run.folder for run in work.stacks} < {run.folder for run in work.runs}
+    for run in work.stacks:
+        assert run.method.is_trained and run.concept in CONCEPTS
+        assert all(
+            replace(run, concept=concept).folder in {other.folder for other in work.stacks} for concept in CONCEPTS
+        )
+    folders = [runs_module.timed_run(run).folder for run in work.timed]
+    assert len({*folders}) == len(folders) < len(work.runs) / 3
+
+
+def test_prior_preservation_gets_prompts_and_the_word(tmp_path):
+    assert prior_flags(DOPSD, OBJECT, tmp_path) == {}
+    assert prior_flags(DOPSD_BOTH, OBJECT, tmp_path) == {
+        "prior_prompts": tmp_path / "prior_prompts.txt",
+        "trigger_word": OBJECT.word,
+    }
+    assert (tmp_path / "prior_prompts.txt").read_text().splitlines() == prior_prompts()
+    without_word, avoiding = PRIOR_TABLE[2], RENAMING_TABLE[-1]
+    assert not without_word.names_word and "trigger_word" not in prior_flags(without_word, OBJECT, tmp_path)
+    prior_flags(avoiding, RENAMING, tmp_path)
+    assert RENAMING.word not in (tmp_path / "prior_prompts.txt").read_text()
 
 
 @pytest.fixture
@@ -78,7 +120,7 @@ def known_result(experiment: Experiment, method: Method, result: dict) -> None:
     ("wanted", "trained"), [(0, {"reached": True, "steps": 2}), (2, {"reached": False, "steps": 3})]
 )
 def test_a_baseline_stops_at_an_accuracy_or_reports_that_it_missed_it(experiment, wanted, trained):
-    known_result(experiment, DOPSD, {"new": {"exact": wanted}})
+    known_result(experiment, DOPSD, {"new": {"exact": wanted}, "steps": 3})
     assert experiment.train_baseline(Run(OBJECT, 0, SFT_STOPPED)) == trained
 
 
@@ -91,13 +133,58 @@ def test_an_accuracy_is_measured_at_intervals_and_may_be_reached_late():
 def test_a_run_is_trained_once_and_measured_once(experiment, monkeypatch):
     run = Run(OBJECT, 0, SFT)
     result = experiment.result(run)
-    assert result["steps"] == 3 and result["retention"] > 0.01
+    assert result["steps"] == 3 and result["retention"] > 1e-3
     assert set(result["new"]) == set(result["old"]) and 0 <= result["old"]["exact"] <= 1
     monkeypatch.setattr(Experiment, "train_baseline", lambda self, run: pytest.fail("trained again"))
     (experiment.folder / run.folder / "result.json").unlink()
     assert experiment.result(run) == result  # measured again
     monkeypatch.setattr(Experiment, "_measure", lambda self, run: pytest.fail("measured again"))
     assert experiment.result(run) == result
+
+
+def test_a_baseline_with_prior_pictures_is_trained_from_the_bases_pictures(experiment, monkeypatch):
+    monkeypatch.setattr(runs_module, "NUM_PRIOR_PICTURES", 3)
+    drawn = []
+    draw = runs_module.draw_prior_pictures
+    monkeypatch.setattr(
+        runs_module,
+        "draw_prior_pictures",
+        lambda pipeline, prompts, *args, **kwargs: drawn.extend(prompts) or draw(pipeline, prompts, *args, **kwargs),
+    )
+    assert experiment.train_baseline(Run(OBJECT, 0, SFT_PRIOR)) == {"steps": 3}
+    assert len(drawn) == 3 and not any(OBJECT.word in prompt for prompt in drawn)
+
+
+def test_costs_stacks_and_times_join_the_result_once_they_are_measured(experiment):
+    run = Run(OBJECT, 0, SFT)
+    others = [replace(run, concept=concept) for concept in CONCEPTS[1:]]
+    plain = experiment.result(run)
+    assert plain["forwards"] == round(SFT.cost(3)) and "stack" not in plain and "seconds" not in plain
+    assert 0 <= plain["neighbours"]["exact"] <= 1 and plain["wrong_words"]["exact"] < 0.1
+    for other in others:
+        experiment.result(other)
+    stack = experiment.stack(run)
+    seconds = experiment.step_seconds(run)
+    result = experiment.result(run)
+    assert result["stack"] == stack and 0 <= stack["exact"] <= 1 and stack["old"] > 0.5
+    assert result["seconds"] == pytest.approx(3 * seconds, abs=0.06) and seconds > 0
+    assert not (experiment.folder / "runs" / "object" / "0" / "pictures").exists()
+
+
+def test_a_run_of_the_script_is_timed_without_sheets_in_a_folder_of_its_own(experiment, monkeypatch):
+    trained = []
+    train = Experiment.train_dopsd
+
+    def spy(self, run, **changed):
+        result = train(self, run, **changed)
+        trained.append((self.folder, len(read_history(self.folder / run.folder)), changed))
+        return result
+
+    monkeypatch.setattr(Experiment, "train_dopsd", spy)
+    assert experiment.step_seconds(Run(CONCEPTS[1], 2, DOPSD_BOTH)) > 0
+    ((folder, num_lines, changed),) = trained
+    assert num_lines == NUM_TIMED_STEPS and changed == {"validation_steps": 0} and folder != experiment.folder
+    assert not Path(folder).exists()
 
 
 def test_the_shared_base_latents_do_not_change_with_the_pipeline(experiment):

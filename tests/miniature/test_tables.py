@@ -1,10 +1,22 @@
 import json
 
 from benchmarks.miniature.concepts import CONCEPTS
-from benchmarks.miniature.experiment import SEEDS
+from benchmarks.miniature.experiment import SEEDS, make_comparisons
 from benchmarks.miniature.files import MODEL, REPOSITORY
-from benchmarks.miniature.methods import ABLATIONS, BASE, DOPSD, FIRST_TABLE, SFT, STEP_TABLE, Run, runs_of
-from benchmarks.miniature.tables import missed_text, retention_text, step_table, table, value_of
+from benchmarks.miniature.methods import LEARNING_RATES, STEP_TABLE, runs_by_method
+from benchmarks.miniature.report import Comparison, grid_results
+from benchmarks.miniature.tables import (
+    MAIN_COLUMNS,
+    README_METHODS,
+    best_rate,
+    grid_table,
+    missed_text,
+    readme_table,
+    retention_text,
+    step_table,
+    table,
+    value_of,
+)
 
 
 def test_a_table_has_means_and_standard_deviations():
@@ -24,38 +36,72 @@ def test_runs_that_missed_the_accuracy_are_counted():
 
 
 def test_retention_is_ranked_beside_the_metrics_that_it_stands_for():
-    results = [
-        (BASE, {"old": {"exact": 1.0, "fd": 0.1}, "retention": 0.0}),
-        (DOPSD, {"old": {"exact": 0.8, "fd": 0.2}, "retention": 0.3, "retention_logged": 0.29}),
-        (SFT, {"old": {"exact": 0.1, "fd": 0.15}, "retention": 0.8}),
-    ]
-    text = retention_text([(Run(CONCEPTS[0], 0, method), result) for method, result in results])
+    results = {
+        "base": [{"old": {"exact": 1.0, "fd": 0.1}, "retention": 0.0}],
+        "D-OPSD": [{"old": {"exact": 0.8, "fd": 0.2}, "retention": 0.3, "retention_logged": 0.29}],
+        "SFT": [{"old": {"exact": 0.1, "fd": 0.15}, "retention": 0.8}],
+    }
+    text = retention_text(results, sum(results.values(), []))
     assert "retention: base 0.000, D-OPSD 0.300, SFT 0.800" in text
     assert "old: exact: base 1.000, D-OPSD 0.800, SFT 0.100" in text
     assert "old: FD: base 0.100, SFT 0.150, D-OPSD 0.200" in text
     assert "at most 1e-02, in 1 runs" in text
 
 
+def test_the_projects_readme_compares_costs_with_the_published_method():
+    results = {name: [{"new": {"exact": 0.5}, "forwards": 50}] for name in README_METHODS}
+    results |= {"base": [{"new": {"exact": 0.0}}], "D-OPSD": [{"forwards": 100}, {"forwards": 100}]}
+    lines = readme_table(results).splitlines()
+    assert lines[0].startswith("| | new object right | old prompts right |") and lines[0].endswith("| cost |")
+    assert lines[2] == "| the model before | 0.00 | - | - | - | - | - |"
+    assert lines[-1].startswith("| **D-OPSD as trained here** | 0.50 |") and lines[-1].endswith("| 0.50 |")
+
+
+def test_the_best_learning_rate_learns_and_remembers():
+    def result(new: float, old: float, wrong: float) -> dict:
+        return {"new": {"exact": new}, "old": {"exact": old}, "wrong_words": {"exact": wrong}}
+
+    by_rate = {1e-3: result(0.9, 0.8, 0.9), 3e-3: result(0.9, 0.9, 0.1), 1e-2: result(0.8, 1.0, 0.1)}
+    assert best_rate(by_rate) == 3e-3  # of two equals the one that learns more
+    assert best_rate(by_rate | {1e-4: result(0.9, 0.9, 0.1)}) == 1e-4  # then the smaller one
+    text = grid_table({"SFT": by_rate}).splitlines()
+    assert text[0] == "| | 0.001 | 0.003 | 0.01 |"
+    assert text[-1] == "| SFT | 0.90 / 0.80 / 0.90 | **0.90 / 0.90 / 0.10** | 0.80 / 1.00 / 0.10 |"
+
+
+def committed_results() -> dict:
+    return json.loads((MODEL.parent / "results" / "results.json").read_text())
+
+
+def rows(results: dict, comparison: Comparison) -> dict[str, list[dict]]:
+    return {name: [results[str(run.folder)] for run in runs] for name, runs in comparison.runs.items()}
+
+
+def test_the_learning_rates_of_the_tables_are_the_best_of_the_committed_grids():
+    results = committed_results()
+    grids = [comparison for comparison in make_comparisons(is_quick=False) if comparison.name.startswith("grid")]
+    assert len(grids) == len(LEARNING_RATES)
+    for comparison, rates in zip(grids, LEARNING_RATES.values(), strict=True):
+        by_recipe = grid_results(comparison, lambda run: results[str(run.folder)])
+        assert tuple(best_rate(by_rate) for by_rate in by_recipe.values()) == rates
+
+
 def test_the_readmes_show_the_committed_results():
-    folder = MODEL.parent / "results"
-    results = json.loads((folder / "results.json").read_text())
+    folder, results = MODEL.parent / "results", committed_results()
     report, readme = (folder / "results.md").read_text(), (MODEL.parent / "README.md").read_text()
-
-    def rows(methods, concepts, seeds=SEEDS, part=lambda result: result):
-        return {
-            method.name: [part(results[str(run.folder)]) for run in runs_of(method, concepts, seeds)]
-            for method in methods
-        }
-
-    first = table(rows(FIRST_TABLE, CONCEPTS))
-    ablations = table(rows(ABLATIONS, CONCEPTS[:1]))
-    steps = step_table(rows(STEP_TABLE, CONCEPTS[:1], SEEDS[:1], lambda result: result["step_counts"]))
-    assert first in report and first in readme and first in (REPOSITORY / "README.md").read_text()
-    assert ablations in report and ablations in readme
+    comparisons = make_comparisons(is_quick=False)
+    for comparison in comparisons:
+        if comparison.name.startswith("grid"):
+            text = grid_table(grid_results(comparison, lambda run: results[str(run.folder)]))
+            assert text in report and text in readme
+        else:
+            assert table(rows(results, comparison)) in report
+            assert table(rows(results, comparison), MAIN_COLUMNS) in readme
+    assert readme_table(rows(results, comparisons[0])) in (REPOSITORY / "README.md").read_text()
+    step_runs = runs_by_method(STEP_TABLE, CONCEPTS[:1], SEEDS[:1])
+    steps = step_table(
+        {name: [results[str(run.folder)]["step_counts"] for run in runs] for name, runs in step_runs.items()}
+    )
     assert steps in report and steps in readme
-    runs = [run for method in (*FIRST_TABLE, *ABLATIONS) for run in runs_of(method, CONCEPTS[:1], SEEDS)]
-    ranking = retention_text([(run, results[str(run.folder)]) for run in runs])
-    lines = [line for line in ranking.splitlines() if line.startswith("- ")]
-    assert len(lines) == 3
-    for line in lines:
-        assert line in report and line in readme
+    lines = [line for line in report.splitlines() if line.startswith(("- retention:", "- old: "))]
+    assert len(lines) == 3 and all(line in readme for line in lines)
