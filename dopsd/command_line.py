@@ -87,11 +87,7 @@ def build_parser(model: ModelFlags, description: str) -> SettingsParser:
     action_of["optimizer"].type = str.lower
     # `resolve` fills in this default, unless a number of epochs is given.
     parser.set_defaults(max_train_steps=None)
-    action_of[
-        "max_train_steps"
-    ].help += (
-        f" Default: {model.default_settings['max_train_steps']}, or with --num_train_epochs as many as that takes."
-    )
+    action_of["max_train_steps"].help += f" Default: {model.default_settings['max_train_steps']}."
     _describe_teacher_contexts(action_of, model.teacher_contexts)
     return parser
 

@@ -270,7 +270,9 @@ class TrainingSettings:
     num_train_epochs: MayDiffer[Count | None] = flag(
         None, "Number of epochs. Ignored if --max_train_steps is given. Default: none, --max_train_steps decides."
     )
-    max_train_steps: MayDiffer[Count | None] = flag(None, "Number of optimizer steps.")
+    max_train_steps: MayDiffer[Count | None] = flag(
+        None, "Number of optimizer steps. If only --num_train_epochs is given, as many as that takes."
+    )
     # Checkpoints keep the number of micro-batches per step over all processes.
     gradient_accumulation_steps: MayDiffer[Count] = flag(1, "Micro-batches per optimizer step and device.")
     gradient_checkpointing: MayDiffer[bool] = flag(
@@ -363,7 +365,9 @@ class ValidationSettings:
         None, "Width of validation images, in pixels. Default: --resolution."
     )
     retention_prompts: MayDiffer[list[str]] = flag(
-        RETENTION_PROMPTS, "At least two prompts unrelated to the training pictures; their images should not change."
+        RETENTION_PROMPTS,
+        "At least two prompts unrelated to the training pictures; their images should not change. Default ones "
+        "that are too long for the model are left out.",
     )
     preview_only: MayDiffer[bool] = flag(False, "Draw the preview (base model, teacher, training picture), then stop.")
 

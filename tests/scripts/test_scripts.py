@@ -106,7 +106,7 @@ def test_the_number_of_steps_is_the_published_runs_unless_another_or_epochs_are_
     assert steps("--num_train_epochs", "3", "--max_train_steps", str(published)) == published
     with pytest.raises(SystemExit):
         parse(kind, "--help")
-    assert f"Number of optimizer steps. Default: {published}, " in " ".join(capsys.readouterr().out.split())
+    assert f"as many as that takes. Default: {published}." in " ".join(capsys.readouterr().out.split())
 
 
 # What a model refuses
