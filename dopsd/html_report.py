@@ -295,10 +295,8 @@ class RunReport:
             history: the rows of metrics.jsonl, as a resumed run keeps them: without what came after its checkpoint.
         """
         retention = {row["step"]: row for row in history if "retention" in row}
-        # Sheets that an earlier attempt left are not in the history. Without retention prompts, neither are the run's.
-        steps = [
-            n for n in numbered_sheets(self.folder, "validation") if n <= step and (n in retention or not retention)
-        ]
+        # An attempt that went further before the run was resumed may have left later sheets.
+        steps = [n for n in numbered_sheets(self.folder, "validation") if n <= step]
         sheets = choose_sheets(self.read_sheet, steps[::-1])
         title = f"{self.folder.resolve().name}: step {step} of {self.settings.training.max_train_steps}, {state}"
         head = element(

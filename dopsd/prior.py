@@ -76,6 +76,9 @@ class PriorPrompts:
         drawn = {"held_out": self.held_out, "wrong_word": self.wrong_word, "no_word": self.no_word}
         return {name: prompt for name, prompt in drawn.items() if prompt is not None}
 
+    def is_unrelated(self, prompt: str) -> bool:
+        return prompt in self.unrelated or prompt == self.held_out
+
     def draw(self, seed: int, place: int, count: int) -> list[str]:
         """The prompts of one micro-batch. Half of them have other made-up words, if there are such prompts.
 
@@ -114,9 +117,15 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
     prior = settings.prior
     warn_of_flags(prior)
     words = [TriggerWord.parse(argument) for argument in prior.trigger_word or []]
-    made = without(word_prompts(words, captions, settings.training.seed), lambda prompt: not fits(prompt))
+    all_made = word_prompts(words, captions, settings.training.seed)
+    made = without(all_made, lambda prompt: not fits(prompt))
     if not prior.with_prior_preservation:
         return PriorPrompts(wrong_word=made.wrong_word, no_word=made.no_word)
+    if num_long := len(all_made.other_words) - len(made.other_words):
+        logger.warning(
+            f"--trigger_word: {num_long} of the {len(all_made.other_words)} captions with made-up words are longer "
+            "than the text limit and not held; shorten the captions"
+        )
     if settings.lora.init_lora is not None:
         logger.warning(
             "--init_lora: on the prompts that prior preservation holds, the student is pulled towards the model "
@@ -131,8 +140,8 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
     known = {caption.casefold() for caption in captions}
     clashing = [
         prompt
-        for prompt in prompts.trained
-        if prompt.casefold() in known or (prompt in prompts.unrelated and any(word.is_in(prompt) for word in words))
+        for prompt in [*prompts.trained, *filter(None, [prompts.held_out])]
+        if prompt.casefold() in known or (prompts.is_unrelated(prompt) and any(word.is_in(prompt) for word in words))
     ]
     if clashing:
         logger.warning(
@@ -145,7 +154,7 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
             "--with_prior_preservation: no prompt is left to hold; give others with --prior_prompts, or switch it off "
             "with --with_prior_preservation false"
         )
-    retained = settings.validation.retention_prompts
+    retained = settings.validation.retention_prompts if settings.validation.validation_steps else []
     if both := [prompt for prompt in retained if prompt in prompts.trained]:
         default = "the default prompt " if both[0] in RETENTION_PROMPTS else ""
         logger.warning(
@@ -160,7 +169,7 @@ def source(prompt: str, settings: PriorSettings, prompts: PriorPrompts) -> str:
     """The flag that a prompt to be held is from, or that replaces it."""
     if prompt in (settings.class_prompt or []):
         return "--class_prompt"
-    if prompt not in prompts.unrelated:
+    if not prompts.is_unrelated(prompt):
         return "--trigger_word"
     return "--prior_prompts" + (", one of the default prompts" if settings.prior_prompts is None else "")
 
@@ -291,9 +300,10 @@ def word_prompts(words: list[TriggerWord], captions: list[str], seed: int) -> Pr
     made_up = made_up_words(rng, NUM_WORDS, taken)
     wrong, others = made_up[: len(words)], made_up[len(words) :]
     plain = list(dict.fromkeys(filter(None, (replaced(caption, words, None) for caption in used))))
-    no_word = plain[0] if plain else None
+    known = {caption.casefold() for caption in captions}
+    no_word = next((prompt for prompt in plain if prompt.casefold() not in known), None)
     return PriorPrompts(
-        without_word=tuple(plain[1:] or plain),
+        without_word=tuple(prompt for prompt in plain if prompt != no_word) or tuple(plain),
         other_words=tuple(
             dict.fromkeys(
                 replaced(rng.choice(used), words, rng.sample(others, len(words))) for _ in range(NUM_WITH_OTHER_WORDS)

@@ -20,7 +20,9 @@ def drawn_prompts(settings: ValidationSettings, prior: PriorPrompts) -> list[str
     if settings.validation_steps == 0:
         return []
     final = [settings.final_validation_prompt] if settings.final_validation_prompt else []
-    return [*settings.validation_prompt, *final, *settings.retention_prompts, *prior.drawn.values()]
+    # The extra ones are drawn with the retention prompts.
+    extra = prior.drawn.values() if settings.retention_prompts else []
+    return [*settings.validation_prompt, *final, *settings.retention_prompts, *extra]
 
 
 def resolve_prompts(settings: Settings, contexts: Contexts, teacher_context: TeacherContext) -> Settings:

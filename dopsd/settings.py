@@ -207,8 +207,8 @@ class PriorSettings:
     )
     prior_prompts: MayDiffer[str | None] = flag(
         None,
-        "Text file with the prompts to hold, one per line; the last one is only drawn. Default: about a hundred that "
-        "come with this project.",
+        "Text file with the prompts to hold, one per line; the last one is only drawn, and lines that begin with # "
+        "are skipped. Default: about a hundred that come with this project.",
     )
     trigger_word: MayDiffer[list[str] | None] = flag(
         None,

@@ -33,9 +33,9 @@ def step_cost(kind: str, flags: dict) -> float:
     """
     num_samples = flags["train_batch_size"] * flags.get("gradient_accumulation_steps", 1)
     if kind == "dopsd":
-        num_trained = flags.get("num_trained_states", NUM_STEPS)
+        num_trained = flags["num_trained_states"]
         cost = sampled_cost(num_trained, TEACHER)
-        if flags.get("with_prior_preservation"):
+        if flags["with_prior_preservation"]:
             cost += sampled_cost(num_trained, BASE) / flags.get("prior_every", 1)
     elif kind.startswith("one_state"):
         cost = sampled_cost(1, TEACHER)

@@ -153,7 +153,7 @@ SAMPLING_TABLE = (
     variant("two states", DOPSD, num_trained_states=2),
     variant("one state for each sample", DOPSD_ONE, train_batch_size=1, gradient_accumulation_steps=2),
     variant("one state for each sample, 6 samples", DOPSD_ONE, train_batch_size=2, gradient_accumulation_steps=3),
-    replace(DOPSD_ONE, name="one state, by a loop of the benchmark's", kind="one_state", flags=SFT.flags),
+    replace(DOPSD_ONE, name="one state, in the benchmark's own loop", kind="one_state", flags=SFT.flags),
     replace(DOPSD_ONE, name="one state, drawn by gradient norm", kind="one_state_by_norm", flags=SFT.flags),
 )
 PRIOR_TABLE = (

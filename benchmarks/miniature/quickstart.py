@@ -122,7 +122,7 @@ def sheet_captions(figures: dict[str, dict]) -> tuple[str, str]:
     if "old" not in figures:
         return new_caption, ""
     old, wrong = (figures[task]["exact"] for task in ("old", "wrong_words"))
-    return new_caption, f"old: {old:.0%} right; wrong words draw it: {wrong:.0%}"
+    return new_caption, f"old: {old:.0%} right; wrong words: {wrong:.0%}"
 
 
 def print_results(figures: dict[str, dict], lora_dir: Path, sheet_path: Path) -> None:

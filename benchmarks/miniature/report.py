@@ -21,6 +21,7 @@ from benchmarks.miniature.methods import (
     RunsByMethod,
     all_runs,
     runs_by_method,
+    runs_of,
     with_rate,
 )
 from benchmarks.miniature.parts import NUM_STEPS
@@ -140,15 +141,17 @@ def grid_results(comparison: Comparison, result_of) -> dict[str, dict[float, dic
 
 
 def retention_section(experiment: Experiment, comparisons: list[Comparison]) -> str:
-    concept, seeds = CONCEPTS[0], comparisons[0].seeds
-    is_full = any(comparison.name == "ablations" for comparison in comparisons)
-    methods = {"base": BASE, "D-OPSD": DOPSD, "SFT": SFT, "D-OPSD, one state + prior": DOPSD_BOTH}
-    if is_full:
-        methods |= {"D-OPSD, large epsilon": PUBLISHED, "a live teacher": LIVE}
-    runs = {name: runs_by_method((method,), (concept,), seeds)[method.name] for name, method in methods.items()}
     results = [experiment.result(run) for run in all_runs(*(comparison.runs for comparison in comparisons))]
-    text = retention_text(results_of(experiment, runs), results)
-    return f"## Retention, concept {concept.name!r}\n\n{text}"
+    text = retention_text(results_of(experiment, retention_runs(comparisons)), results)
+    return f"## Retention, concept {CONCEPTS[0].name!r}\n\n{text}"
+
+
+def retention_runs(comparisons: list[Comparison]) -> RunsByMethod:
+    """The runs whose retention is compared with their other figures."""
+    methods = {"base": BASE, "D-OPSD": DOPSD, "SFT": SFT, "D-OPSD, one state + prior": DOPSD_BOTH}
+    if any(comparison.name == "ablations" for comparison in comparisons):
+        methods |= {"D-OPSD, large epsilon": PUBLISHED, "a live teacher": LIVE}
+    return {name: runs_of(method, CONCEPTS[:1], comparisons[0].seeds) for name, method in methods.items()}
 
 
 def step_section(experiment: Experiment, by_step_count: RunsByMethod) -> str:

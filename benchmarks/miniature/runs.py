@@ -86,12 +86,12 @@ class Experiment:
         "retention"; training "steps" and their cost, "forwards". Also "stack" and "seconds", if they were measured.
         """
         result = self._once(run, "result.json", self._measure)
-        if run.method.is_trained:
+        if run.method.is_trained and isinstance(run.concept, Concept):  # a renaming's teacher has no picture
             result["forwards"] = round(run.method.cost(result["steps"]))
+            if (path := self.folder / timed_run(run).folder / "step_seconds.json").exists():
+                result["seconds"] = round(json.loads(path.read_text()) * result["steps"], 1)
         if (path := self.folder / run.folder / "stack.json").exists():
             result["stack"] = json.loads(path.read_text())
-        if (path := self.folder / timed_run(run).folder / "step_seconds.json").exists():
-            result["seconds"] = round(json.loads(path.read_text()) * result["steps"], 1)
         return result
 
     def stack(self, run: Run) -> dict:

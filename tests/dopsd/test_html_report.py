@@ -167,7 +167,7 @@ def test_the_example_loads_the_newest_lora(tmp_path):
 def test_validations_are_shown_newest_first_with_their_figures(tmp_path):
     add_steps(tmp_path, 2, 10)
     add_steps(tmp_path, 12, validated=False)
-    noise(0).save(tmp_path / "validation-4.png")  # of an earlier attempt, which the history does not have
+    noise(0).save(tmp_path / "validation-14.png")  # of an earlier attempt, which went further
     make_report(tmp_path).write_page(12, "in progress")
     assert shown_sheets(tmp_path) == [
         *("validation after step 10", "validation after step 2", "rollout"),

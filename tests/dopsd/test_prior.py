@@ -208,3 +208,28 @@ def test_flags_that_upstream_needs_are_accepted_with_a_line(caplog, flag, value)
 def test_flags_of_prior_preservation_that_is_off_have_no_effect_and_say_so(caplog, flag, value):
     assert make(with_prior_preservation=False, **{flag: value}) == PriorPrompts()
     assert f"--{flag}: has no effect with --with_prior_preservation false" in caplog.text
+
+
+def test_a_caption_is_not_drawn_as_a_prompt_that_should_stay():
+    captions = ["a photo of a corgi", "a photo of sks corgi", "sks corgi on grass"]
+    for seed in range(6):
+        assert make(captions, seed=seed, trigger_word=["sks=a"]).no_word == "a corgi on grass"
+
+
+def test_made_up_words_that_make_a_caption_too_long_are_reported(caplog):
+    prompts = make(["a photo of sks"], longest=len("a photo of sks"), trigger_word=["sks"])
+    assert prompts.other_words == () and prompts.wrong_word is None
+    assert "captions with made-up words are longer than the text limit and not held" in caplog.text
+
+
+def test_a_held_out_prompt_with_the_trigger_word_is_not_drawn(tmp_path, caplog):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a lake\na sks at home\n")
+    prompts = make(trigger_word=["sks"], prior_prompts=str(path))
+    assert prompts.held_out is None and prompts.unrelated == ("a lake",)
+    assert "--prior_prompts: 'a sks at home' is what is to be learned" in caplog.text
+
+
+def test_retention_prompts_that_are_not_drawn_may_be_held(caplog):
+    make(trigger_word=["sks"], class_prompt=[RETENTION_PROMPTS[0]], validation_steps=0)
+    assert "is held by prior preservation" not in caplog.text

@@ -18,6 +18,8 @@ def test_nothing_is_drawn_without_validation():
     assert drawn_prompts(
         ValidationSettings(**settings, final_validation_prompt="d"), PriorPrompts(held_out="h", no_word="n")
     ) == ["a", "d", "b", "c", "h", "n"]
+    without_retention = ValidationSettings(validation_prompt=["a"], retention_prompts=[])
+    assert drawn_prompts(without_retention, PriorPrompts(held_out="h")) == ["a"]
 
 
 # Prompts that would be cut

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.miniature import costs, world
 from benchmarks.miniature.baselines import encode_pictures
 from benchmarks.miniature.concepts import CONCEPTS, training_pictures
-from benchmarks.miniature.methods import DOPSD, DOPSD_BOTH, EQUAL_COST_TABLE, NUM_TRAIN_STEPS, SFT_PRIOR
+from benchmarks.miniature.methods import ALL_STATES, DOPSD, DOPSD_BOTH, EQUAL_COST_TABLE, NUM_TRAIN_STEPS, SFT_PRIOR
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.rollout import rollout, seeded_noise
@@ -70,7 +70,7 @@ def test_a_sampled_step_costs_the_mean_over_all_draws(num_trained, miniature):
 
 def test_a_step_of_every_method_by_hand():
     def cost(kind, **flags):
-        return costs.step_cost(kind, {"train_batch_size": 2} | flags)
+        return costs.step_cost(kind, {"train_batch_size": 2} | ALL_STATES | flags)
 
     all_states = 4 * (1.71 + 2.09)
     assert cost("dopsd") == cost("off_policy") == pytest.approx(2 * all_states)

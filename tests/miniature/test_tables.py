@@ -4,7 +4,7 @@ from benchmarks.miniature.concepts import CONCEPTS
 from benchmarks.miniature.experiment import SEEDS, make_comparisons
 from benchmarks.miniature.files import MODEL, REPOSITORY
 from benchmarks.miniature.methods import LEARNING_RATES, STEP_TABLE, runs_by_method
-from benchmarks.miniature.report import Comparison, grid_results
+from benchmarks.miniature.report import Comparison, grid_results, retention_runs
 from benchmarks.miniature.tables import (
     MAIN_COLUMNS,
     README_METHODS,
@@ -103,5 +103,6 @@ def test_the_readmes_show_the_committed_results():
         {name: [results[str(run.folder)]["step_counts"] for run in runs] for name, runs in step_runs.items()}
     )
     assert steps in report and steps in readme
-    lines = [line for line in report.splitlines() if line.startswith(("- retention:", "- old: "))]
-    assert len(lines) == 3 and all(line in readme for line in lines)
+    compared = {name: [results[str(run.folder)] for run in runs] for name, runs in retention_runs(comparisons).items()}
+    lines = [line for line in retention_text(compared, list(results.values())).splitlines()[2:] if line]
+    assert len(lines) == 4 and all(line in report and line in readme for line in lines)
