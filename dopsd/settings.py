@@ -41,6 +41,8 @@ class Range:
 
 
 Count = Annotated[int, Range("a whole number of at least 1", 1)]
+# Every repetition is an example of its own in memory.
+Repeats = Annotated[int, Range("a whole number from 1 to 10000", 1, 10_000)]
 CountOrZero = Annotated[int, Range("a whole number of at least 0", 0)]
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", 0, 2**32 - 1)]
 Positive = Annotated[float, Range("a number above 0", 0, open_low=True)]
@@ -120,7 +122,7 @@ class DataSettings:
         "How to read a .txt file of several lines beside a picture: as one caption with line breaks, or as one "
         "caption per line, of which one is drawn each time the picture is used. Default: one_caption, with a warning.",
     )
-    repeats: MustMatch[Count] = flag(1, "Number of times each picture is used per epoch.")
+    repeats: MustMatch[Repeats] = flag(1, "Number of times each picture is used per epoch.")
     resolution: MustMatch[Count] = flag(
         1024, "Training resolution, in pixels: pictures are scaled and cropped to a square of this side."
     )

@@ -28,6 +28,7 @@ BAD_FLAGS = {
     "rank": ({"rank": 0}, "--rank 0: must be a whole number of at least 1"),
     "steps": ({"max_train_steps": 0}, "--max_train_steps 0: must be a whole number of at least 1"),
     "rollout steps": ({"num_rollout_steps": 0}, "--num_rollout_steps 0: must be a whole number of at least 1"),
+    "repeats": ({"repeats": 2**63}, f"--repeats {2**63}: must be a whole number from 1 to 10000"),
     "8-bit prodigy": ({"use_8bit_adam": True, "optimizer": "prodigy"}, "--use_8bit_adam: needs --optimizer AdamW"),
     "one retention prompt": ({"retention_prompts": ["one"]}, "--retention_prompts: give at least two"),
     "validation size": ({"validation_height": 100}, "--validation_height 100"),
