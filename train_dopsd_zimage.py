@@ -22,8 +22,9 @@ from pathlib import Path
 
 from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
+from dopsd.flag_types import Count, MayDiffer, flag
 from dopsd.model_flags import CAPTION_CONTEXT, ModelFlags, vlm_context
-from dopsd.settings import Count, MayDiffer, ModelSettings, Settings, flag
+from dopsd.settings import ModelSettings, Settings
 from dopsd.sizes import SizeLimits
 from dopsd.terminal import ending_in_one_line, lasting_output
 from pipelines import published
@@ -86,6 +87,7 @@ from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
 from dopsd.encoders import PictureAndPromptEncoder, PromptEncoder, resolve_vlm
+from dopsd.execution import prepare_transformer
 from dopsd.gallery import Gallery
 from dopsd.history import HISTORY_FILE, MetricsLog, last_retention
 from dopsd.init_lora import read_init_lora, start_from_lora
@@ -106,7 +108,7 @@ from dopsd.prior import prior_prompts
 from dopsd.prompts import drawn_prompts, resolve_prompts
 from dopsd.publish import push_to_hub
 from dopsd.resuming import check_resumable, find_checkpoint, resume_contract
-from dopsd.roles import StudentTeacherLoRA, lora_target_modules
+from dopsd.roles import StudentTeacherLoRA, adapter_options
 from dopsd.step import StudentVelocity, TrainingStep
 from dopsd.stopping import StopRequest
 from dopsd.tracking import end_training, start_trackers
@@ -221,9 +223,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     check_pretrained(model, settings.model)
     dtype = weight_dtype(settings.training.mixed_precision)
     skeleton = load_skeleton(model, settings.model)
-    lora_options = settings.lora.adapter_options(
-        lora_target_modules(skeleton, settings.lora.lora_layers, model.portable_lora_layers)
-    )
+    lora_options = adapter_options(settings.lora, skeleton, model.portable_lora_layers)
     init_lora = read_init_lora(model, settings.lora.init_lora, skeleton, lora_options, settings.model.cache_dir)
     pipeline, folder, text_config = open_pipeline(model, settings.model, dtype)
     settings = resolve_data_defaults(settings, data, accelerator.num_processes)
@@ -257,9 +257,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     set_seed(seed)
     roles = StudentTeacherLoRA(pipeline.transformer, **lora_options, teacher=settings.distillation.teacher)
     start_from_lora(roles, init_lora, settings.lora.init_lora)
-    if settings.training.gradient_checkpointing:
-        pipeline.transformer.enable_gradient_checkpointing()
-    pipeline.transformer.to(accelerator.device)
+    prepare_transformer(pipeline.transformer, settings.performance, accelerator.device)
 
     pictures_per_step = data.pictures_per_step(settings, accelerator.num_processes)
     optimizer = build_optimizer(settings.optimizer, roles.student_parameters, pictures_per_step)

@@ -9,8 +9,9 @@ from typing import Any
 import train_dopsd_flux2
 import train_dopsd_zimage
 from dopsd.command_line import build_parser
+from dopsd.flag_types import MUST_MATCH, Range, annotations
 from dopsd.model_flags import ModelFlags
-from dopsd.settings import MUST_MATCH, Range, Settings, annotations
+from dopsd.settings import Settings
 
 
 PAGE = Path(__file__).with_name("flags.md")

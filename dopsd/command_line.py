@@ -14,8 +14,9 @@ from transformers import HfArgumentParser
 
 from .errors import InputError, one_line
 from .files import read_regular_file
+from .flag_types import check_ranges
 from .model_flags import ModelFlags, TeacherContext
-from .settings import Settings, TeacherSettings, check_ranges
+from .settings import Settings, TeacherSettings
 from .sizes import check_geometry, size_problem
 from .terminal import MAX_REFUSAL_CHARACTERS, as_line
 from .text import argument_problem

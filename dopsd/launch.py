@@ -169,7 +169,7 @@ def log_plan(
     pictures_per_step = data.pictures_per_step(settings, accelerator.num_processes)
     logger.info(f"Training {len(roles.module_names)} modules, {count:,} parameters, rank {settings.lora.rank}")
     logger.info(f"Pictures: {len(data.pictures)}; batches per epoch: {data.order.num_batches}")
-    checkpointing = "on" if training.gradient_checkpointing else "off"
+    checkpointing = "on" if settings.performance.gradient_checkpointing else "off"
     logger.info(f"Precision of the frozen model: {training.mixed_precision}; gradient checkpointing: {checkpointing}")
     logger.info(
         f"Pictures per step over all processes: {pictures_per_step:.3g}; steps: {first_step} to "

@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .errors import InputError
+from .settings import LoRASettings
 
 
 logger = get_logger(__name__)
@@ -59,6 +60,16 @@ def lora_target_modules(transformer: nn.Module, lora_layers: str, portable: str 
             f"such as {unknown[0]}, and leave their part of the LoRA out; diffusers loads all of it"
         )
     return names
+
+
+def adapter_options(settings: LoRASettings, transformer: nn.Module, portable: str | None = None) -> dict[str, Any]:
+    """Keyword arguments of `StudentTeacherLoRA`; see `lora_target_modules`."""
+    return {
+        "target_modules": lora_target_modules(transformer, settings.lora_layers, portable),
+        "rank": settings.rank,
+        "alpha": settings.lora_alpha,
+        "dropout": settings.lora_dropout,
+    }
 
 
 def _select_modules(transformer: nn.Module, lora_layers: str) -> list[str]:

@@ -5,50 +5,25 @@ Each field says next to its type whether a resumed run must keep it: `MustMatch`
 the model come from the script (`Model.default_settings`).
 """
 
-import math
-from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
-from .errors import InputError
+from .flag_types import (
+    MUST_MATCH,
+    BelowOne,
+    Count,
+    CountOrZero,
+    Fraction,
+    MayDiffer,
+    MustMatch,
+    NotNegative,
+    Positive,
+    Repeats,
+    Seed,
+    annotations,
+    flag,
+)
 
-
-T = TypeVar("T")
-MUST_MATCH, MAY_DIFFER = "must match on resuming", "may differ on resuming"
-MustMatch = Annotated[T, MUST_MATCH]
-MayDiffer = Annotated[T, MAY_DIFFER]
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers that a flag accepts.
-
-    Attributes:
-        description: completes "must be ..." in the error.
-        low, high: the bounds; NaN and infinity are in no range.
-        open_low, open_high: whether the bound itself is excluded.
-    """
-
-    description: str
-    low: float
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below and math.isfinite(value)
-
-
-Count = Annotated[int, Range("a whole number of at least 1", 1)]
-# Every repetition is an example of its own in memory.
-Repeats = Annotated[int, Range("a whole number from 1 to 10000", 1, 10_000)]
-CountOrZero = Annotated[int, Range("a whole number of at least 0", 0)]
-Seed = Annotated[int, Range("a whole number from 0 to 4294967295", 0, 2**32 - 1)]
-Positive = Annotated[float, Range("a number above 0", 0, open_low=True)]
-NotNegative = Annotated[float, Range("a number of at least 0", 0)]
-Fraction = Annotated[float, Range("a number from 0 to 1", 0, 1)]
-BelowOne = Annotated[float, Range("a number of at least 0 and below 1", 0, 1, open_high=True)]
 
 # Unlike each other and unlike what people train on, so the base model's images for them should not change.
 RETENTION_PROMPTS = (
@@ -60,14 +35,6 @@ RETENTION_PROMPTS = (
 
 # Those of `diffusers.optimization.SchedulerType` that need no rules of their own.
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-
-
-def flag(default: Any, help: str) -> Any:
-    """A field with its default and its line in `--help`."""
-    metadata = {"help": help.replace("%", "%%")}
-    if isinstance(default, (list, tuple)):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -250,15 +217,6 @@ class LoRASettings:
         False, "Save the LoRA in float32. By default it is saved in the precision of the frozen model."
     )
 
-    def adapter_options(self, target_modules: list[str]) -> dict[str, Any]:
-        """Keyword arguments of `roles.StudentTeacherLoRA`."""
-        return {
-            "target_modules": target_modules,
-            "rank": self.rank,
-            "alpha": self.lora_alpha,
-            "dropout": self.lora_dropout,
-        }
-
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -277,9 +235,6 @@ class TrainingSettings:
     )
     # Checkpoints keep the number of micro-batches per step over all processes.
     gradient_accumulation_steps: MayDiffer[Count] = flag(1, "Micro-batches per optimizer step and device.")
-    gradient_checkpointing: MayDiffer[bool] = flag(
-        False, "Recompute activations in the backward pass: less memory, slower."
-    )
     mixed_precision: MustMatch[Literal["no", "fp16", "bf16"] | None] = flag(
         None,
         "Precision of the frozen model; LoRA weights are always float32. Default: what accelerate is configured for.",
@@ -314,6 +269,17 @@ class TrainingSettings:
         False, "Has no effect, accepted for compatibility: encoders are always moved off the accelerator."
     )
     local_rank: MayDiffer[int] = flag(-1, "Has no effect, accepted for compatibility: the launcher sets the rank.")
+
+
+@dataclass(frozen=True)
+class PerformanceSettings:
+    """What changes time and memory rather than what is learned."""
+
+    _argument_group_name = "memory and speed"
+
+    gradient_checkpointing: MayDiffer[bool] = flag(
+        False, "Recompute activations in the backward pass: less memory, slower."
+    )
 
 
 @dataclass(frozen=True)
@@ -401,6 +367,7 @@ class Settings:
     validation: ValidationSettings
     lora: LoRASettings
     training: TrainingSettings
+    performance: PerformanceSettings
     publishing: PublishingSettings
     optimizer: OptimizerSettings
 
@@ -434,25 +401,3 @@ class Settings:
 ON_BY_DEFAULT = frozenset(
     item.name for group in fields(Settings) for item in fields(group.type) if item.default is True
 )
-
-
-def annotations(group: type) -> dict[str, list[Any]]:
-    """Field name -> markers in its type: `MUST_MATCH` or `MAY_DIFFER`, and a `Range` if there is one."""
-    hints = get_type_hints(group, include_extras=True)
-    return {item.name: _markers(hints[item.name]) for item in fields(group)}
-
-
-def _markers(hint: Any) -> list[Any]:
-    found = list(getattr(hint, "__metadata__", ()))
-    for part in get_args(hint):
-        found += _markers(part)
-    return found
-
-
-def check_ranges(group: Any) -> None:
-    """Raises `InputError` for a number outside the range in its field's type."""
-    for name, markers in annotations(type(group)).items():
-        value = getattr(group, name)
-        for marker in markers:
-            if isinstance(marker, Range) and value is not None and value not in marker:
-                raise InputError(f"--{name} {value}: must be {marker.description}")

@@ -13,8 +13,9 @@ import train_dopsd_flux2
 import train_dopsd_zimage
 from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
+from dopsd.flag_types import MayDiffer, flag
 from dopsd.model_flags import TeacherContext
-from dopsd.settings import SCHEDULERS, MayDiffer, ModelSettings, flag
+from dopsd.settings import SCHEDULERS, ModelSettings
 
 
 ROOT = Path(train_dopsd_flux2.__file__).parent

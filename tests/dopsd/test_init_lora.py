@@ -12,7 +12,7 @@ from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
 from dopsd.init_lora import read_init_lora
 from dopsd.pretrained import load_skeleton, load_transformer, open_pipeline
-from dopsd.roles import StudentTeacherLoRA, lora_target_modules
+from dopsd.roles import StudentTeacherLoRA, adapter_options
 from models import ONE_MODEL, ZIMAGE
 from short_runs import as_arguments
 
@@ -37,7 +37,7 @@ def read(model, settings):
     def call(name_or_path, cache_dir=None, **flags):
         chosen = settings(**flags)
         skeleton = load_skeleton(model.script.MODEL, chosen.model)
-        options = chosen.lora.adapter_options(lora_target_modules(skeleton, chosen.lora.lora_layers))
+        options = adapter_options(chosen.lora, skeleton)
         return read_init_lora(model.script.MODEL, str(name_or_path), skeleton, options, cache_dir)
 
     return call
@@ -132,7 +132,7 @@ def students_latents(model, settings, loaded, **flags):
     pipeline.text_encoder = model.pipeline().text_encoder
     pipeline.transformer = load_transformer(kind, chosen.model, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    options = chosen.lora.adapter_options(lora_target_modules(pipeline.transformer, chosen.lora.lora_layers))
+    options = adapter_options(chosen.lora, pipeline.transformer)
     roles = StudentTeacherLoRA(pipeline.transformer, **options)
     roles.load_lora(*loaded, origin="x")
     return model.sample(pipeline)

@@ -17,7 +17,7 @@ from dopsd.pretrained import (
     read_configs,
     read_quantization_settings,
 )
-from dopsd.roles import lora_target_modules
+from dopsd.roles import adapter_options
 from models import ONE_MODEL
 from short_runs import as_arguments
 
@@ -152,7 +152,7 @@ def init_lora(model, settings):
     def read(name_or_path, **flags):
         chosen = settings(**flags)
         skeleton = load_skeleton(model.script.MODEL, chosen.model)
-        options = chosen.lora.adapter_options(lora_target_modules(skeleton, chosen.lora.lora_layers))
+        options = adapter_options(chosen.lora, skeleton)
         return read_init_lora(model.script.MODEL, name_or_path, skeleton, options)
 
     return read

@@ -7,7 +7,8 @@ import train_dopsd_flux2
 import train_dopsd_zimage
 from dopsd.command_line import build_parser, parse_settings
 from dopsd.errors import InputError
-from dopsd.settings import MAY_DIFFER, MUST_MATCH, MayDiffer, MustMatch, Settings, annotations, check_ranges, flag
+from dopsd.flag_types import MAY_DIFFER, MUST_MATCH, MayDiffer, MustMatch, annotations, check_ranges, flag
+from dopsd.settings import Settings
 
 
 MODELS = (train_dopsd_flux2.MODEL, train_dopsd_zimage.MODEL)

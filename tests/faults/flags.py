@@ -5,7 +5,8 @@ from types import ModuleType
 from typing import Any
 
 from dopsd.command_line import build_parser
-from dopsd.settings import Range, Settings, annotations
+from dopsd.flag_types import Range, annotations
+from dopsd.settings import Settings
 
 from .cases import Case, kind
 from .damage import ODD_TEXTS
