@@ -87,7 +87,7 @@ from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
 from dopsd.encoders import PictureAndPromptEncoder, PromptEncoder, resolve_vlm
-from dopsd.execution import prepare_transformer
+from dopsd.execution import loading_device, prepare_transformer
 from dopsd.gallery import Gallery
 from dopsd.history import HISTORY_FILE, MetricsLog, last_retention
 from dopsd.init_lora import read_init_lora, start_from_lora
@@ -109,7 +109,7 @@ from dopsd.prompts import drawn_prompts, resolve_prompts
 from dopsd.publish import push_to_hub
 from dopsd.resuming import check_resumable, find_checkpoint, resume_contract
 from dopsd.roles import StudentTeacherLoRA, adapter_options
-from dopsd.step import StudentVelocity, TrainingStep
+from dopsd.step import TrainingStep, prepare_student
 from dopsd.stopping import StopRequest
 from dopsd.tracking import end_training, start_trackers
 from pipelines.vision_encoder import VisionEncoder, default_vlm
@@ -211,7 +211,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         push_to_hub(settings)
         return
     stop = StopRequest()
-    accelerator = start_accelerator(settings.training, model)
+    accelerator = start_accelerator(settings, model)
     output_dir = Path(settings.training.output_dir)
     lock = open_output_dir(output_dir, accelerator, (HISTORY_FILE, LORA_FILE))  # noqa: F841 - held until the run ends
     checkpoint = find_checkpoint(settings.training, accelerator)
@@ -253,16 +253,16 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     if settings.training.encode_only:
         end_training(accelerator, "The context cache is complete: train with the same flags, without --encode_only")
         return
-    pipeline.transformer = load_transformer(model, settings.model, dtype, accelerator.device)
+    pipeline.transformer = load_transformer(model, settings.model, dtype, loading_device(settings, accelerator))
     set_seed(seed)
     roles = StudentTeacherLoRA(pipeline.transformer, **lora_options, teacher=settings.distillation.teacher)
     start_from_lora(roles, init_lora, settings.lora.init_lora)
-    prepare_transformer(pipeline.transformer, settings.performance, accelerator.device)
+    prepare_transformer(pipeline.transformer, roles.parameters, settings.performance, accelerator)
 
     pictures_per_step = data.pictures_per_step(settings, accelerator.num_processes)
     optimizer = build_optimizer(settings.optimizer, roles.student_parameters, pictures_per_step)
     lr_scheduler = build_lr_scheduler(settings.optimizer, optimizer, settings.training.max_train_steps)
-    student, optimizer = accelerator.prepare(StudentVelocity(pipeline), optimizer)
+    student, optimizer = prepare_student(pipeline, optimizer, settings.performance, accelerator)
     train_step = TrainingStep(
         settings,
         accelerator,

@@ -262,6 +262,11 @@ def check(settings: Settings, model: ModelFlags) -> None:
             "--retention_prompts: give at least two prompts; retention is measured relative to the distance between "
             "their images"
         )
+    if settings.performance.offload_activations and not settings.performance.gradient_checkpointing:
+        raise InputError("--offload_activations: goes with --gradient_checkpointing; add that, or drop the flag")
+    if settings.performance.is_sharded and settings.model.bnb_quantization_config_path is not None:
+        flag = "--fsdp" if settings.performance.fsdp else "--offload_transformer"
+        raise InputError(f"{flag}: cannot be combined with --bnb_quantization_config_path; drop one of them")
     if training.no_context_cache and training.encode_only:
         raise InputError("--encode_only: fills the cache, which --no_context_cache turns off; drop one of them")
     if training.no_context_cache and training.context_cache_dir:

@@ -1,16 +1,41 @@
-"""How the transformer is executed: checkpointing and device. None of it changes what is computed."""
+"""How the transformer is executed: checkpointing, and where its weights are. None of it changes what is computed."""
+
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch.utils.checkpoint import checkpoint
 
-from .settings import PerformanceSettings
+from .settings import PerformanceSettings, Settings
+from .sharding import shard
 
 
-def prepare_transformer(transformer: torch.nn.Module, settings: PerformanceSettings, device: torch.device) -> None:
+def loading_device(settings: Settings, accelerator: Accelerator) -> torch.device | None:
+    """Where the transformer is loaded to: the accelerator, or None for the CPU if it will be sharded."""
+    return None if settings.performance.is_sharded else accelerator.device
+
+
+def prepare_transformer(
+    transformer: torch.nn.Module,
+    adapters: Collection[torch.nn.Parameter],
+    settings: PerformanceSettings,
+    accelerator: Accelerator,
+) -> None:
     """Puts the transformer, with its adapters, into the state in which it is trained.
 
     Args:
-        device: the accelerator.
+        adapters: all of its parameters that are not the pretrained model's.
     """
     if settings.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    transformer.to(device)
+        transformer.enable_gradient_checkpointing(checkpoint_to_host if settings.offload_activations else None)
+    if settings.is_sharded:
+        shard(transformer, adapters, settings, accelerator)
+    else:
+        transformer.to(accelerator.device)
+
+
+def checkpoint_to_host(function: Callable[..., Any], *inputs: Any) -> Any:
+    """`torch.utils.checkpoint`, which keeps the inputs in host memory until the backward pass needs them."""
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(function, *inputs, use_reentrant=False)

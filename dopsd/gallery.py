@@ -27,9 +27,11 @@ from .memory import reset_peak_memory
 from .model import Context, FewStepPipeline, Model
 from .output import naming_file
 from .prior import PriorPrompts
+from .retention import distances, mean_distance
 from .roles import StudentTeacherLoRA
 from .rollout import RolloutStep, rollout, seeded_noise
 from .settings import Settings
+from .sharding import calls_must_match
 from .sheets import Cell, contact_sheet, save_png, stack
 from .stopping import StopRequest
 from .tracking import track
@@ -118,6 +120,8 @@ class Gallery:
         self.loss_space = settings.distillation.loss_space
         self.last_step = settings.training.max_train_steps
         self.accelerator, self.pipeline, self.roles, self.contexts = accelerator, pipeline, roles, contexts
+        self.calls_match = calls_must_match(settings.performance, accelerator)
+        self.is_out_of_step = False  # An error now leaves other processes waiting for this one's part of the weights.
         self.data = contexts.data
         self.teacher_context = model.teacher_context(settings)
         self.report = RunReport(settings, model, self.data)
@@ -175,13 +179,13 @@ class Gallery:
 
     @contextmanager
     def guarded(self, what: str, *, after: str = "the run continues", must_succeed: bool = False) -> Iterator[None]:
-        """Logs an error while drawing. With `must_succeed`, it is raised as well."""
+        """Logs an error while drawing. With `must_succeed`, or if other processes wait for this one, it is raised."""
         try:
             yield
         except DrawingStopped:
             logger.info(f"{what} is cut short: the run is asked to stop")
         except Exception as error:
-            if must_succeed:
+            if must_succeed or self.is_out_of_step:
                 raise
             # A full disk needs no traceback.
             details = None if isinstance(error, DOPSDError) else error
@@ -218,9 +222,13 @@ class Gallery:
     def share(self, jobs: dict[Hashable, Callable[[], Result]], description: str) -> dict[Hashable, Result]:
         """Runs the jobs, shared among the processes. Every process gets all results, in the jobs' order.
 
+        If processes share the transformer's weights, each of them runs all of the jobs.
+
         Raises:
             DrawingStopped, DrawingFailed, or a job's own error: a process could not run its jobs. All processes raise.
         """
+        if self.calls_match:
+            return self.run_together(jobs, description)
         accelerator = self.accelerator
         own, failure = {}, None
         bar = tqdm(
@@ -246,6 +254,18 @@ class Gallery:
                 raise DrawingFailed(problem)
         results = {key: result for part, _, _ in reports for key, result in part.items()}
         return {key: results[key] for key in jobs}
+
+    def run_together(self, jobs: dict[Hashable, Callable[[], Result]], description: str) -> dict[Hashable, Result]:
+        """Runs all jobs on every process, in step with the others."""
+        results = {}
+        is_quiet = not self.accelerator.is_local_main_process
+        for key in tqdm(list(jobs), desc=description, leave=False, disable=is_quiet):
+            if self.stop.is_set_on_any(self.accelerator):
+                raise DrawingStopped
+            self.is_out_of_step = True
+            results[key] = jobs[key]()
+            self.is_out_of_step = False
+        return results
 
     def compare(self, subjects: list[Subject], description: str) -> dict[Subject, tuple[Drawing, Drawing]]:
         """The base's and the student's drawing of each subject, shared among the processes."""
@@ -426,8 +446,10 @@ class Gallery:
         def row(prompt: str, seed: int) -> Row:
             students = [self.story.get((step, prompt, seed)) for step in steps]
             # A base drawing is missing if the validation that draws it has failed.
-            base = self.base_drawings.get((prompt, seed)) or self.base_drawing(prompt, seed)
-            return prompt, [base.image, *students]
+            base = self.base_drawings.get((prompt, seed))
+            if base is None and not self.calls_match:
+                base = self.base_drawing(prompt, seed)
+            return prompt, [base and base.image, *students]
 
         validation = Sheet(
             f"{self.folder.name}: {self.last_step} training steps, drawn in {self.settings.num_inference_steps} "
@@ -462,24 +484,3 @@ def evenly_spaced(items: list[Result], count: int) -> list[Result]:
     if len(items) <= count:
         return items
     return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
-
-
-def distances(base: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """(N,) distances between (N, ...) latents; row i of both is drawn from the same prompt and noise."""
-    return (student.float() - base.float()).flatten(1).norm(dim=1)
-
-
-def mean_distance(latents: torch.Tensor) -> torch.Tensor:
-    """Mean distance between the rows of (N, ...) latents, N at least 2: what another prompt's picture is away."""
-    return torch.nn.functional.pdist(latents.float().flatten(1)).mean()
-
-
-def relative_drift(base: torch.Tensor, student: torch.Tensor) -> float:
-    """Mean distance of the student's latents from the base's, relative to the mean distance between the base's own.
-
-    0: nothing has changed. 1: as different as another prompt's image.
-
-    Args:
-        base, student: (N, ...), N at least 2; row i of both is drawn from the same prompt and noise.
-    """
-    return (distances(base, student).mean() / mean_distance(base)).item()

@@ -27,7 +27,7 @@ from .errors import InputError, device_errors, first_line
 from .model import Model
 from .resuming import read_state
 from .roles import StudentTeacherLoRA
-from .settings import Settings, TrainingSettings
+from .settings import Settings
 from .terminal import without_tokens
 
 
@@ -37,36 +37,37 @@ logger = get_logger(__name__)
 # gloo's thread while it holds the GIL, and the process hangs if that thread is just releasing a tensor.
 _process_groups = []
 
-# Modes of accelerate in which a process may hold a part of the model only. The scripts need all of it in each process.
+# Modes of accelerate in which a process may hold a part of the model only. The scripts shard it themselves.
 UNSUPPORTED_MODES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
-SUPPORTED_MODES = "one process, or several with one GPU each (DDP); see configs/"
+SUPPORTED_MODES = "one process, or several with one GPU each (see configs/; --fsdp shares the weights)"
 
 # Processes wait for one another while pictures and prompts are encoded and images are drawn. NCCL gives up after 10
 # minutes by default.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
 
 
-def start_accelerator(settings: TrainingSettings, model: Model) -> Accelerator:
+def start_accelerator(settings: Settings, model: Model) -> Accelerator:
     """The accelerator, with logging set up.
 
     Raises:
         InputError: flags and accelerate's own configuration do not fit together, or do not fit the model or device.
     """
+    training = settings.training
     for variable, mode in UNSUPPORTED_MODES.items():
         if str_to_bool(os.environ.get(variable) or "false"):
             raise InputError(f"accelerate is configured for {mode}: supported are {SUPPORTED_MODES}")
     try:
         accelerator = Accelerator(
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            mixed_precision=settings.mixed_precision,
-            log_with=None if settings.report_to == "none" else settings.report_to,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            mixed_precision=training.mixed_precision,
+            log_with=None if training.report_to == "none" else training.report_to,
             project_config=ProjectConfiguration(
-                project_dir=settings.output_dir, logging_dir=str(Path(settings.output_dir, settings.logging_dir))
+                project_dir=training.output_dir, logging_dir=str(Path(training.output_dir, training.logging_dir))
             ),
             kwargs_handlers=[
                 # The frozen model runs in its deployed precision; the adapters cast their own weights (`CastLinear`).
@@ -85,12 +86,12 @@ def start_accelerator(settings: TrainingSettings, model: Model) -> Accelerator:
         _process_groups.append(torch.distributed.group.WORLD)
     set_up_logging()
     check_accelerator(accelerator, settings, model)
-    if settings.allow_tf32:
+    if training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 
 
-def check_accelerator(accelerator: Accelerator, settings: TrainingSettings, model: Model) -> None:
+def check_accelerator(accelerator: Accelerator, settings: Settings, model: Model) -> None:
     """Raises `InputError` for what the scripts or the model cannot do; warns of what costs memory or quality."""
     mode = accelerator.distributed_type
     is_mpi = mode != DistributedType.NO and torch.distributed.get_backend() == "mpi"
@@ -98,12 +99,18 @@ def check_accelerator(accelerator: Accelerator, settings: TrainingSettings, mode
         raise InputError(
             f"accelerate is configured for {'MPI' if is_mpi else mode.value}: supported are {SUPPORTED_MODES}"
         )
+    if settings.performance.fsdp and accelerator.num_processes == 1:
+        raise InputError(
+            "--fsdp: shares the weights among processes, and there is only one; start one process per GPU (see "
+            "configs/), or pass --offload_transformer instead"
+        )
     precision, on_gpu = accelerator.mixed_precision, accelerator.device.type != "cpu"
     if precision not in ("no", "fp16", "bf16"):
         raise InputError(f"--mixed_precision {precision}: is not supported; pass bf16, fp16 or no")
-    if accelerator.gradient_accumulation_steps != settings.gradient_accumulation_steps:
+    accumulation_steps = settings.training.gradient_accumulation_steps
+    if accelerator.gradient_accumulation_steps != accumulation_steps:
         raise InputError(
-            f"--gradient_accumulation_steps {settings.gradient_accumulation_steps}: accelerate is configured for "
+            f"--gradient_accumulation_steps {accumulation_steps}: accelerate is configured for "
             f"{accelerator.gradient_accumulation_steps}; pass the same, or change accelerate's configuration"
         )
     if precision == "fp16" and not model.works_in_fp16:

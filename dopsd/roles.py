@@ -242,6 +242,11 @@ class StudentTeacherLoRA:
         return list(self.named_parameters(STUDENT).values())
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of all adapters."""
+        return [*self.student_parameters, *self.teacher_parameters]
+
+    @property
     def teacher_parameters(self) -> list[nn.Parameter]:
         """The EMA weights, in the order of `student_parameters`; empty for the other kinds of teacher."""
         return list(self.named_parameters(TEACHER).values()) if self.teacher == "ema" else []

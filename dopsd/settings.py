@@ -280,6 +280,23 @@ class PerformanceSettings:
     gradient_checkpointing: MayDiffer[bool] = flag(
         False, "Recompute activations in the backward pass: less memory, slower."
     )
+    offload_transformer: MayDiffer[bool] = flag(
+        False,
+        "Keep the weights of the transformer's blocks in host memory; each comes when it computes. Trains models that "
+        "are larger than the GPU, slower.",
+    )
+    offload_activations: MayDiffer[bool] = flag(
+        False, "With --gradient_checkpointing: keep what it stores in host memory. Less GPU memory, slower."
+    )
+    fsdp: MayDiffer[bool] = flag(
+        False,
+        "Share the weights of the transformer's blocks among the GPUs of a machine instead of keeping all on each.",
+    )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the transformer's weights are not on the accelerator as a whole."""
+        return self.offload_transformer or self.fsdp
 
 
 @dataclass(frozen=True)

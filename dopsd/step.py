@@ -19,7 +19,8 @@ from .optimizers import effective_learning_rate
 from .prior import PriorPrompts
 from .roles import StudentTeacherLoRA
 from .rollout import RolloutStep, VelocityFunction, rollout, seeded_noise
-from .settings import Settings
+from .settings import PerformanceSettings, Settings
+from .sharding import average_gradients, calls_must_match, missing_calls
 
 
 MAX_SKIPPED_STEPS = 20
@@ -35,6 +36,20 @@ class StudentVelocity(torch.nn.Module):
 
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
         return self.pipeline.predict_velocity(latents, timestep, context)
+
+
+def prepare_student(
+    pipeline: FewStepPipeline,
+    optimizer: torch.optim.Optimizer,
+    settings: PerformanceSettings,
+    accelerator: Accelerator,
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The student and its optimizer, prepared by the accelerator."""
+    student = StudentVelocity(pipeline)
+    if settings.is_sharded:  # DDP cannot hold weights that are not there as a whole.
+        student = accelerator.prepare_model(student, device_placement=False, evaluation_mode=True)
+        return student, accelerator.prepare_optimizer(optimizer)
+    return accelerator.prepare(student, optimizer)
 
 
 class TrainingStep:
@@ -75,6 +90,8 @@ class TrainingStep:
         self.loss_space = settings.distillation.loss_space
         self.ema_decay = settings.distillation.ema_decay
         self.prior, self.prior_settings = prior, settings.prior
+        # Processes that share the transformer's weights exchange gradients here rather than in DDP.
+        self.calls_match = calls_must_match(settings.performance, accelerator)
         self.num_skipped = 0  # steps in a row that the fp16 gradient scaler skipped
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -102,6 +119,8 @@ class TrainingStep:
                     measured = accelerator.reduce(measured / self.accumulation_steps, reduction="mean")
                     loss, figures = mean_figures(measured[0], self.num_trained_states)
                     prior_figures = self.prior_figures(measured[1]) if has_prior else {}
+                    if self.calls_match:
+                        average_gradients(self.roles.student_parameters, accelerator.num_processes)
                     grad_norm = accelerator.clip_grad_norm_(self.roles.student_parameters, self.max_grad_norm).item()
                     self.check_finite(step, loss, grad_norm, prior_figures.get("prior_loss", 0.0))
                 self.optimizer.step()
@@ -134,6 +153,7 @@ class TrainingStep:
         seeds = [noise_seed(self.seed, sample) for sample in samples]
         trained = self.trained_states("states", place)
         teacher = self.roles.as_teacher(partial(self.pipeline.predict_velocity, context=teacher_context))
+        teacher = self.called_as_often(teacher, "states", place)
         states = self.visited_states(samples, seeds, student_context, teacher, trained, exchanges=exchanges)
         return self.backpropagate_states(states, weight)
 
@@ -144,12 +164,31 @@ class TrainingStep:
         seeds = [place_seed(self.seed, "prior noise", f"{place}/{index}") for index in range(len(prompts))]
         trained = self.trained_states("prior states", place)
         base = self.roles.as_base(partial(self.pipeline.predict_velocity, context=context))
+        base = self.called_as_often(base, "prior states", place)
         states = self.visited_states(samples, seeds, context, base, trained, exchanges=True)
         return self.backpropagate_states(states, weight, self.prior_settings.prior_loss_weight)
 
     def trained_states(self, purpose: str, place: int) -> list[int]:
         counts = {"num_states": self.num_rollout_steps, "num_trained": self.num_trained_states}
         return trained_states(self.seed, purpose, place, **counts)
+
+    def called_as_often(self, teacher: VelocityFunction, purpose: str, place: int) -> VelocityFunction:
+        """The teacher; if processes share weights, it also makes the calls that this process lacks beside others.
+
+        They cost no time: processes wait for the one that computes most in any case.
+        """
+        if not self.calls_match:
+            return teacher
+        first = place - self.accelerator.process_index
+        by_process = [self.trained_states(purpose, first + index) for index in range(self.accelerator.num_processes)]
+        missing = iter(missing_calls(by_process[self.accelerator.process_index], by_process))
+
+        def padded(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            for _ in range(next(missing)):
+                teacher(latents, timestep)
+            return teacher(latents, timestep)
+
+        return padded
 
     def backpropagate_states(
         self, states: Iterator[RolloutStep], weight: float, loss_weight: float = 1.0

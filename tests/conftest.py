@@ -2,6 +2,9 @@
 
 import gc
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 
 # Before any library reads them: no hub, no telemetry, and one thread, since tiny models gain nothing from more.
@@ -135,3 +138,19 @@ def prepare(arguments, model):
         return prepare_run(model.script.MODEL, arguments(folder, **flags))
 
     return make
+
+
+@pytest.fixture
+def torchrun(model, tmp_path):
+    """Starts the script as two processes on a free port; returns torchrun's process and the file with its output."""
+
+    def start(arguments: list[str], script: Path = model.script_path) -> tuple[subprocess.Popen, Path]:
+        launcher = [Path(sys.executable).parent / "torchrun", "--standalone", "--local-addr", "127.0.0.1"]
+        launcher += ["--nproc-per-node", "2"]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+        log = tmp_path / "torchrun.log"
+        with open(log, "wb") as file:
+            process = subprocess.Popen([*launcher, script, *arguments], stdout=file, stderr=file, env=environment)
+        return process, log
+
+    return start

@@ -1,6 +1,6 @@
 """The flags of a short run on tiny models, and its preparation in this process, as `main` does it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,11 @@ from models import TinyModel
 # The published method: all states of the rollout, without a prior. Most tests are about something else, and would take
 # longer with the defaults, which encode a hundred prompts more. None for a flag restores its default.
 PUBLISHED = {"num_trained_states": 4, "with_prior_preservation": False}
+
+
+def default_settings(**flags: Any) -> Settings:
+    """The settings' own defaults, without those of a model and without checks, but for these flags."""
+    return Settings(*(group.type() for group in fields(Settings))).replace(**flags)
 
 
 def short_run(model: TinyModel, photos: Path, output_dir: Path) -> dict[str, Any]:

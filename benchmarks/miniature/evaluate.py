@@ -18,7 +18,7 @@ from benchmarks.miniature.files import MODEL, check_model
 from benchmarks.miniature.metrics import PictureReader, detail, effective_poses, frechet_distance, object_residual
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from benchmarks.miniature.tasks import Task, standard_tasks
-from dopsd.gallery import relative_drift
+from dopsd.retention import relative_drift
 from dopsd.rollout import seeded_noise
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 

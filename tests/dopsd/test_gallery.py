@@ -19,7 +19,6 @@ from dopsd.gallery import (
     DrawingStopped,
     Gallery,
     evenly_spaced,
-    relative_drift,
     story_subjects,
 )
 from dopsd.history import read_history
@@ -27,6 +26,13 @@ from dopsd.settings import RETENTION_PROMPTS, ValidationSettings
 from dopsd.sheets import CELLS_OF_FIVE, SCREEN_PIXELS
 from models import EVERY_CONTEXT, ONE_MODEL, SLOW, both_models, every_context
 from short_runs import one_process
+
+
+def bare_gallery(**attributes) -> Gallery:
+    """A gallery with these attributes only, besides those of a run whose processes draw by themselves."""
+    gallery = object.__new__(Gallery)
+    vars(gallery).update({"calls_match": False, "is_out_of_step": False} | attributes)
+    return gallery
 
 
 DRAWN = {
@@ -187,7 +193,7 @@ def test_a_long_story_fits_a_screens_width_and_its_last_column_stands_out():
     prompts, retained, steps = [f"v {n}" for n in range(9)], [f"r {n}" for n in range(40)], range(250, 3001, 250)
     subjects = [*((prompt, 0) for prompt in prompts), *((prompt, seed) for seed, prompt in enumerate(retained))]
     picture = Image.new("RGB", (1024, 1024))
-    gallery = object.__new__(Gallery)
+    gallery = bare_gallery()
     gallery.settings = ValidationSettings(validation_prompt=prompts, retention_prompts=retained)
     gallery.story = {(step, *subject): picture for step in steps for subject in subjects}
     gallery.base_drawings = {subject: Drawing(None, picture) for subject in subjects}
@@ -237,7 +243,7 @@ def test_a_run_whose_retention_prompts_do_not_fit_measures_no_retention(train, t
 
 @pytest.mark.parametrize("extra", [{}, {"held_out": "a cat", "wrong_word": "a kebidu"}])
 def test_the_retention_sheet_says_which_prompts_its_figure_leaves_out(extra):
-    gallery, sheets = object.__new__(Gallery), []
+    gallery, sheets = bare_gallery(), []
     gallery.settings = ValidationSettings(retention_prompts=["a", "b"])
     gallery.extra_prompts, gallery.story = extra, {}
     gallery.write = lambda name, step, sheet: sheets.append(sheet)
@@ -249,17 +255,6 @@ def test_the_retention_sheet_says_which_prompts_its_figure_leaves_out(extra):
     assert sheet.accent_rows == [1] and [label for label, _ in sheet.rows] == ["base", "student"]
     assert sheet.columns[2:] == [f"{name.replace('_', ' ')}: {prompt}" for name, prompt in extra.items()]
     assert sheet.note.endswith(" The last 2 prompts are not part of this figure.") == bool(extra)
-
-
-def test_relative_drift():
-    base = torch.tensor([[[0.0, 0.0]], [[3.0, 4.0]], [[6.0, 8.0]]])  # distances 5, 5 and 10
-    moved = base + torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]], [[0.0, 1.0]]])
-    assert relative_drift(base, base) == 0
-    assert relative_drift(base, moved) == pytest.approx(2 / (20 / 3))
-    assert relative_drift(base.bfloat16(), moved.bfloat16()) == pytest.approx(2 / (20 / 3))
-
-
-# What is drawn, and when
 
 
 def test_evenly_spaced_items():
@@ -321,7 +316,7 @@ NO_STOP = SimpleNamespace(is_set=False)
 def share(jobs, process: int, others: list, stop=NO_STOP):
     """`Gallery.share` on one of two processes; the other's report is given."""
     accelerator = one_process(process_index=process, num_processes=2)
-    gallery = SimpleNamespace(accelerator=accelerator, stop=stop)
+    gallery = bare_gallery(accelerator=accelerator, stop=stop)
     reports = []
 
     def gather(own):
@@ -343,6 +338,28 @@ def test_each_process_draws_its_share_and_gets_everything():
     assert drawn == ["b", "d"]
 
 
+def test_processes_that_share_weights_draw_everything_together():
+    asked = []
+    stop = SimpleNamespace(is_set_on_any=lambda accelerator: asked.append(accelerator) or len(asked) > 3)
+    gallery = bare_gallery(accelerator=one_process(num_processes=2, process_index=1), stop=stop, calls_match=True)
+    jobs = {name: name.upper for name in "abc"}
+    assert gallery.share(jobs, "Drawing") == {"a": "A", "b": "B", "c": "C"}
+    assert len(asked) == 3
+    with pytest.raises(DrawingStopped):
+        gallery.share(jobs, "Drawing")
+
+
+def test_a_failed_drawing_ends_the_run_only_if_others_wait_for_this_process():
+    stop = SimpleNamespace(is_set_on_any=lambda accelerator: False)
+    gallery = bare_gallery(accelerator=one_process(num_processes=2), stop=stop, calls_match=True)
+    with pytest.raises(ZeroDivisionError), gallery.guarded("Validation"):
+        gallery.share({"a": lambda: 1 / 0}, "Drawing")
+    gallery.is_out_of_step = False
+    with gallery.guarded("Validation"):
+        gallery.share({"a": lambda: "A"}, "Drawing")
+        raise OSError("the sheet cannot be written")
+
+
 def test_an_error_on_one_process_is_an_error_on_all():
     jobs = {"a": lambda: "A", "b": lambda: 1 / 0}
     with pytest.raises(DrawingFailed, match="division by zero"):
@@ -360,7 +377,7 @@ def test_a_stop_request_to_one_process_ends_the_drawing_on_all():
 
 
 def test_base_drawings_stay_the_same_on_all_processes_if_a_drawing_fails():
-    gallery = object.__new__(Gallery)
+    gallery = bare_gallery()
     gallery.base_drawings = {}
     gallery.base_drawing = lambda prompt, seed: f"base {prompt}"
     gallery.student_drawing = lambda prompt, seed: 1 / 0 if prompt == "b" else f"student {prompt}"
@@ -375,7 +392,7 @@ def test_base_drawings_stay_the_same_on_all_processes_if_a_drawing_fails():
 def test_the_peak_of_memory_is_reset_after_drawing(monkeypatch):
     resets = []
     monkeypatch.setattr("dopsd.gallery.reset_peak_memory", lambda: resets.append(1))
-    gallery = object.__new__(Gallery)
+    gallery = bare_gallery()
     gallery.settings, gallery.folder = ValidationSettings(validation_steps=0), Path("none")
     gallery.accelerator = one_process(is_main_process=False)
     gallery.draw_before_training(first_step=0)

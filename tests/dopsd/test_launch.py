@@ -14,11 +14,14 @@ from command_line import ROOT
 from dopsd import launch
 from dopsd.errors import InputError
 from dopsd.launch import check_accelerator, hide_tokens, resolve_seed, start_accelerator
-from dopsd.settings import TrainingSettings
 from models import SLOW
+from short_runs import default_settings
 from toy_training import ToyTraining
 from train_dopsd_flux2 import Flux2Klein
 from train_dopsd_zimage import ZImageTurbo
+
+
+SETTINGS = default_settings()
 
 
 @pytest.mark.parametrize(("name", "num_processes"), [("one_gpu", 1), ("one_node_of_gpus", 4)])
@@ -56,10 +59,10 @@ def test_the_seed_is_the_flags_then_the_checkpoints_then_drawn(tmp_path, caplog)
 def test_modes_that_split_the_model_are_one_line(monkeypatch, variable, mode):
     monkeypatch.setenv(variable, "true")
     with pytest.raises(InputError) as caught:
-        start_accelerator(TrainingSettings(), Flux2Klein())
+        start_accelerator(SETTINGS, Flux2Klein())
     assert str(caught.value) == (
-        f"accelerate is configured for {mode}: supported are one process, or several with one GPU each (DDP); see "
-        "configs/"
+        f"accelerate is configured for {mode}: supported are one process, or several with one GPU each (see "
+        "configs/; --fsdp shares the weights)"
     )
 
 
@@ -71,7 +74,7 @@ def test_a_mode_that_is_not_configured_is_no_error(monkeypatch, value):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
     monkeypatch.setattr(launch, "Accelerator", end)
     with pytest.raises(InputError, match="reached"):
-        start_accelerator(TrainingSettings(), Flux2Klein())
+        start_accelerator(SETTINGS, Flux2Klein())
 
 
 def test_a_configuration_that_accelerate_cannot_start_is_one_line(monkeypatch):
@@ -80,13 +83,14 @@ def test_a_configuration_that_accelerate_cannot_start_is_one_line(monkeypatch):
 
     monkeypatch.setattr(launch, "Accelerator", fail)
     with pytest.raises(InputError, match="MPI built in.*: supported are one process") as caught:
-        start_accelerator(TrainingSettings(), Flux2Klein())
+        start_accelerator(SETTINGS, Flux2Klein())
     assert "\n" not in str(caught.value)
 
 
 def accelerator_stub(mode=DistributedType.NO, precision="bf16", device="cpu"):
     return SimpleNamespace(
         distributed_type=mode,
+        num_processes=1,
         mixed_precision=precision,
         gradient_accumulation_steps=1,
         device=torch.device(device),
@@ -97,7 +101,7 @@ def accelerator_stub(mode=DistributedType.NO, precision="bf16", device="cpu"):
 def test_other_distributed_types_are_refused(monkeypatch, mode):
     monkeypatch.setattr("torch.distributed.get_backend", lambda: "nccl")
     with pytest.raises(InputError, match=f"accelerate is configured for {mode.value}: supported are"):
-        check_accelerator(accelerator_stub(mode), TrainingSettings(), Flux2Klein())
+        check_accelerator(accelerator_stub(mode), SETTINGS, Flux2Klein())
 
 
 @pytest.mark.parametrize("backend", ["mpi", "gloo"])
@@ -105,10 +109,19 @@ def test_mpi_is_refused_and_gloo_is_not(monkeypatch, backend):
     monkeypatch.setattr("torch.distributed.get_backend", lambda: backend)
     stub = accelerator_stub(DistributedType.MULTI_CPU)
     if backend == "gloo":
-        check_accelerator(stub, TrainingSettings(), Flux2Klein())
+        check_accelerator(stub, SETTINGS, Flux2Klein())
         return
     with pytest.raises(InputError, match="accelerate is configured for MPI"):
-        check_accelerator(stub, TrainingSettings(), Flux2Klein())
+        check_accelerator(stub, SETTINGS, Flux2Klein())
+
+
+def test_fsdp_needs_several_processes():
+    fsdp = SETTINGS.replace(fsdp=True)
+    with pytest.raises(InputError, match="^--fsdp: shares the weights among processes, and there is only one; start"):
+        check_accelerator(accelerator_stub(), fsdp, Flux2Klein())
+    stub = accelerator_stub()
+    stub.num_processes = 2
+    check_accelerator(stub, fsdp, Flux2Klein())
 
 
 def test_processes_wait_for_hours_while_others_draw(monkeypatch):
@@ -120,7 +133,7 @@ def test_processes_wait_for_hours_while_others_draw(monkeypatch):
 
     monkeypatch.setattr(launch, "Accelerator", record)
     with pytest.raises(InputError):
-        start_accelerator(TrainingSettings(), Flux2Klein())
+        start_accelerator(SETTINGS, Flux2Klein())
     timeouts = [handler.timeout for handler in options["kwargs_handlers"] if hasattr(handler, "timeout")]
     assert [timeout.total_seconds() >= 3600 for timeout in timeouts] == [True]
 
@@ -130,19 +143,19 @@ def test_processes_wait_for_hours_while_others_draw(monkeypatch):
 
 def test_fp16_is_refused_for_the_model_that_overflows_in_it():
     with pytest.raises(InputError, match="^--mixed_precision fp16: the activations of Z-Image-Turbo overflow in it"):
-        check_accelerator(accelerator_stub(precision="fp16", device="cuda"), TrainingSettings(), ZImageTurbo())
+        check_accelerator(accelerator_stub(precision="fp16", device="cuda"), SETTINGS, ZImageTurbo())
 
 
 def test_fp16_is_a_warning_for_the_other(caplog):
     PartialState()
-    check_accelerator(accelerator_stub(precision="fp16", device="cuda"), TrainingSettings(), Flux2Klein())
+    check_accelerator(accelerator_stub(precision="fp16", device="cuda"), SETTINGS, Flux2Klein())
     assert "--mixed_precision fp16: can overflow; prefer bf16" in caplog.text
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_float32_on_a_gpu_is_a_warning(caplog, device):
     PartialState()
-    check_accelerator(accelerator_stub(precision="no", device=device), TrainingSettings(), Flux2Klein())
+    check_accelerator(accelerator_stub(precision="no", device=device), SETTINGS, Flux2Klein())
     assert ("the frozen model is loaded in float32" in caplog.text) == (device == "cuda")
 
 

@@ -1,20 +1,18 @@
 import random
-from dataclasses import fields
 
 import pytest
 
 from dopsd.errors import InputError
 from dopsd.prior import REAL_WORDS, PriorPrompts, TriggerWord, made_up_words, prior_prompts, read_prompts, replaced
-from dopsd.settings import RETENTION_PROMPTS, Settings
-from short_runs import one_process
+from dopsd.settings import RETENTION_PROMPTS
+from short_runs import default_settings, one_process
 
 
 CAPTIONS = ["a photo of sks corgi", "Sks corgi asleep, a sks photo", "a sksy dog"]
 
 
 def make(captions=CAPTIONS, longest=200, **flags) -> PriorPrompts:
-    settings = Settings(*(group.type() for group in fields(Settings)))
-    settings = settings.replace(**{"seed": 0} | flags)
+    settings = default_settings(**{"seed": 0} | flags)
     return prior_prompts(settings, captions, lambda prompt: len(prompt) <= longest, one_process())
 
 

@@ -1,6 +1,5 @@
 import math
 import zlib
-from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from dopsd.prior import PriorPrompts
 from dopsd.rollout import rollout, seeded_noise
 from dopsd.settings import Settings
 from dopsd.step import MAX_SKIPPED_STEPS, StudentVelocity, TrainingStep, count_skipped, mean_figures
+from short_runs import default_settings
 from toy_pipeline import ToyContext
 from toy_training import AccumulatingOptimizer, ToyTraining, accumulating_accelerator
 
@@ -40,9 +40,8 @@ class ToyContexts:
 
 
 def make_settings(**flags) -> Settings:
-    groups = [group.type() for group in fields(Settings)]
     flags.setdefault("num_trained_states", flags.get("num_rollout_steps", 4))
-    return Settings(*groups).replace(seed=0, **flags)
+    return default_settings(seed=0, **flags)
 
 
 def make_step(

@@ -1,7 +1,6 @@
 """Runs of two processes on a CPU, as torchrun and accelerate start them."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -23,22 +22,6 @@ from waiting import wait_until
 
 
 pytestmark = SLOW
-
-
-@pytest.fixture
-def torchrun(model, tmp_path):
-    """Starts the script as two processes on a free port; returns torchrun's process and the file with its output."""
-
-    def start(arguments: list[str], script: Path = model.script_path) -> tuple[subprocess.Popen, Path]:
-        launcher = [Path(sys.executable).parent / "torchrun", "--standalone", "--local-addr", "127.0.0.1"]
-        launcher += ["--nproc-per-node", "2"]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-        log = tmp_path / "torchrun.log"
-        with open(log, "wb") as file:
-            process = subprocess.Popen([*launcher, script, *arguments], stdout=file, stderr=file, env=environment)
-        return process, log
-
-    return start
 
 
 def test_two_processes_give_the_lora_of_one_with_twice_the_accumulation(torchrun, command, arguments, tmp_path):

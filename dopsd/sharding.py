@@ -1,0 +1,120 @@
+"""Frozen weights that are not on the accelerator as a whole: in host memory, or shared among processes.
+
+Both are torch's `fully_shard` (FSDP2): a block's weights come for its forward and its backward, while the block before
+it still computes, and leave afterwards. Adapters, their optimizer and the weights outside of the blocks are on every
+process as a whole, so that roles, EMA, checkpoints and export are what they are without it.
+"""
+
+import os
+from collections.abc import Collection, Iterable
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from .contexts import in_units
+from .settings import PerformanceSettings
+
+
+logger = get_logger(__name__)
+
+
+def calls_must_match(settings: PerformanceSettings, accelerator: Accelerator) -> bool:
+    """Whether every process must call the transformer as often as the others, because each holds a part of it."""
+    return settings.is_sharded and accelerator.num_processes > 1
+
+
+def repeated_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks that diffusers lists as repeated, in the model's order. `fully_shard` derives their class anew."""
+    names = {*transformer._repeated_blocks}
+    return [module for module in transformer.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
+
+
+def shard(
+    transformer: torch.nn.Module,
+    adapters: Collection[torch.nn.Parameter],
+    settings: PerformanceSettings,
+    accelerator: Accelerator,
+) -> None:
+    """Spreads the blocks' frozen weights over the processes of a machine, or leaves them in host memory.
+
+    Args:
+        transformer: on the CPU, with its adapters. Its class becomes one of torch's, derived from its own.
+        adapters: parameters that every process keeps as a whole.
+    """
+    device = accelerator.device
+    policy = OffloadPolicy()
+    if settings.offload_transformer:
+        policy = CPUOffloadPolicy(pin_memory=device.type != "cpu")
+    options = {"mesh": process_mesh(accelerator), "offload_policy": policy}
+    for block in repeated_blocks(transformer):
+        fully_shard(block, ignored_params={*adapters}, **options)
+    whole = {parameter for parameter in transformer.parameters() if not isinstance(parameter, DTensor)}
+    # Without weights of its own; it lets the blocks be fetched ahead of their use.
+    fully_shard(transformer, ignored_params=whole, **options)
+    with torch.no_grad():
+        for tensor in (*whole, *transformer.buffers()):
+            tensor.data = tensor.data.to(device)
+    pieces = [parameter for parameter in transformer.parameters() if isinstance(parameter, DTensor)]
+    held = sum(piece.to_local().nbytes for piece in pieces)
+    place = "in host memory" if settings.offload_transformer else "on its device"
+    logger.info(
+        f"Transformer blocks: {in_units(sum(piece.numel() * piece.element_size() for piece in pieces))} of weights; "
+        f"each process holds {in_units(held)} of them {place}"
+    )
+
+
+def process_mesh(accelerator: Accelerator) -> DeviceMesh:
+    """The processes that share the weights: those of one machine, since the weights have no gradients to exchange.
+
+    If machines have different numbers of processes, all of them share.
+    """
+    if not dist.is_initialized():
+        open_process_group(accelerator.device)
+    device_type, num_processes = accelerator.device.type, accelerator.num_processes
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    on_each = torch.tensor([float(per_machine)], device=accelerator.device)
+    if (accelerator.gather(on_each) != per_machine).any() or num_processes % per_machine:
+        per_machine = num_processes
+    shape = (num_processes // per_machine, per_machine)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("machine", "process"))["process"]
+
+
+def open_process_group(device: torch.device) -> None:
+    """A group of this process alone, which `fully_shard` needs."""
+    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[torch.nn.Parameter], num_processes: int) -> None:
+    """Replaces each gradient by its mean over the processes, as DDP does for parameters that it knows."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_div_(gradients, num_processes)
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        work.wait()
+
+
+def missing_calls(trained: list[int], by_process: Iterable[list[int]]) -> list[int]:
+    """How many calls a process lacks before each of its trained states, compared with the process that makes most.
+
+    Args:
+        trained: this process's trained states, in order.
+        by_process: those of all processes; each has as many.
+
+    Returns:
+        One number per trained state. A process that makes so many more calls before it calls the transformer as often
+        as all others do, in the same order of forwards and backwards.
+    """
+    most = map(max, zip(*map(passed_states, by_process), strict=True))
+    return [count - own for count, own in zip(most, passed_states(trained), strict=True)]
+
+
+def passed_states(trained: list[int]) -> list[int]:
+    """The number of untrained states between each trained state and the one before it."""
+    return [state - before - 1 for before, state in pairwise([-1, *trained])]
