@@ -97,7 +97,7 @@ from dopsd.optimizers import build_lr_scheduler, build_optimizer
 from dopsd.output import LORA_FILE, open_output_dir
 from dopsd.pretrained import (
     check_pretrained,
-    encoders_fingerprint,
+    encoder_fingerprints,
     load_skeleton,
     load_text_encoder,
     load_transformer,
@@ -254,7 +254,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         prepare_without_cache(contexts)
     else:
         cache = ContextCache(Path(settings.training.context_cache_dir))
-        fill_cache(contexts, cache, encoders_fingerprint(folder), prompts, accelerator, prior.trained)
+        fill_cache(contexts, cache, encoder_fingerprints(folder, settings.model), prompts, accelerator, prior.trained)
     if settings.training.encode_only:
         end_training(accelerator, "The context cache is complete: train with the same flags, without --encode_only")
         return

@@ -36,7 +36,7 @@ STAGES = {
     "pictures and captions": "load_training_data",
     "lengths of prompts": "resolve_prompts",
     "resume contract": "resume_contract",
-    "fingerprint of the encoders": "encoders_fingerprint",
+    "fingerprint of the encoders": "encoder_fingerprints",
     "context cache": "fill_cache",
 }
 AFTER_START = "load_transformer"

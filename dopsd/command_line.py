@@ -16,7 +16,7 @@ from .errors import InputError, one_line
 from .files import read_regular_file
 from .flag_types import check_ranges
 from .model_flags import ModelFlags, TeacherContext
-from .settings import Settings, TeacherSettings
+from .settings import QUANTIZATION_PACKAGES, Settings, TeacherSettings
 from .sizes import check_geometry, size_problem
 from .terminal import MAX_REFUSAL_CHARACTERS, as_line
 from .text import argument_problem
@@ -25,6 +25,7 @@ from .text import argument_problem
 MAX_CONFIG_BYTES = 1_000_000
 LAUNCHER_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 
+QUANTIZATION_SETTINGS = ("quantize", "quantize_text_encoder")
 TRACKER_PACKAGES = ("tensorboard", "wandb", "comet_ml")
 
 
@@ -114,12 +115,15 @@ def _describe_teacher_contexts(action_of: dict, contexts: dict[str, TeacherConte
 def parse_settings(model: ModelFlags, description: str, arguments: list[str] | None = None) -> Settings:
     """Settings from the command line (by default this process's) and from its `--config` file.
 
+    If they are this process's, packages that only other settings need are hidden from later imports.
+
     Raises:
         InputError: a flag, a combination of flags or the file is wrong.
         SystemExit: for `--help` and for errors that argparse reports, in one line.
     """
     parser = build_parser(model, description)
-    arguments = sys.argv[1:] if arguments is None else arguments
+    is_own = arguments is None
+    arguments = sys.argv[1:] if is_own else arguments
     given = parser.parse_args(arguments)
     if "config" in given:
         arguments = [*config_arguments(Path(given.config), parser), *arguments]
@@ -130,7 +134,21 @@ def parse_settings(model: ModelFlags, description: str, arguments: list[str] | N
     settings = Settings(*groups)
     check_text(settings)
     # Publishing a finished run needs none of the settings that it was trained with.
-    return settings if settings.publishing.push_only else resolve(settings, model)
+    if not settings.publishing.push_only:
+        settings = resolve(settings, model)
+    if is_own:
+        hide_torchao(settings)
+    return settings
+
+
+def hide_torchao(settings: Settings) -> None:
+    """Makes torchao look as if it was not installed if this run does not need it.
+
+    diffusers would import it wherever it is installed, and peft would ask it about every layer.
+    """
+    kinds = [getattr(settings.model, name) for name in QUANTIZATION_SETTINGS]
+    if not any(QUANTIZATION_PACKAGES.get(kind) == "torchao" for kind in kinds):
+        sys.modules.setdefault("torchao", None)  # what makes Python's own import statement fail, see its reference
 
 
 def check_text(settings: Settings) -> None:
@@ -250,9 +268,16 @@ def check(settings: Settings, model: ModelFlags) -> None:
         raise InputError("--use_8bit_adam: needs --optimizer AdamW; drop one of them")
     if validation.preview_only and validation.validation_steps == 0:
         raise InputError("--preview_only: draws the preview, which --validation_steps 0 turns off; drop one of them")
+    if settings.model.quantize is not None and settings.model.bnb_quantization_config_path is not None:
+        raise InputError("--quantize: cannot be combined with --bnb_quantization_config_path; drop one of them")
     for flag, package, is_used in (
         ("--optimizer prodigy", "prodigyopt", optimizer.optimizer == "prodigy"),
         ("--use_8bit_adam", "bitsandbytes", optimizer.use_8bit_adam),
+        *(
+            (f"--{name} {kind}", package, getattr(settings.model, name) == kind)
+            for kind, package in QUANTIZATION_PACKAGES.items()
+            for name in QUANTIZATION_SETTINGS
+        ),
         *((f"--report_to {name}", name, training.report_to == name) for name in TRACKER_PACKAGES),
     ):
         if is_used and find_spec(package) is None:

@@ -71,7 +71,7 @@ class Contexts:
         self.load_text_encoder = load_text_encoder
         self.device = device
         self.cache: ContextCache | None = None
-        self.checkpoint_fingerprint = ""
+        self.fingerprints: dict[str, str] = {}
 
     # What a context is made of
 
@@ -125,7 +125,7 @@ class Contexts:
     def key(self, encoding: Encoding) -> str:
         """The cache key: everything that the encoding depends on."""
         encoder, crop = encoding.encoder, encoding.crop
-        parts = [ENCODING_FORMAT, encoder.name, self.checkpoint_fingerprint, str(self.dtype)]
+        parts = [ENCODING_FORMAT, encoder.name, self.fingerprints[encoder.component], str(self.dtype)]
         if encoder.reads_prompt:
             parts.append(encoding.prompt)
         parts += encoder.cache_key()
@@ -215,7 +215,7 @@ def batches(encodings: Iterable[Encoding]) -> Iterator[list[Encoding]]:
 def fill_cache(
     contexts: Contexts,
     cache: ContextCache,
-    checkpoint_fingerprint: str,
+    fingerprints: dict[str, str],
     prompts: list[str],
     accelerator: Accelerator,
     held: Sequence[str] = (),
@@ -223,14 +223,14 @@ def fill_cache(
     """Encodes what the cache does not hold yet, shared among processes. If nothing is missing, no encoder is loaded.
 
     Args:
-        checkpoint_fingerprint: identifies the encoders' weights.
+        fingerprints: component -> what identifies its weights, see `pretrained.encoder_fingerprints`.
         prompts: other prompts, which are encoded along with the captions.
         held: those of them that prior preservation holds.
 
     Raises:
         InputError, OutputError: something cannot be encoded, or the cache cannot be written.
     """
-    contexts.cache, contexts.checkpoint_fingerprint = cache, checkpoint_fingerprint
+    contexts.cache, contexts.fingerprints = cache, fingerprints
     needed = dict.fromkeys(contexts.all_encodings(prompts))
     encoding_of = {contexts.key(encoding): encoding for encoding in needed}
     bar = partial(tqdm, desc="Checking the context cache", disable=not accelerator.is_local_main_process)

@@ -1,7 +1,13 @@
 """Peak memory of training."""
 
+import sys
+
 import psutil
 import torch
+from accelerate.logging import get_logger
+
+
+logger = get_logger(__name__)
 
 
 def reset_peak_memory() -> None:
@@ -15,3 +21,18 @@ def peak_memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return psutil.Process().memory_info().rss / 1e9
+
+
+def peak_host_memory_gb() -> float:
+    """Most resident memory of this process so far, in GB: on a CPU also the model's, mapped files included."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource  # not on Windows
+
+    # In kilobytes on Linux, in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def log_host_memory() -> None:
+    """Logs the peak of host memory, which loading the models decides."""
+    logger.info(f"Host memory peak so far: {peak_host_memory_gb():.1f} GB")

@@ -1,18 +1,16 @@
 """Reading and loading a pretrained checkpoint: its configurations first, its components when they are needed."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import BitsAndBytesConfig, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from transformers import AutoConfig, PretrainedConfig
 
-from .context_cache import checkpoint_fingerprint
+from .context_cache import checkpoint_fingerprint, content_key
 from .errors import InputError, naming_flag
-from .files import read_regular_file
 from .loading import (
     LOAD_ERRORS,
     brief,
@@ -26,8 +24,15 @@ from .loading import (
     read_config,
     reporting_load_errors,
 )
+from .memory import log_host_memory
 from .model import FewStepPipeline, Model
-from .settings import ModelSettings
+from .quantization import (
+    check_quantization,
+    forget_dequantized_weights,
+    text_encoder_quantization,
+    transformer_quantization,
+)
+from .settings import QUANTIZATION_PACKAGES, ModelSettings
 
 
 logger = get_logger(__name__)
@@ -84,9 +89,9 @@ def check_pretrained(model: Model, settings: ModelSettings) -> None:
     """Checks, by its configurations alone, that the checkpoint is one of `model`; warns if it is not distilled.
 
     Raises:
-        InputError: it is not, or `--bnb_quantization_config_path` cannot be used.
+        InputError: it is not, or its weights cannot be quantized as `settings` say.
     """
-    read_quantization_settings(settings)
+    check_quantization(settings)
     name = settings.pretrained_model_name_or_path
     index, scheduler = read_configs(
         name, model.stock_pipeline_class, model=model.name, example=model.example, **hub_options(settings)
@@ -106,9 +111,11 @@ def model_identity(settings: ModelSettings) -> str:
     return f"{settings.pretrained_model_name_or_path}@{settings.revision or 'main'}"
 
 
-def encoders_fingerprint(folder: Path) -> str:
-    """Identifies everything in the checkpoint that encodings depend on."""
-    return checkpoint_fingerprint(folder, ("text_encoder", "tokenizer", "vae"))
+def encoder_fingerprints(folder: Path, settings: ModelSettings) -> dict[str, str]:
+    """`Encoder.component` -> what identifies everything in the checkpoint that its encodings depend on."""
+    fingerprint = checkpoint_fingerprint(folder, ("text_encoder", "tokenizer", "vae"))
+    kind = settings.quantize_text_encoder
+    return {"text_encoder": fingerprint if kind is None else content_key(fingerprint, kind), "vae": fingerprint}
 
 
 def load_skeleton(model: Model, settings: ModelSettings) -> torch.nn.Module:
@@ -203,7 +210,7 @@ def load_vae(model: Model, settings: ModelSettings, folder: Path, dtype: torch.d
 def load_text_encoder(
     model: Model, settings: ModelSettings, folder: Path, dtype: torch.dtype, device: torch.device | None = None
 ) -> torch.nn.Module:
-    """The text encoder from the checkpoint's `folder`.
+    """The text encoder from the checkpoint's `folder`, quantized if the settings say so.
 
     Args:
         device: the accelerator, onto which it is loaded piece by piece; without one, it stays on the CPU.
@@ -221,6 +228,7 @@ def load_text_encoder(
                 use_safetensors=True,
                 trust_remote_code=False,
                 device_map=device_map(device),
+                quantization_config=text_encoder_quantization(settings, dtype),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # They are in `info`.
             )
@@ -231,27 +239,6 @@ def load_text_encoder(
 def device_map(device: torch.device | None) -> dict[str, torch.device] | None:
     """`from_pretrained`'s argument that puts each weight onto the accelerator when it is read and cast."""
     return None if device is None or device.type == "cpu" else {"": device}
-
-
-def read_quantization_settings(settings: ModelSettings) -> dict | None:
-    """Arguments for `BitsAndBytesConfig` from `--bnb_quantization_config_path`; None without the flag."""
-    path = settings.bnb_quantization_config_path
-    if path is None:
-        return None
-    try:
-        arguments = json.loads(read_regular_file(Path(path)))
-        kinds = [kind for kind in ("load_in_4bit", "load_in_8bit") if arguments.get(kind)]
-        if len(kinds) != 1:
-            raise ValueError("it sets neither or both of load_in_4bit and load_in_8bit")
-        BitsAndBytesConfig(**arguments)
-    except LOAD_ERRORS as error:
-        raise InputError(
-            f"--bnb_quantization_config_path {path}: cannot be used ({brief(error)}); give a JSON file with the "
-            'arguments of BitsAndBytesConfig, such as {"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}'
-        ) from error
-    if not torch.cuda.is_available():
-        raise InputError(f"--bnb_quantization_config_path {path}: quantized weights need a GPU; drop the flag")
-    return arguments
 
 
 def load_transformer(
@@ -266,9 +253,7 @@ def load_transformer(
     Raises:
         InputError: a weight is missing, has another shape, or belongs to another model.
     """
-    quantization = read_quantization_settings(settings)
-    if quantization is not None and quantization.get("load_in_4bit"):
-        quantization["bnb_4bit_compute_dtype"] = dtype
+    quantization = transformer_quantization(settings, load_skeleton(model, settings), dtype)
     with reporting_load_errors(settings):
         with limited_size():
             transformer, info = model.transformer_class.from_pretrained(
@@ -278,9 +263,12 @@ def load_transformer(
                 variant=settings.variant,
                 use_safetensors=True,
                 device_map=device_map(device),
-                quantization_config=None if quantization is None else BitsAndBytesConfig(**quantization),
+                quantization_config=quantization,
                 output_loading_info=True,
                 **hub_options(settings),
             )
         check_loaded("transformer", info)
-        return transformer
+    if QUANTIZATION_PACKAGES.get(settings.quantize) == "torchao":
+        forget_dequantized_weights(transformer)
+    log_host_memory()
+    return transformer

@@ -36,6 +36,9 @@ RETENTION_PROMPTS = (
 # Those of `diffusers.optimization.SchedulerType` that need no rules of their own.
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
+QUANTIZATION_PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "float8": "torchao"}
+Quantization = Literal[tuple(QUANTIZATION_PACKAGES)]
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -54,6 +57,14 @@ class ModelSettings:
         None,
         "JSON file with a bitsandbytes configuration: loads the frozen transformer quantized. Needs a GPU. "
         "Default: not quantized.",
+    )
+    quantize: MustMatch[Quantization | None] = flag(
+        None,
+        "Load the frozen transformer in fewer bits: nf4 (bitsandbytes, needs a GPU), int8 or float8 (torchao). The "
+        "LoRA stays in float32. Default: not quantized.",
+    )
+    quantize_text_encoder: MustMatch[Quantization | None] = flag(
+        None, "Load the text encoder in fewer bits, which changes the encodings. Default: not quantized."
     )
     max_sequence_length: MustMatch[Count] = flag(512, "Maximum number of tokens in a prompt.")
 

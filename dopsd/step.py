@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 
 from .contexts import Contexts
 from .data.order import Sample, micro_batches, noise_seed, place_seed, trained_states
@@ -33,6 +34,9 @@ class StudentVelocity(torch.nn.Module):
         super().__init__()
         self.pipeline = pipeline
         self.transformer = pipeline.transformer
+        # Each process has read the same frozen weights. DDP would send them around, which fails if they are quantized.
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
 
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
         return self.pipeline.predict_velocity(latents, timestep, context)

@@ -252,10 +252,12 @@ class VisionEncoder:
             dtype=text_encoder.dtype,
         ).to(text_encoder.device)
         model.visual.patch_embed.proj = PatchProjection(model.visual.patch_embed.proj)
-        # With keep_vars, the parameters themselves are shared. Plain tensors would become a second copy when one of
-        # the two models is moved or cast.
-        parameters = text_encoder.base_model.state_dict(keep_vars=True)
-        model.language_model.load_state_dict(parameters, assign=True)
+        # Linear layers are shared as modules, since a quantized text encoder may have its own class of them. Of other
+        # layers the parameters are: tensors would become a second copy when one of the two models is moved or cast.
+        for name, module in text_encoder.base_model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                model.language_model.set_submodule(name, module)
+        model.language_model.load_state_dict(dict(text_encoder.base_model.named_parameters()), assign=True)
         # The buffers are not in the state dict and still on the meta device.
         rotary_embedding = type(model.language_model.rotary_emb)
         model.language_model.rotary_emb = rotary_embedding(self._config.text_config).to(text_encoder.device)

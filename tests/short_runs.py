@@ -17,7 +17,7 @@ from dopsd.data.order import Sample
 from dopsd.data.training_data import TrainingData, load_training_data, resolve_data_defaults
 from dopsd.launch import weight_dtype
 from dopsd.model import Conditioning, FewStepPipeline, Model
-from dopsd.pretrained import encoders_fingerprint, load_skeleton, load_text_encoder, open_pipeline
+from dopsd.pretrained import encoder_fingerprints, load_skeleton, load_text_encoder, open_pipeline
 from dopsd.prior import PriorPrompts, prior_prompts
 from dopsd.prompts import drawn_prompts, resolve_prompts
 from dopsd.resuming import resume_contract
@@ -102,9 +102,9 @@ class PreparedRun:
         return resolve_prompts(self.settings, self.contexts, self.model.teacher_context(self.settings))
 
     def fill_cache(self, folder: Path, accelerator: Any) -> None:
-        held, fingerprint = self.prior.trained, encoders_fingerprint(self.folder)
+        held, fingerprints = self.prior.trained, encoder_fingerprints(self.folder, self.settings.model)
         prompts = [*drawn_prompts(self.settings.validation, self.prior), *held]
-        fill_cache(self.contexts, ContextCache(folder), fingerprint, prompts, accelerator, held)
+        fill_cache(self.contexts, ContextCache(folder), fingerprints, prompts, accelerator, held)
 
     def encode_without_cache(self) -> "PreparedRun":
         prepare_without_cache(self.contexts)

@@ -129,6 +129,9 @@ def test_what_argparse_reports_is_one_line(arguments, message, capsys):
     [
         (["--optimizer", "prodigy"], "prodigyopt"),
         (["--use_8bit_adam"], "bitsandbytes"),
+        (["--quantize", "nf4"], "bitsandbytes"),
+        (["--quantize", "int8"], "torchao"),
+        (["--quantize_text_encoder", "float8"], "torchao"),
         (["--report_to", "wandb"], "wandb"),
     ],
 )
@@ -136,6 +139,11 @@ def test_a_package_that_is_missing_is_named_before_anything_is_read(monkeypatch,
     monkeypatch.setattr("dopsd.command_line.find_spec", lambda name: None if name == package else True)
     with pytest.raises(InputError, match=f"{arguments[0]}.*: run pip install {package} first"):
         parse(*arguments)
+
+
+def test_the_short_form_and_the_file_of_a_quantization_exclude_each_other():
+    with pytest.raises(InputError, match="^--quantize: cannot be combined with --bnb_quantization_config_path; drop"):
+        parse("--quantize", "int8", "--bnb_quantization_config_path", "bnb.json")
 
 
 def test_a_list_for_a_flag_that_takes_one_value_is_one_line(config, capsys):

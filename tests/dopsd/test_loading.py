@@ -433,7 +433,7 @@ def test_the_accelerator_is_passed_on_with_and_without_quantization(model, setti
     kind = model.script.MODEL
     monkeypatch.setattr(kind.transformer_class, "from_pretrained", from_pretrained)
     arguments = {"load_in_8bit": True} if quantized else None
-    monkeypatch.setattr("dopsd.pretrained.read_quantization_settings", lambda settings: arguments)
+    monkeypatch.setattr("dopsd.quantization.read_quantization_settings", lambda settings: arguments)
     device = torch.device("cuda", 1)
     load_transformer(kind, settings, torch.bfloat16, device)
     assert given["device_map"] == {"": device}

@@ -1,6 +1,12 @@
+import resource
+import sys
+from types import SimpleNamespace
+
+import psutil
+import pytest
 import torch
 
-from dopsd.memory import peak_memory_gb, reset_peak_memory
+from dopsd.memory import log_host_memory, peak_host_memory_gb, peak_memory_gb, reset_peak_memory
 
 
 def test_the_peak_of_a_gpu_is_counted_from_the_last_reset(monkeypatch):
@@ -16,3 +22,20 @@ def test_the_peak_of_a_gpu_is_counted_from_the_last_reset(monkeypatch):
 def test_on_a_cpu_the_resident_memory_counts_and_nothing_is_reset():
     reset_peak_memory()
     assert peak_memory_gb() > 0.01
+
+
+def test_the_peak_of_host_memory_is_that_of_the_process():
+    held = torch.ones(50_000_000)  # 0.2 GB
+    resident = psutil.Process().memory_info().rss / 1e9
+    del held
+    assert 0.2 < 0.95 * resident < peak_host_memory_gb()  # Linux counts with an error of a few pages per core
+
+
+@pytest.mark.parametrize(("platform", "units"), [("linux", 3e6 / 1.024), ("darwin", 3e9)])
+def test_the_units_of_the_peak_depend_on_the_system(monkeypatch, caplog, platform, units):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=units))
+    assert peak_host_memory_gb() == pytest.approx(3)
+    caplog.set_level("INFO")
+    log_host_memory()
+    assert "Host memory peak so far: 3.0 GB" in caplog.text

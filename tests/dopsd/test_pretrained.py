@@ -15,10 +15,8 @@ from dopsd.pretrained import (
     model_identity,
     open_pipeline,
     read_configs,
-    read_quantization_settings,
 )
 from dopsd.roles import adapter_options
-from models import ONE_MODEL
 from short_runs import as_arguments
 
 
@@ -162,34 +160,3 @@ def test_init_lora_that_is_not_there_is_refused(init_lora, tmp_path):
     assert init_lora(None) is None
     with pytest.raises(InputError, match=f"^--init_lora {tmp_path}/nothing: no LoRA is found there .*; give a"):
         init_lora(str(tmp_path / "nothing"))
-
-
-@ONE_MODEL
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (None, "No such file"),
-        ("{", "Expecting property name"),
-        ("[" * 100_000, "maximum recursion depth"),
-        ("[]", "has no attribute 'get'"),
-        ("{}", "neither or both of load_in_4bit and load_in_8bit"),
-        ('{"load_in_4bit": true, "load_in_8bit": true}', "neither or both of load_in_4bit and load_in_8bit"),
-        ('{"load_in_4bit": true, "bnb_4bit_quant_type": 4}', "bnb_4bit_quant_type"),
-    ],
-)
-def test_quantization_settings_that_cannot_be_used_are_one_line(settings, tmp_path, text, reason):
-    path = tmp_path / "bnb.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(InputError, match=f"^--bnb_quantization_config_path {path}: cannot be used .*{reason}"):
-        read_quantization_settings(settings(bnb_quantization_config_path=path).model)
-
-
-@ONE_MODEL
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_quantization_needs_a_gpu(settings, tmp_path):
-    path = tmp_path / "bnb.json"
-    path.write_text('{"load_in_4bit": true}')
-    with pytest.raises(InputError, match=f"^--bnb_quantization_config_path {path}: quantized weights need a GPU"):
-        read_quantization_settings(settings(bnb_quantization_config_path=path).model)
-    assert read_quantization_settings(settings().model) is None

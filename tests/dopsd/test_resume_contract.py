@@ -51,6 +51,7 @@ def test_a_run_is_not_resumed_with_other_flags_data_or_weights(
     save(prepare(**flags).resume_contract())
     assert refused(prepare(**flags, rank=8)).startswith("its --rank was 4, now it is 8; ")
     assert refused(prepare(**flags, seed=5)).startswith("its --seed was 0, now it is 5; ")
+    assert refused(prepare(**flags, quantize="int8")).startswith("its --quantize was None, now it is int8; ")
     assert refused(prepare(**flags | {"mixed_precision": "bf16"})).startswith(
         "its --mixed_precision was no, now it is bf16"
     )
@@ -183,7 +184,7 @@ OLD_SETTINGS_OF_MODEL = {
         ),
     },
 }
-LATER_SETTINGS = {"--num_trained_states", "prior preservation"}
+LATER_SETTINGS = {"--num_trained_states", "prior preservation", "--quantize", "--quantize_text_encoder"}
 IDENTITIES = {"model", "--vlm_model_name_or_path", "pictures and captions"}
 
 
