@@ -25,6 +25,7 @@ from .text import argument_problem
 MAX_CONFIG_BYTES = 1_000_000
 LAUNCHER_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 
+TRANSFORMER_QUANTIZATION = ("quantize", "bnb_quantization_config_path")
 QUANTIZATION_SETTINGS = ("quantize", "quantize_text_encoder")
 TRACKER_PACKAGES = ("tensorboard", "wandb", "comet_ml")
 
@@ -268,8 +269,6 @@ def check(settings: Settings, model: ModelFlags) -> None:
         raise InputError("--use_8bit_adam: needs --optimizer AdamW; drop one of them")
     if validation.preview_only and validation.validation_steps == 0:
         raise InputError("--preview_only: draws the preview, which --validation_steps 0 turns off; drop one of them")
-    if settings.model.quantize is not None and settings.model.bnb_quantization_config_path is not None:
-        raise InputError("--quantize: cannot be combined with --bnb_quantization_config_path; drop one of them")
     for flag, package, is_used in (
         ("--optimizer prodigy", "prodigyopt", optimizer.optimizer == "prodigy"),
         ("--use_8bit_adam", "bitsandbytes", optimizer.use_8bit_adam),
@@ -289,9 +288,12 @@ def check(settings: Settings, model: ModelFlags) -> None:
         )
     if settings.performance.offload_activations and not settings.performance.gradient_checkpointing:
         raise InputError("--offload_activations: goes with --gradient_checkpointing; add that, or drop the flag")
-    if settings.performance.is_sharded and settings.model.bnb_quantization_config_path is not None:
+    quantized = [f"--{name}" for name in TRANSFORMER_QUANTIZATION if getattr(settings.model, name) is not None]
+    if len(quantized) > 1:
+        raise InputError(f"{quantized[0]}: cannot be combined with {quantized[1]}; drop one of them")
+    if settings.performance.is_sharded and quantized:
         flag = "--fsdp" if settings.performance.fsdp else "--offload_transformer"
-        raise InputError(f"{flag}: cannot be combined with --bnb_quantization_config_path; drop one of them")
+        raise InputError(f"{flag}: cannot be combined with {quantized[0]}; drop one of them")
     if training.no_context_cache and training.encode_only:
         raise InputError("--encode_only: fills the cache, which --no_context_cache turns off; drop one of them")
     if training.no_context_cache and training.context_cache_dir:

@@ -269,8 +269,11 @@ def measured(retention: float | None) -> list[str]:
 
 def training(settings: dict[str, Any]) -> list[str]:
     shown = [(f"`--{name}`", formatted(value)) for name, value in shown_settings(settings).items()]
+    kind = settings.get("quantize") or (settings.get("bnb_quantization_config_path") and "bitsandbytes")
+    note = f"The base model was in fewer bits in training ({kind}). In full precision, pictures differ slightly."
     return [
         "## Training",
+        *([note] if kind else []),
         table("flag", "value", shown),
         table("package", "version", [(name, version(name)) for name in PACKAGES]),
     ]

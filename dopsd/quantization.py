@@ -16,6 +16,7 @@ from .errors import InputError
 from .files import read_regular_file
 from .loading import LOAD_ERRORS, brief
 from .settings import ModelSettings
+from .sharding import repeated_blocks
 
 
 # Parts of the names of layers that compute scales and shifts from the timestep. They are small, and their errors reach
@@ -110,14 +111,12 @@ def unquantized_modules(skeleton: nn.Module) -> list[str]:
         skeleton: a diffusers model, whose class names its repeated blocks and layers that are sensitive to precision.
     """
     patterns = (*DEFAULT_SKIP_MODULES_PATTERN, *(skeleton._skip_layerwise_casting_patterns or ()), *SENSITIVE)
-    blocks = tuple(
-        f"{name}." for name, module in skeleton.named_modules() if type(module).__name__ in skeleton._repeated_blocks
-    )
+    in_blocks = {module for block in repeated_blocks(skeleton) for module in block.modules()}
     return [
         name
         for name, module in skeleton.named_modules()
         if isinstance(module, nn.Linear)
-        and (not name.startswith(blocks) or any(re.search(pattern, name) for pattern in patterns))
+        and (module not in in_blocks or any(re.search(pattern, name) for pattern in patterns))
     ]
 
 

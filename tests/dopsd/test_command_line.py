@@ -146,6 +146,13 @@ def test_the_short_form_and_the_file_of_a_quantization_exclude_each_other():
         parse("--quantize", "int8", "--bnb_quantization_config_path", "bnb.json")
 
 
+@pytest.mark.parametrize("flag", ["--fsdp", "--offload_transformer"])
+def test_quantized_weights_are_not_sharded(flag):
+    with pytest.raises(InputError, match=f"^{flag}: cannot be combined with --quantize; drop one of them"):
+        parse("--quantize", "int8", flag)
+    assert parse("--quantize_text_encoder", "int8", flag).performance.is_sharded
+
+
 def test_a_list_for_a_flag_that_takes_one_value_is_one_line(config, capsys):
     with pytest.raises(SystemExit):
         parse(*config({"rank": [4, 5]}))

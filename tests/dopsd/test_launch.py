@@ -180,6 +180,9 @@ def log_as_libraries_do() -> None:
         ("bitsandbytes.autograd._functions", "something else"),
         (BITSANDBYTES_CPU, "Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'"),
         (BITSANDBYTES_CPU, "something else"),
+        ("torchao", "Failed to load /somewhere/_C_mxfp8.so: Could not load this library"),
+        ("torch.utils._pytree", "<enum 'KernelPreference'> is an Enum subclass and is now natively supported"),
+        ("diffusers.quantizers.torchao.torchao_quantizer", "Unable to import `torchao` Tensor objects. This may"),
     ):
         logging.getLogger(name).info(text)
         logging.getLogger(name).warning("httpx failed" if "httpx" in name else text)
@@ -192,6 +195,7 @@ def test_routine_messages_of_other_libraries_are_not_logged(forkserver):
     text = log.read_text()
     assert process.exitcode == 0, text
     assert "HTTP Request" not in text and "MatMul8bitLt" not in text and "gemm_4bit_forward" not in text
+    assert "mxfp8" not in text and "Enum" not in text and "Tensor objects" not in text
     assert text.count("httpx failed") == 2 and text.count("something else") == 4
 
 

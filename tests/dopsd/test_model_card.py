@@ -141,6 +141,20 @@ def test_only_the_name_of_a_local_base_model_is_on_the_card(tmp_path, monkeypatc
         assert "secret" not in str(card)
 
 
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"quantize": "int8"}, "int8"),
+        ({"bnb_quantization_config_path": "/private/bnb.json"}, "bitsandbytes"),
+        ({"quantize": None, "bnb_quantization_config_path": None, "quantize_text_encoder": "int8"}, None),
+    ],
+)
+def test_the_card_says_that_the_base_was_quantized_in_training(tmp_path, settings, kind):
+    text = write(tmp_path, settings={"num_inference_steps": 4} | settings).text
+    assert (f"The base model was in fewer bits in training ({kind})." in text) == (kind is not None)
+    assert ("in fewer bits" in text) == (kind is not None)
+
+
 def test_secrets_and_paths_are_not_on_the_card(tmp_path):
     settings = {
         "num_inference_steps": 4,

@@ -3,6 +3,7 @@
 import gc
 import inspect
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from transformers import Qwen3ForCausalLM, Qwen3Model, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from dopsd.errors import InputError
+from dopsd.quantization import text_encoder_quantization
 from pipelines.vision_encoder import PatchProjection
 from tiny_klein import byte_tokenizer
 from tiny_vlm import make_tiny_vlm
@@ -176,6 +178,29 @@ def test_the_tiny_vlm_fits_the_tiny_kleins_text_encoder(pipeline, make_picture, 
     assert text == chat_text(6) + "<think>\n\n</think>\n\n"
     found = encoder.hidden_states(text, make_picture(1, *WIDE), pad_to=128)
     assert [state.shape for state in found] == [(1, 128, 32)] * 29
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "float8"])
+def test_a_quantized_text_encoder_is_shared_too(vlm_path, make_picture, tmp_path, kind):
+    text_encoder = make_text_encoder(hidden_size=64, intermediate_size=128, head_dim=32)
+    text_encoder.save_pretrained(tmp_path / "text_encoder")
+    config = text_encoder_quantization(SimpleNamespace(quantize_text_encoder=kind), torch.float32)
+    quantized = Qwen3ForCausalLM.from_pretrained(
+        tmp_path / "text_encoder", dtype=torch.float32, device_map="cpu", quantization_config=config
+    )
+    encoder = make_encoder(make_tiny_vlm(tmp_path / "vlm", text_config=text_encoder.config), text_encoder.config)
+    encoder.load(quantized)
+    theirs = dict(quantized.model.named_parameters())
+    ours = dict(encoder._model.language_model.named_parameters())
+    assert ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in ours)
+    assert {"nf4": "Params4bit", "int8": "Int8Tensor", "float8": "Float8Tensor"}[kind] in {
+        type(parameter).__name__ for parameter in ours.values()
+    }
+    found = features(encoder, make_picture(1, *WIDE))
+    encoder.load(text_encoder)
+    whole = features(encoder, make_picture(1, *WIDE))
+    moved = [float((a - b).norm() / b.norm()) for a, b in zip(found, whole, strict=True)]
+    assert moved[0] == 0 and 0 < moved[1] < 0.4  # the embeddings, and what the first layer adds
 
 
 def test_the_language_model_shares_the_text_encoders_tensors_after_moves_and_casts(vlm_path, text_encoder):

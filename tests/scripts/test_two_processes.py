@@ -35,6 +35,15 @@ def test_two_processes_give_the_lora_of_one_with_twice_the_accumulation(torchrun
 
 
 @ONE_MODEL
+def test_two_processes_share_an_int8_base(torchrun, command, arguments, tmp_path):
+    flags = {"learning_rate": 1e-3, "max_train_steps": 2, "quantize": "int8", "quantize_text_encoder": "int8"}
+    process, log = torchrun(arguments("two", **flags))
+    succeed(command(*arguments("one", **flags, gradient_accumulation_steps=2)))
+    assert process.wait(timeout=240) == 0, log.read_text()
+    assert_close_weights(tmp_path / "one", tmp_path / "two", atol=1e-5, rtol=1e-3)
+
+
+@ONE_MODEL
 def test_two_processes_share_prior_preservation_and_sampled_states(torchrun, command, arguments, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a house\na tree\na car\n", encoding="utf-8")
