@@ -1,5 +1,6 @@
 """Contexts for training and drawing: which encodings a run needs, when they are computed, and where they are kept."""
 
+import copy
 import itertools
 import math
 import reprlib
@@ -178,7 +179,13 @@ class Contexts:
     def tensor(self, encoding: Encoding) -> torch.Tensor:
         return self.encode(encoding) if self.cache is None else self.cache.load(self.key(encoding))
 
-    # Contexts of a batch, on the accelerator
+    # Contexts of a batch, on the device
+
+    def on(self, device: torch.device) -> "Contexts":
+        """The same contexts, but on another device."""
+        other = copy.copy(self)
+        other.device = device
+        return other
 
     def student(self, prompts: list[str]) -> Context:
         return self._stack([self.student_encodings(prompt) for prompt in prompts])

@@ -24,7 +24,9 @@ from .settings import Settings
 class Context(Protocol):
     """What the transformer is conditioned on, for a batch of samples."""
 
-    def to(self, device: torch.device) -> Self: ...
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self: ...
+
+    def pin_memory(self) -> Self: ...
 
 
 class FewStepPipeline(Protocol):

@@ -5,21 +5,22 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 
 import torch
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
 from .contexts import Contexts
-from .data.order import Sample, micro_batches, noise_seed, place_seed, trained_states
+from .data.order import micro_batches, place_seed, trained_states
 from .errors import TrainingDiverged
 from .memory import peak_memory_gb
 from .model import Context, FewStepPipeline
 from .optimizers import effective_learning_rate
+from .prefetch import InputReader, MicroBatch, RolloutInputs
 from .prior import PriorPrompts
 from .roles import StudentTeacherLoRA
-from .rollout import RolloutStep, VelocityFunction, rollout, seeded_noise
+from .rollout import RolloutStep, VelocityFunction, rollout
 from .settings import PerformanceSettings, Settings
 from .sharding import average_gradients, calls_must_match, missing_calls
 
@@ -83,9 +84,9 @@ class TrainingStep:
         prior: PriorPrompts = PriorPrompts(),  # noqa: B008 - frozen
     ):
         self.accelerator, self.pipeline, self.roles = accelerator, pipeline, roles
-        self.contexts, self.data = contexts, contexts.data
+        self.order = contexts.data.order
         self.student, self.optimizer, self.lr_scheduler = student, optimizer, lr_scheduler
-        self.seed = settings.training.seed
+        self.seed, self.max_train_steps = settings.training.seed, settings.training.max_train_steps
         self.accumulation_steps = settings.training.gradient_accumulation_steps
         self.has_dropout = settings.lora.lora_dropout > 0
         self.max_grad_norm = settings.optimizer.max_grad_norm
@@ -96,6 +97,9 @@ class TrainingStep:
         self.prior, self.prior_settings = prior, settings.prior
         # Processes that share the transformer's weights exchange gradients here rather than in DDP.
         self.calls_match = calls_must_match(settings.performance, accelerator)
+        self.inputs = InputReader(pipeline, contexts, prior, seed=self.seed, device=accelerator.device)
+        # (height, width) -> schedule. Each is made once, since making it waits for the accelerator.
+        self.schedule = cache(partial(pipeline.schedule, num_steps=self.num_rollout_steps, device=accelerator.device))
         self.num_skipped = 0  # steps in a row that the fp16 gradient scaler skipped
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -109,15 +113,18 @@ class TrainingStep:
         """
         started = time.perf_counter()
         accelerator = self.accelerator
-        has_prior = bool(self.prior.trained) and step % self.prior_settings.prior_every == 0
+        has_prior = self.has_prior(step)
         measured = torch.zeros(2 if has_prior else 1, self.num_rollout_steps, 4, device=accelerator.device)
-        for place, samples, weight in self.own_micro_batches(step):
+        own = self.own_micro_batches(step)
+        next_steps = self.own_micro_batches(step + 1) if step + 1 < self.max_train_steps else []
+        for batch, following in itertools.zip_longest(own, [*own[1:], *next_steps[:1]]):
             with accelerator.accumulate(self.student):
                 if self.has_dropout:
-                    torch.manual_seed(place_seed(self.seed, "dropout", str(place)))
-                measured[0] += self.backpropagate(place, samples, weight, exchanges=not has_prior)
+                    torch.manual_seed(place_seed(self.seed, "dropout", str(batch.place)))
+                inputs = self.inputs.get(batch, following)
+                measured[0] += self.backpropagate(batch, inputs[0], exchanges=not has_prior)
                 if has_prior:
-                    measured[1] += self.backpropagate_prior(place, samples, weight)
+                    measured[1] += self.backpropagate_prior(batch, inputs[1])
                 if accelerator.sync_gradients:
                     # Averaged over processes, so that all of them see the same figures and stop at the same step.
                     measured = accelerator.reduce(measured / self.accumulation_steps, reduction="mean")
@@ -134,43 +141,40 @@ class TrainingStep:
         metrics = {"loss": loss, "lr": rate, "grad_norm": grad_norm, **figures, **prior_figures}
         return metrics | {"seconds_per_step": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
 
-    def own_micro_batches(self, step: int) -> Iterator[tuple[int, list[Sample], float]]:
-        return micro_batches(
-            self.data.order,
+    def has_prior(self, step: int) -> bool:
+        return bool(self.prior.trained) and step % self.prior_settings.prior_every == 0
+
+    def own_micro_batches(self, step: int) -> list[MicroBatch]:
+        own = micro_batches(
+            self.order,
             step,
             accumulation_steps=self.accumulation_steps,
             num_processes=self.accelerator.num_processes,
             process_index=self.accelerator.process_index,
         )
+        return [MicroBatch(*one, self.has_prior(step)) for one in own]
 
-    def backpropagate(
-        self, place: int, samples: list[Sample], weight: float, *, exchanges: bool = True
-    ) -> torch.Tensor:
+    def backpropagate(self, batch: MicroBatch, inputs: RolloutInputs, *, exchanges: bool = True) -> torch.Tensor:
         """Backpropagates the distillation loss of one micro-batch; see `backpropagate_states`.
 
         Args:
-            place: the micro-batch's index in the run.
-            weight: of the micro-batch among those of the step.
             exchanges: whether processes exchange gradients in its last backward pass.
         """
-        student_context, teacher_context = self.contexts.load(samples)
-        seeds = [noise_seed(self.seed, sample) for sample in samples]
-        trained = self.trained_states("states", place)
-        teacher = self.roles.as_teacher(partial(self.pipeline.predict_velocity, context=teacher_context))
-        teacher = self.called_as_often(teacher, "states", place)
-        states = self.visited_states(samples, seeds, student_context, teacher, trained, exchanges=exchanges)
-        return self.backpropagate_states(states, weight)
+        inputs = inputs.to(self.accelerator.device)
+        trained = self.trained_states("states", batch.place)
+        teacher = self.roles.as_teacher(partial(self.pipeline.predict_velocity, context=inputs.teacher))
+        teacher = self.called_as_often(teacher, "states", batch.place)
+        states = self.visited_states(inputs, teacher, trained, exchanges=exchanges)
+        return self.backpropagate_states(states, batch.weight)
 
-    def backpropagate_prior(self, place: int, samples: list[Sample], weight: float) -> torch.Tensor:
+    def backpropagate_prior(self, batch: MicroBatch, inputs: RolloutInputs) -> torch.Tensor:
         """Backpropagates the loss of prior preservation, on as many prompts as the micro-batch has samples."""
-        prompts = self.prior.draw(self.seed, place, len(samples))
-        context = self.contexts.student(prompts)
-        seeds = [place_seed(self.seed, "prior noise", f"{place}/{index}") for index in range(len(prompts))]
-        trained = self.trained_states("prior states", place)
-        base = self.roles.as_base(partial(self.pipeline.predict_velocity, context=context))
-        base = self.called_as_often(base, "prior states", place)
-        states = self.visited_states(samples, seeds, context, base, trained, exchanges=True)
-        return self.backpropagate_states(states, weight, self.prior_settings.prior_loss_weight)
+        inputs = inputs.to(self.accelerator.device)
+        trained = self.trained_states("prior states", batch.place)
+        base = self.roles.as_base(partial(self.pipeline.predict_velocity, context=inputs.student))
+        base = self.called_as_often(base, "prior states", batch.place)
+        states = self.visited_states(inputs, base, trained, exchanges=True)
+        return self.backpropagate_states(states, batch.weight, self.prior_settings.prior_loss_weight)
 
     def trained_states(self, purpose: str, place: int) -> list[int]:
         counts = {"num_states": self.num_rollout_steps, "num_trained": self.num_trained_states}
@@ -213,27 +217,17 @@ class TrainingStep:
         return measured * weight
 
     def visited_states(
-        self,
-        samples: list[Sample],
-        seeds: list[int],
-        student_context: Context,
-        teacher: VelocityFunction,
-        trained: list[int],
-        *,
-        exchanges: bool,
+        self, inputs: RolloutInputs, teacher: VelocityFunction, trained: list[int], *, exchanges: bool
     ) -> Iterator[RolloutStep]:
-        """Rolls out the student at the samples' size, all of them in one batch; yields the trained states.
+        """Rolls out the student, all samples in one batch; yields the trained states.
 
         Args:
-            seeds: of each sample's noise.
+            inputs: on the accelerator.
             exchanges: whether processes exchange gradients in the last of these backward passes.
         """
-        pipeline, device = self.pipeline, self.accelerator.device
-        height, width = self.data.bucket(samples[0])
-        noise = seeded_noise(pipeline.latent_shape(height, width), seeds).to(device, pipeline.latents_dtype)
-        schedule = pipeline.schedule(height, width, self.num_rollout_steps, device)
-        student = self.student_velocity(student_context, trained[-1] + 1 if exchanges else None)
-        return rollout(student, teacher, noise, schedule, trained=trained, loss_space=self.loss_space)
+        student = self.student_velocity(inputs.student, trained[-1] + 1 if exchanges else None)
+        schedule = self.schedule(*inputs.size)
+        return rollout(student, teacher, inputs.noise, schedule, trained=trained, loss_space=self.loss_space)
 
     def student_velocity(self, context: Context, last_call: int | None) -> VelocityFunction:
         """The student as the rollout calls it. Processes exchange gradients in the backward pass of one call only."""

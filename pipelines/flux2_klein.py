@@ -1,5 +1,6 @@
 """FLUX.2-klein for D-OPSD: contexts of student and teacher, the schedule of the stock pipeline, the velocity."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -39,8 +40,14 @@ class KleinContext:
         prompt_embeds, *references = (torch.cat(parts) for parts in zip(*samples, strict=True))
         return cls(prompt_embeds, tuple(references))
 
-    def to(self, device: torch.device) -> "KleinContext":
-        return KleinContext(self.prompt_embeds.to(device), tuple(latents.to(device) for latents in self.references))
+    def to(self, device: torch.device, non_blocking: bool = False) -> "KleinContext":
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "KleinContext":
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "KleinContext":
+        return KleinContext(function(self.prompt_embeds), tuple(map(function, self.references)))
 
     def with_references(self, *references: torch.Tensor) -> "KleinContext":
         return replace(self, references=references)
@@ -205,14 +212,15 @@ class Flux2KleinDOPSDPipeline(FewStepMixin, Flux2KleinPipeline):
         return self._unpatchify_latents(latents * torch.sqrt(variance).to(latents.device, latents.dtype) + mean)
 
 
-# All samples of a batch have the same positions. They are cached because they depend on the sizes only.
-@lru_cache(maxsize=64)
+# All samples of a batch have the same positions. They are cached because they depend on the sizes only: every bucket
+# has two, the student's and the teacher's.
+@lru_cache(maxsize=256)
 def _text_ids(length: int, device: torch.device) -> torch.Tensor:
     """(L, 4), positions of the text tokens."""
     return Flux2KleinPipeline._prepare_text_ids(torch.empty(1, length, 0))[0].to(device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _image_ids(
     size: tuple[int, int], reference_sizes: tuple[tuple[int, int], ...], device: torch.device
 ) -> torch.Tensor:

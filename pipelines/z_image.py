@@ -36,8 +36,11 @@ class ZImageContext:
         """Batches the encodings of single samples: (prompt_embeds,), each (L, D)."""
         return cls(tuple(prompt_embeds for (prompt_embeds,) in samples))
 
-    def to(self, device: torch.device) -> "ZImageContext":
-        return ZImageContext(tuple(embeds.to(device) for embeds in self.prompt_embeds))
+    def to(self, device: torch.device, non_blocking: bool = False) -> "ZImageContext":
+        return ZImageContext(tuple(embeds.to(device, non_blocking=non_blocking) for embeds in self.prompt_embeds))
+
+    def pin_memory(self) -> "ZImageContext":
+        return ZImageContext(tuple(embeds.pin_memory() for embeds in self.prompt_embeds))
 
 
 class ZImageDOPSDPipeline(FewStepMixin, ZImagePipeline):
@@ -122,14 +125,14 @@ class ZImageDOPSDPipeline(FewStepMixin, ZImagePipeline):
         Args:
             latents: (B, C, h, w), float32.
             timestep: scalar, from `Schedule.timesteps`.
-            context: for the same batch, on the same device.
+            context: for the same batch, on the same device, in the transformer's dtype.
 
         Returns:
             (B, C, h, w), float32.
         """
         time = (1000 - timestep.expand(latents.shape[0])) / 1000
-        # The transformer takes a list of (C, 1, h, w).
-        inputs = list(latents.to(self.transformer.dtype).unsqueeze(2).unbind(dim=0))
+        # The transformer takes a list of (C, 1, h, w). It would look for its dtype in all of its modules at each call.
+        inputs = list(latents.to(context.prompt_embeds[0].dtype).unsqueeze(2).unbind(dim=0))
         outputs = self.transformer(inputs, time, list(context.prompt_embeds), return_dict=False)[0]
         return -torch.stack([output.float() for output in outputs]).squeeze(2)
 

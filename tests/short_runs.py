@@ -125,8 +125,10 @@ class PreparedRun:
 
 
 def context_tensors(context: Any) -> list[torch.Tensor]:
-    """All tensors of a `KleinContext` or `ZImageContext`."""
-    return [tensor for value in vars(context).values() for tensor in ([value] if torch.is_tensor(value) else value)]
+    """All tensors of a context."""
+    return [
+        tensor for value in vars(context).values() for tensor in ([value] if torch.is_tensor(value) else value or ())
+    ]
 
 
 def same_tensors(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:

@@ -4,6 +4,7 @@ A latent token is the mean colour of 16 x 16 pixels. The transformer sees each t
 embedding and, as the teacher, the target picture's token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,8 +55,14 @@ class ToyContext:
     def stack(cls, samples: list[tuple[torch.Tensor, ...]]) -> "ToyContext":
         return cls(*(torch.cat(parts) for parts in zip(*samples, strict=True)))
 
-    def to(self, device: torch.device) -> "ToyContext":
-        return ToyContext(self.prompts.to(device), None if self.pictures is None else self.pictures.to(device))
+    def to(self, device: torch.device, non_blocking: bool = False) -> "ToyContext":
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "ToyContext":
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ToyContext":
+        return ToyContext(function(self.prompts), None if self.pictures is None else function(self.pictures))
 
 
 class ToyPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):

@@ -1,6 +1,7 @@
 """A toy model's LoRA, optimizer and checkpoints in this process: what tests of single training stages share."""
 
 import contextlib
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,18 @@ from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from dopsd.checkpoints import Checkpoints
+from dopsd.data.order import Sample
+from dopsd.prior import PriorPrompts
 from dopsd.roles import StudentTeacherLoRA
-from dopsd.settings import TrainingSettings
-from short_runs import one_process
-from toy_pipeline import ToyPipeline, ToyTransformer, ToyVAE
+from dopsd.rollout import seeded_noise
+from dopsd.settings import Settings, TrainingSettings
+from dopsd.step import StudentVelocity, TrainingStep
+from short_runs import default_settings, one_process
+from toy_pipeline import ToyContext, ToyPipeline, ToyTransformer, ToyVAE
+
+
+NO_PRIOR = PriorPrompts()
+SIZE = (64, 32)  # height, width in pixels
 
 
 class ToyTraining:
@@ -110,3 +119,66 @@ def accumulating_accelerator(accumulation_steps: int, scaler: Any = None) -> Sim
     accelerator.reduce = lambda tensor, reduction: tensor
     accelerator.clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
     return accelerator
+
+
+class ToyContexts:
+    """Contexts of captions 0, 1, ...; the teacher also sees a picture.
+
+    Args:
+        batches: each batch of the order, which begins anew after the last one.
+        sizes: (height, width) of the examples of another size than `SIZE`.
+    """
+
+    cache = None
+
+    def __init__(self, batches: list[list[Sample]], sizes: dict[int, tuple[int, int]] | None = None):
+        self.sizes = sizes or {}
+        order = SimpleNamespace(batch=lambda place: batches[place % len(batches)])
+        self.data = SimpleNamespace(bucket=self.size, order=order)
+
+    def size(self, sample: Sample) -> tuple[int, int]:
+        return self.sizes.get(sample.example, SIZE)
+
+    def student(self, prompts: list[str]) -> ToyContext:
+        return ToyContext(seeded_noise((16,), [zlib.crc32(prompt.encode()) for prompt in prompts]))
+
+    def load(self, samples: list[Sample]) -> tuple[ToyContext, ToyContext]:
+        prompts = seeded_noise((16,), [sample.example for sample in samples])
+        height, width = self.size(samples[0])
+        pictures = seeded_noise((3, height // 16, width // 16), [100 + sample.example for sample in samples])
+        return ToyContext(prompts), ToyContext(prompts, pictures)
+
+
+def make_settings(**flags: Any) -> Settings:
+    flags.setdefault("num_trained_states", flags.get("num_rollout_steps", 4))
+    return default_settings(**{"seed": 0, "max_train_steps": 9} | flags)
+
+
+def make_step(
+    training: ToyTraining,
+    data: list[list[Sample]] | ToyContexts,
+    accumulation_steps: int,
+    prior: PriorPrompts = NO_PRIOR,
+    **flags: Any,
+) -> TrainingStep:
+    """The training step.
+
+    Args:
+        data: the batches of the order, or contexts.
+    """
+    training.accelerator = accumulating_accelerator(accumulation_steps, training.accelerator.scaler)
+    return TrainingStep(
+        make_settings(gradient_accumulation_steps=accumulation_steps, **flags),
+        training.accelerator,
+        pipeline=training.pipeline,
+        roles=training.roles,
+        contexts=data if isinstance(data, ToyContexts) else ToyContexts(data),
+        student=StudentVelocity(training.pipeline),
+        optimizer=AccumulatingOptimizer(training.optimizer, training.accelerator),
+        lr_scheduler=training.lr_scheduler,
+        prior=prior,
+    )
+
+
+def sample(example: int) -> Sample:
+    return Sample(example, epoch=0, caption=0, flip=False)

@@ -1,7 +1,5 @@
 import math
-import zlib
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,60 +7,11 @@ import torch
 from dopsd.checkpoints import Checkpoints
 from dopsd.data.order import Sample, noise_seed, place_seed, trained_states
 from dopsd.errors import TrainingDiverged
+from dopsd.prefetch import MicroBatch
 from dopsd.prior import PriorPrompts
 from dopsd.rollout import rollout, seeded_noise
-from dopsd.settings import Settings
-from dopsd.step import MAX_SKIPPED_STEPS, StudentVelocity, TrainingStep, count_skipped, mean_figures
-from short_runs import default_settings
-from toy_pipeline import ToyContext
-from toy_training import AccumulatingOptimizer, ToyTraining, accumulating_accelerator
-
-
-NO_PRIOR = PriorPrompts()
-SIZE = (64, 32)  # height, width in pixels
-
-
-class ToyContexts:
-    """Contexts of captions 0, 1, ...; the teacher also sees a picture. Each batch of the order is one micro-batch."""
-
-    def __init__(self, batches: list[list[Sample]]):
-        self.data = SimpleNamespace(
-            bucket=lambda sample: SIZE, order=SimpleNamespace(batch=lambda place: batches[place % len(batches)])
-        )
-
-    def student(self, prompts: list[str]) -> ToyContext:
-        return ToyContext(seeded_noise((16,), [zlib.crc32(prompt.encode()) for prompt in prompts]))
-
-    def load(self, samples: list[Sample]) -> tuple[ToyContext, ToyContext]:
-        prompts = seeded_noise((16,), [sample.example for sample in samples])
-        pictures = seeded_noise((3, SIZE[0] // 16, SIZE[1] // 16), [100 + sample.example for sample in samples])
-        return ToyContext(prompts), ToyContext(prompts, pictures)
-
-
-def make_settings(**flags) -> Settings:
-    flags.setdefault("num_trained_states", flags.get("num_rollout_steps", 4))
-    return default_settings(seed=0, **flags)
-
-
-def make_step(
-    training: ToyTraining, batches: list[list[Sample]], accumulation_steps: int, prior=NO_PRIOR, **flags
-) -> TrainingStep:
-    training.accelerator = accumulating_accelerator(accumulation_steps, training.accelerator.scaler)
-    return TrainingStep(
-        make_settings(gradient_accumulation_steps=accumulation_steps, **flags),
-        training.accelerator,
-        pipeline=training.pipeline,
-        roles=training.roles,
-        contexts=ToyContexts(batches),
-        student=StudentVelocity(training.pipeline),
-        optimizer=AccumulatingOptimizer(training.optimizer, training.accelerator),
-        lr_scheduler=training.lr_scheduler,
-        prior=prior,
-    )
-
-
-def sample(example: int) -> Sample:
-    return Sample(example, epoch=0, caption=0, flip=False)
+from dopsd.step import MAX_SKIPPED_STEPS, TrainingStep, count_skipped, mean_figures
+from toy_training import SIZE, ToyContexts, ToyTraining, make_step, sample
 
 
 def states_of(training: ToyTraining, one: Sample, loss_space: str) -> list:
@@ -120,7 +69,8 @@ def gradient_of(num_trained: int, place: int) -> list[torch.Tensor]:
     """The gradient of one micro-batch, at one place of the run, with K = 3 states."""
     training = ToyTraining()
     step = make_step(training, [[sample(0)]], 1, num_rollout_steps=3, num_trained_states=num_trained)
-    step.backpropagate(place, [sample(0)], weight=1.0)
+    batch = MicroBatch(place, [sample(0)], weight=1.0)
+    step.backpropagate(batch, *step.inputs.read(batch))
     return [parameter.grad.clone() for parameter in training.roles.student_parameters]
 
 
@@ -138,11 +88,11 @@ def test_the_gradient_of_sampled_states_is_on_average_that_of_all_states(num_tra
 
 
 def states_on_the_walk(step: TrainingStep, trained: list[int]) -> list:
-    student, teacher = step.contexts.load([sample(0)])
-    velocity = step.roles.as_teacher(lambda latents, time: step.pipeline.predict_velocity(latents, time, teacher))
-    return list(
-        step.visited_states([sample(0)], [noise_seed(0, sample(0))], student, velocity, trained, exchanges=True)
+    (inputs,) = step.inputs.read(MicroBatch(0, [sample(0)], weight=1.0))
+    velocity = step.roles.as_teacher(
+        lambda latents, time: step.pipeline.predict_velocity(latents, time, inputs.teacher)
     )
+    return list(step.visited_states(inputs, velocity, trained, exchanges=True))
 
 
 def test_the_walk_ends_after_the_last_trained_state_and_needs_no_gradient_before_it():
@@ -174,10 +124,16 @@ def test_figures_per_state_average_what_was_seen():
 PRIOR = PriorPrompts(unrelated=("a house", "a tree"), without_word=("a dog",), other_words=("a kebi dog",))
 
 
+def backpropagate_prior(step: TrainingStep, place: int, samples: list[Sample]) -> torch.Tensor:
+    batch = MicroBatch(place, samples, weight=1.0, has_prior=True)
+    _, inputs = step.inputs.read(batch)
+    return step.backpropagate_prior(batch, inputs)
+
+
 def test_the_loss_of_prior_preservation_and_its_gradient_are_zero_at_the_start():
     training = ToyTraining()
     step = make_step(training, [[sample(0)]], 1, prior=PRIOR)
-    measured = step.backpropagate_prior(0, [sample(0), sample(1)], weight=1.0)
+    measured = backpropagate_prior(step, 0, [sample(0), sample(1)])
     assert torch.equal(measured[:, 0], torch.zeros(4)) and torch.equal(measured[:, 3], torch.ones(4))
     assert all(not parameter.grad.any() for parameter in training.roles.student_parameters)
 
@@ -187,11 +143,11 @@ def test_prior_preservation_pulls_the_student_towards_the_base_where_it_walks():
     training.step()  # the student is no longer the base
     training.optimizer.zero_grad()
     step = make_step(training, [[sample(0)]], 1, prior=PRIOR, num_rollout_steps=3, prior_loss_weight=2.0)
-    measured = step.backpropagate_prior(5, [sample(0)], weight=1.0)
+    measured = backpropagate_prior(step, 5, [sample(0)])
     gradients = [parameter.grad.clone() for parameter in training.roles.student_parameters]
 
     training.optimizer.zero_grad()
-    pipeline, context = training.pipeline, step.contexts.student(PRIOR.draw(0, 5, 1))
+    pipeline, context = training.pipeline, ToyContexts([]).student(PRIOR.draw(0, 5, 1))
     predict = lambda latents, time: pipeline.predict_velocity(latents, time, context)  # noqa: E731
     noise = seeded_noise(pipeline.latent_shape(*SIZE), [place_seed(0, "prior noise", "5/0")])
     states = list(rollout(predict, training.roles.as_base(predict), noise, pipeline.schedule(*SIZE, 3)))
@@ -219,7 +175,7 @@ def test_prior_preservation_is_logged_in_the_steps_that_have_it_and_adds_to_the_
 def test_a_prior_loss_that_is_not_finite_is_named():
     training = ToyTraining()
     step = make_step(training, [[sample(0)]], 1, prior=PRIOR)
-    step.backpropagate_prior = lambda place, samples, weight: torch.full((4, 4), float("nan"))
+    step.backpropagate_prior = lambda batch, inputs: torch.full((4, 4), float("nan"))
     with pytest.raises(TrainingDiverged, match="^at step 1 the loss of prior preservation .*is nan"):
         step(0)
     # If the distillation loss is not finite either, prior preservation is not to blame.
@@ -234,16 +190,16 @@ def test_training_on_all_states_is_what_it_was():
     make_step(training, batches, 2)(0)
     step = make_step(reference, batches, 2)
     predict, noise_shape = reference.pipeline.predict_velocity, reference.pipeline.latent_shape(*SIZE)
-    for _, samples, weight in step.own_micro_batches(0):
-        student, teacher = step.contexts.load(samples)
+    for batch in step.own_micro_batches(0):
+        student, teacher = ToyContexts([]).load(batch.samples)
         states = rollout(
             partial(predict, context=student),
             reference.roles.as_teacher(partial(predict, context=teacher)),
-            seeded_noise(noise_shape, [noise_seed(0, one) for one in samples]),
+            seeded_noise(noise_shape, [noise_seed(0, one) for one in batch.samples]),
             reference.pipeline.schedule(*SIZE, 4),
         )
         for state in states:
-            (state.loss * weight / 4 / 2).backward()
+            (state.loss * batch.weight / 4 / 2).backward()
     torch.nn.utils.clip_grad_norm_(reference.roles.student_parameters, 1.0)
     reference.optimizer.step()
     for one, other in zip(training.roles.student_parameters, reference.roles.student_parameters, strict=True):

@@ -1,0 +1,111 @@
+"""What rollouts start from: contexts and noise, read one micro-batch ahead of their use."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from .contexts import Contexts
+from .data.order import Sample, noise_seed, place_seed
+from .model import Context, FewStepPipeline
+from .prior import PriorPrompts
+from .rollout import seeded_noise
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One of a process's micro-batches.
+
+    Attributes:
+        place: its index in the run.
+        samples: all of one size.
+        weight: factor of its mean loss among the micro-batches of its step.
+        has_prior: whether as many prompts are held by prior preservation.
+    """
+
+    place: int
+    samples: list[Sample]
+    weight: float
+    has_prior: bool = False
+
+
+@dataclass(frozen=True)
+class RolloutInputs:
+    """What one rollout starts from.
+
+    Attributes:
+        size: (height, width) in pixels.
+        noise: (B, C, h, w), the state at sigma = 1.
+        student: the student's context.
+        teacher: the teacher's; None if it is the student's.
+    """
+
+    size: tuple[int, int]
+    noise: torch.Tensor
+    student: Context
+    teacher: Context | None = None
+
+    def pin_memory(self) -> "RolloutInputs":
+        teacher = None if self.teacher is None else self.teacher.pin_memory()
+        return RolloutInputs(self.size, self.noise.pin_memory(), self.student.pin_memory(), teacher)
+
+    def to(self, device: torch.device) -> "RolloutInputs":
+        """On a device. The copy of pinned memory does not wait for the device."""
+        teacher = None if self.teacher is None else self.teacher.to(device, non_blocking=True)
+        noise, student = (part.to(device, non_blocking=True) for part in (self.noise, self.student))
+        return RolloutInputs(self.size, noise, student, teacher)
+
+
+class InputReader:
+    """Reads the inputs of a micro-batch's rollouts while the one before it is trained on.
+
+    A single background thread reads and verifies the cache entries and draws the noise. Without a cache, the encoders
+    share the accelerator with training, so each micro-batch is encoded when it is asked for.
+
+    Args:
+        contexts: of the training data.
+        prior: prompts of prior preservation.
+        seed: `--seed`.
+        device: the accelerator. Inputs are pinned if it is a CUDA device.
+    """
+
+    def __init__(
+        self, pipeline: FewStepPipeline, contexts: Contexts, prior: PriorPrompts, *, seed: int, device: torch.device
+    ):
+        self.pipeline, self.prior, self.seed, self.data = pipeline, prior, seed, contexts.data
+        self.latents_dtype = pipeline.latents_dtype  # a pipeline may look for it in all of the VAE's modules
+        self._is_cached = contexts.cache is not None
+        self._contexts = contexts.on(torch.device("cpu")) if self._is_cached else contexts
+        self._pins = self._is_cached and device.type == "cuda"
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")  # starts with the first task
+        self._ahead: tuple[MicroBatch, Future] | None = None
+
+    def get(self, batch: MicroBatch, following: MicroBatch | None = None) -> list[RolloutInputs]:
+        """The inputs of a micro-batch, see `read`. With a cache, begins to read those of the following one.
+
+        Raises:
+            InputError: a cache entry of this micro-batch is missing or damaged, or its encoding is not finite.
+        """
+        ahead, self._ahead = self._ahead, None
+        is_read = ahead is not None and ahead[0] == batch
+        inputs = ahead[1].result() if is_read else self.read(batch)
+        if self._is_cached and following is not None:
+            self._ahead = following, self._pool.submit(self.read, following)
+        return inputs
+
+    def read(self, batch: MicroBatch) -> list[RolloutInputs]:
+        """The inputs of the rollout on the samples and, if it has one, of that on the prompts of the prior.
+
+        They are on the CPU if they are from the cache.
+        """
+        size = self.data.bucket(batch.samples[0])
+        seeds = [noise_seed(self.seed, sample) for sample in batch.samples]
+        inputs = [RolloutInputs(size, self._noise(size, seeds), *self._contexts.load(batch.samples))]
+        if batch.has_prior:
+            prompts = self.prior.draw(self.seed, batch.place, len(batch.samples))
+            seeds = [place_seed(self.seed, "prior noise", f"{batch.place}/{index}") for index in range(len(prompts))]
+            inputs.append(RolloutInputs(size, self._noise(size, seeds), self._contexts.student(prompts)))
+        return [one.pin_memory() for one in inputs] if self._pins else inputs
+
+    def _noise(self, size: tuple[int, int], seeds: list[int]) -> torch.Tensor:
+        return seeded_noise(self.pipeline.latent_shape(*size), seeds).to(self.latents_dtype)
