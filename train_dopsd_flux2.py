@@ -62,6 +62,7 @@ class KleinFlags(ModelFlags):
             encoders=("text", "vae"),
             prompt_suffix=" Reproduce the reference image: the same subject with the same identity, shape, colours "
             "and details, the same background, the same composition.",
+            flags={"teacher_resolution": None},
         ),
         "vlm": vlm_context("Qwen3-VL", published.DEFAULT_VLMS, min_pixels=512 * 512, max_pixels=512 * 512),
         "caption": CAPTION_CONTEXT,
@@ -137,19 +138,22 @@ class PicturesAndPrompts(PictureAndPromptEncoder):
 
 
 class References(Encoder):
-    """A picture's latents as reference tokens, (1, C, H / 16, W / 16), as `image=` makes them."""
+    """A picture's latents as reference tokens, (1, C, h, w), as `image=` makes them from the shrunk picture."""
 
     name, noun, component = "vae", "pictures", "vae"
     reads_prompt, sees_picture = False, True
 
-    def __init__(self, pipeline: Flux2KleinDOPSDPipeline):
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Flux2KleinDOPSDPipeline, resolution: int | None):
+        self.pipeline, self.resolution = pipeline, resolution
 
     def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
-        return self.pipeline.encode_reference(picture)
+        return self.pipeline.encode_reference(picture, self.resolution)
 
     def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
-        return self.pipeline.latent_shape(*size)
+        return self.pipeline.reference_shape(*size, self.resolution)
+
+    def cache_key(self) -> list[int]:
+        return [] if self.resolution is None else [self.resolution]
 
 
 class Flux2Klein(KleinFlags, Model):
@@ -171,11 +175,9 @@ class Flux2Klein(KleinFlags, Model):
     def resolve_settings(
         self, settings: Settings, transformer_config: dict, text_config: PretrainedConfig
     ) -> Settings:
-        layers = settings.model.text_encoder_out_layers
-        if not all(0 <= layer <= text_config.num_hidden_layers for layer in layers):
-            raise InputError(
-                f"--text_encoder_out_layers {layers}: the text encoder has layers 0 to {text_config.num_hidden_layers}"
-            )
+        layers, depth = settings.model.text_encoder_out_layers, text_config.num_hidden_layers
+        if not all(0 <= layer <= depth for layer in layers):
+            raise InputError(f"--text_encoder_out_layers {layers}: the text encoder has layers 0 to {depth}")
         width = transformer_config["joint_attention_dim"]
         if len(layers) * text_config.hidden_size != width:
             raise InputError(
@@ -197,7 +199,7 @@ class Flux2Klein(KleinFlags, Model):
         vlm = VisionEncoder, text_config, settings.teacher, settings.model.cache_dir
         encoders = {
             "text": lambda: prompts,
-            "vae": lambda: References(pipeline),
+            "vae": lambda: References(pipeline, settings.teacher.teacher_resolution),
             "vlm": lambda: PicturesAndPrompts(pipeline, *vlm, **text),
         }
         teacher = tuple(encoders[name]() for name in self.teacher_context(settings).encoders)

@@ -1,7 +1,7 @@
 """Writes flags.md, the page of all flags, from the settings of both training scripts: python -m docs.make_flags"""
 
 import re
-from argparse import Action
+from argparse import SUPPRESS, Action
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ def flags_page() -> str:
 
 
 def flag_actions(model: ModelFlags) -> dict[str, Action]:
-    """Flag -> its action. A switch that is on by default has a second one, --no_..., which comes after it."""
-    return {action.dest: action for action in reversed(build_parser(model, "")._actions)}
+    """Flag -> its action, without those that `--help` hides: --no_... of a switch, flags of other models' teachers."""
+    return {action.dest: action for action in build_parser(model, "")._actions if action.help != SUPPRESS}
 
 
 def section(group: str, actions: list[dict[str, Action]]) -> str:

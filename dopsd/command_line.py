@@ -27,6 +27,7 @@ LAUNCHER_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 
 TRANSFORMER_QUANTIZATION = ("quantize", "bnb_quantization_config_path")
 QUANTIZATION_SETTINGS = ("quantize", "quantize_text_encoder")
+GENERAL_TEACHER_FLAGS = {"teacher_context", "teacher_prompt_suffix"}  # all teacher contexts use them
 TRACKER_PACKAGES = ("tensorboard", "wandb", "comet_ml")
 
 
@@ -104,6 +105,9 @@ def _describe_teacher_contexts(action_of: dict, contexts: dict[str, TeacherConte
         f"'{context.prompt_suffix}' with {name}" for name, context in contexts.items() if context.prompt_suffix
     ]
     suffix_action.help += f" Default: {'; '.join(suffixes) or 'none'}."
+    for name in special_teacher_flags({}):
+        if not any(name in context.flags for context in contexts.values()):
+            action_of[name].help = SUPPRESS  # a flag of another model's teacher
     for name, context in contexts.items():
         for flag, default in context.flags.items():
             details = context.flag_help.get(flag, "")
@@ -111,6 +115,12 @@ def _describe_teacher_contexts(action_of: dict, contexts: dict[str, TeacherConte
             action_of[flag].help = " ".join(
                 filter(None, [action_of[flag].help, details, f"Only with --teacher_context {name}.", default])
             )
+
+
+def special_teacher_flags(contexts: dict[str, TeacherContext]) -> set[str]:
+    """The flags that not all teacher contexts use."""
+    own = {item.name for item in fields(TeacherSettings)} - GENERAL_TEACHER_FLAGS
+    return own | {name for context in contexts.values() for name in context.flags}
 
 
 def parse_settings(model: ModelFlags, description: str, arguments: list[str] | None = None) -> Settings:
@@ -217,10 +227,7 @@ def resolve(settings: Settings, model: ModelFlags) -> Settings:
 def resolve_teacher(settings: Settings, model: ModelFlags) -> Settings:
     """Refuses the flags of other teacher contexts and fills in the defaults of the chosen one."""
     context, flags = model.teacher_context(settings), settings.flat()
-    general = {"teacher_context", "teacher_prompt_suffix"}
-    special = {item.name for item in fields(TeacherSettings)} - general
-    special |= {name for other in model.teacher_contexts.values() for name in other.flags}
-    for name in sorted(special - context.flags.keys()):
+    for name in sorted(special_teacher_flags(model.teacher_contexts) - context.flags.keys()):
         if flags[name] is not None:
             users = " or ".join(key for key, other in model.teacher_contexts.items() if name in other.flags)
             advice = f"goes with --teacher_context {users}; add that, or drop the flag" if users else "drop it"
@@ -259,6 +266,9 @@ def check(settings: Settings, model: ModelFlags) -> None:
             "instead, or start the script with python or torchrun"
         )
     check_geometry(settings.data, model.sizes)
+    resolution = settings.teacher.teacher_resolution
+    if resolution is not None and (problem := size_problem(resolution, resolution, model.sizes)):
+        raise InputError(f"--teacher_resolution {resolution}: {problem}")
     distillation = settings.distillation
     if distillation.num_trained_states > distillation.num_rollout_steps:
         raise InputError(

@@ -126,6 +126,11 @@ class TeacherSettings:
 
     teacher_context: MustMatch[str] = flag("", "What the teacher sees of the target picture.")
     teacher_prompt_suffix: MustMatch[str | None] = flag(None, "Text appended to the caption in the teacher's prompt.")
+    teacher_resolution: MustMatch[Count | None] = flag(
+        None,
+        "Resolution, in pixels, to which the teacher's reference picture is shrunk, so that the teacher takes less "
+        "time. Smaller pictures are not enlarged. Default: the size of the training picture.",
+    )
     # Checkpoints keep the captions themselves.
     teacher_caption_column: MayDiffer[str | None] = flag(
         None, "Column with the teacher's captions, for --teacher_context caption. Default: none, it is required there."

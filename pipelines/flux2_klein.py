@@ -1,5 +1,6 @@
 """FLUX.2-klein for D-OPSD: contexts of student and teacher, the schedule of the stock pipeline, the velocity."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,8 +18,9 @@ from .published import KLEIN_OUT_LAYERS
 from .vision_encoder import VisionEncoder
 
 
-# The stock pipeline shrinks larger reference images to this area.
+# The stock pipeline shrinks larger reference images to this area, and refuses shorter sides.
 MAX_REFERENCE_PIXELS = 1024 * 1024
+MIN_REFERENCE_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -130,17 +132,19 @@ class Flux2KleinDOPSDPipeline(FewStepMixin, Flux2KleinPipeline):
         return KleinContext(torch.cat(embeds))
 
     @torch.no_grad()
-    def encode_reference(self, image: PIL.Image.Image) -> torch.Tensor:
+    def encode_reference(self, image: PIL.Image.Image, resolution: int | None = None) -> torch.Tensor:
         """Encodes a reference image as `Flux2KleinPipeline.__call__(image=...)` does.
+
+        Args:
+            resolution: shrinks the image first, see `shrunk_size`.
 
         Returns:
             (1, C, H / 16, W / 16), patchified and batch-normalised, in the VAE's dtype and on its device.
         """
         self.image_processor.check_image_input(image)
-        width, height = image.size
-        if width * height > MAX_REFERENCE_PIXELS:
-            image = self.image_processor._resize_to_target_area(image, MAX_REFERENCE_PIXELS)
-            width, height = image.size
+        height, width = shrunk_size(image.height, image.width, resolution)
+        if (width, height) != image.size:
+            image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
         side = self.token_pixels
         pixels = self.image_processor.preprocess(
             image, height=height // side * side, width=width // side * side, resize_mode="crop"
@@ -161,6 +165,10 @@ class Flux2KleinDOPSDPipeline(FewStepMixin, Flux2KleinPipeline):
         """(C, H / 16, W / 16), the shape of one sample's patchified latents for an image of H x W pixels."""
         channels = self.vae.config.latent_channels * 4
         return channels, height // self.token_pixels, width // self.token_pixels
+
+    def reference_shape(self, height: int, width: int, resolution: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of `encode_reference`'s result for an image of H x W pixels."""
+        return self.latent_shape(*shrunk_size(height, width, resolution))
 
     def schedule(self, height: int, width: int, num_steps: int, device: torch.device | None = None) -> Schedule:
         """The sigmas and timesteps of `Flux2KleinPipeline.__call__` at this image size.
@@ -210,6 +218,27 @@ class Flux2KleinDOPSDPipeline(FewStepMixin, Flux2KleinPipeline):
         mean = self.vae.bn.running_mean.view(1, -1, 1, 1).to(latents.device, latents.dtype)
         variance = self.vae.bn.running_var.view(1, -1, 1, 1) + self.vae.config.batch_norm_eps
         return self._unpatchify_latents(latents * torch.sqrt(variance).to(latents.device, latents.dtype) + mean)
+
+
+def shrunk_size(height: int, width: int, resolution: int | None = None) -> tuple[int, int]:
+    """The (height, width), in pixels, that a reference image is resized to before it is cropped to whole tokens.
+
+    The rule is the stock pipeline's: a target area with the image's aspect ratio, both sides rounded down. The stock
+    pipeline computes in floating point, which may lose a pixel and with it a row of tokens.
+
+    Args:
+        resolution: the target area is its square, but no side becomes shorter than `MIN_REFERENCE_SIDE`, and the image
+            is not enlarged. Default: only the stock pipeline's limit counts.
+    """
+    if resolution is not None:
+        short, long = sorted((height, width))
+        least = -(-(MIN_REFERENCE_SIDE**2) * long // short)
+        area = min(height * width, max(resolution**2, least))
+        height, width = math.isqrt(height * area // width), math.isqrt(width * area // height)
+    if height * width > MAX_REFERENCE_PIXELS:
+        scale = math.sqrt(MAX_REFERENCE_PIXELS / (width * height))
+        height, width = int(height * scale), int(width * scale)
+    return height, width
 
 
 # All samples of a batch have the same positions. They are cached because they depend on the sizes only: every bucket

@@ -197,6 +197,26 @@ def test_a_flag_that_no_teacher_context_uses_is_refused():
             parse(f"--{name}", value)
 
 
+def test_the_teachers_resolution_is_one_that_the_model_can_see(capsys):
+    assert parse("--teacher_resolution", 512).teacher.teacher_resolution == 512
+    assert parse().teacher.teacher_resolution is None
+    for value, problem in (
+        (48, "too small; use at least 64 pixels per side"),
+        (500, "not divisible into image tokens; use multiples of 16 pixels"),
+        (2048, r"too large \(16384 image tokens, the limit is 4300\); use at most 1040x1040 pixels"),
+    ):
+        with pytest.raises(InputError, match=f"^--teacher_resolution {value}: {problem}$"):
+            parse("--teacher_resolution", value)
+    with pytest.raises(InputError, match="^--teacher_resolution: goes with --teacher_context edit; add that"):
+        parse("--teacher_resolution", 512, "--teacher_context", "vlm")
+    with pytest.raises(InputError, match="^--teacher_resolution: drop it$"):
+        parse("--teacher_resolution", 512, model=ZIMAGE)
+    for model, is_shown in ((KLEIN, True), (ZIMAGE, False)):
+        with pytest.raises(SystemExit):
+            parse("--help", model=model)
+        assert ("--teacher_resolution" in capsys.readouterr().out) == is_shown
+
+
 def test_flags_may_be_spelled_with_hyphens_and_booleans_with_values():
     settings = parse("--center-crop", "--random_flip", "true", "--prodigy_decouple", "no", "--lora-alpha", 3)
     assert settings.data.center_crop and settings.data.random_flip

@@ -184,7 +184,13 @@ OLD_SETTINGS_OF_MODEL = {
         ),
     },
 }
-LATER_SETTINGS = {"--num_trained_states", "prior preservation", "--quantize", "--quantize_text_encoder"}
+LATER_SETTINGS = {
+    "--num_trained_states",
+    "--teacher_resolution",
+    "prior preservation",
+    "--quantize",
+    "--quantize_text_encoder",
+}
 IDENTITIES = {"model", "--vlm_model_name_or_path", "pictures and captions"}
 
 

@@ -6,7 +6,7 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 
 from dopsd.pretrained import transformer_skeleton
 from dopsd.rollout import rollout, seeded_noise
-from pipelines.flux2_klein import KleinContext
+from pipelines.flux2_klein import KleinContext, shrunk_size
 from pipelines.vision_encoder import VisionEncoder
 from stock_helpers import assert_decodes_as_stock
 from tiny_vlm import make_tiny_vlm
@@ -121,6 +121,33 @@ def test_decoded_images_are_those_of_the_stock_pipeline(pipeline, klein_path):
 def test_a_large_reference_is_shrunk_as_in_the_stock_pipeline(pipeline, make_picture):
     # The area limit turns 1040 x 1040 pixels into 1023 x 1023, which are 63 x 63 tokens.
     assert pipeline.encode_reference(make_picture(1, 1040, 1040)).shape == (1, 16, 63, 63)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "resolution", "tokens"),
+    [(128, 128, 64, (4, 4)), (128, 192, 96, (4, 7)), (176, 96, 112, (9, 5)), (80, 640, 64, (4, 32))],
+)
+def test_a_reference_is_shrunk_as_diffusers_resizes(pipeline, make_picture, height, width, resolution, tokens):
+    picture = make_picture(1, width, height)
+    area = max(resolution**2, 64 * 64 * max(height, width) // min(height, width))  # no side below 64 pixels
+    shrunk = pipeline.image_processor._resize_to_target_area(picture, area)
+    latents = pipeline.encode_reference(picture, resolution)
+    assert latents.shape[2:] == tokens and torch.equal(latents, pipeline.encode_reference(shrunk))
+    assert latents.shape[1:] == pipeline.reference_shape(height, width, resolution)
+    assert not torch.equal(latents.mean(), pipeline.encode_reference(picture).mean())
+
+
+def test_a_reference_is_never_enlarged_and_loses_no_row_of_tokens_to_rounding(pipeline, make_picture):
+    picture = make_picture(1, 96, 64)
+    assert torch.equal(pipeline.encode_reference(picture, 80), pipeline.encode_reference(picture))
+    for resolution in range(64, 1040, 16):
+        for side in range(resolution, 1025, 16):
+            assert shrunk_size(side, side, resolution) == (resolution, resolution)
+    for height in range(64, 1025, 48):
+        for width in range(64, 8 * height, 112):
+            shrunk = shrunk_size(height, width, 512)
+            assert min(shrunk) >= 64 and shrunk[0] <= height and shrunk[1] <= width
+            assert shrunk[0] * shrunk[1] <= max(512**2, 65**2 * 8.2)
 
 
 def test_a_batch_gives_the_velocities_of_its_single_samples(pipeline, make_picture):
