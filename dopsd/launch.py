@@ -70,7 +70,7 @@ def start_accelerator(settings: Settings, model: Model) -> Accelerator:
                 project_dir=training.output_dir, logging_dir=str(Path(training.output_dir, training.logging_dir))
             ),
             kwargs_handlers=[
-                # The frozen model runs in its deployed precision; the adapters cast their own weights (`CastLinear`).
+                # The frozen model runs in its deployed precision; `AdaptedLinear` casts its own weights.
                 AutocastKwargs(enabled=False),
                 DistributedDataParallelKwargs(broadcast_buffers=False),
                 InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),

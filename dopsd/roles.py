@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from accelerate.logging import get_logger
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from .adapted_linear import AdaptedLinear
 from .errors import InputError
 from .settings import LoRASettings
 
@@ -27,17 +26,6 @@ TEACHER = "teacher"
 
 LORA_PREFIX = "transformer."
 _REGULAR_EXPRESSION = re.compile(r"[\\*+?()\[\]{}|^$]")
-
-
-class CastLinear(nn.Linear):
-    """Linear layer that stores its weight in float32 and computes in the dtype of its input.
-
-    With a bfloat16 input, peft's LoRA layers cast the input to float32 and keep that copy for the backward pass, and
-    autocast would change the arithmetic of the frozen model. This layer does neither.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
 
 
 def lora_target_modules(transformer: nn.Module, lora_layers: str, portable: str | None = None) -> list[str]:
@@ -126,14 +114,11 @@ class StudentTeacherLoRA:
         self._add_adapter(STUDENT, target_modules, dropout)
         if teacher == "ema":
             self._add_adapter(TEACHER, target_modules, dropout=0.0)
-        self._layers: dict[str, LoraLayer] = {
-            name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)
+        self._layers: dict[str, AdaptedLinear] = {
+            name: module for name, module in transformer.named_modules() if isinstance(module, AdaptedLinear)
         }
         for layer in self._layers.values():
-            layer.cast_input_dtype_enabled = False
-            for adapters in (layer.lora_A, layer.lora_B):
-                for name, linear in adapters.items():
-                    adapters[name] = _float32_copy(linear)
+            layer.store_in_float32()
         self._dropouts = [layer.lora_dropout[STUDENT] for layer in self._layers.values() if dropout > 0]
         self._set_student_training(True)
         self._activate(STUDENT, trainable=True)
@@ -147,6 +132,7 @@ class StudentTeacherLoRA:
             init_lora_weights="gaussian",
             target_modules=target_modules,
         )
+        config._register_custom_module({nn.Linear: AdaptedLinear})
         with _no_adapter_warnings():
             self.transformer.add_adapter(config, adapter_name=name)
 
@@ -181,6 +167,7 @@ class StudentTeacherLoRA:
     def shipped_role(self, dtype: torch.dtype) -> Iterator[None]:
         """Context in which the student has the weights that `export(dtype)` saves, without gradients or dropout.
 
+        The layers round as peft's do, so that the model computes what the stock pipeline does, bit for bit.
         The training weights are back on leaving, bit for bit.
         """
         scale = self.alpha / self.rank
@@ -192,11 +179,13 @@ class StudentTeacherLoRA:
                 parameter.data = shipped.to(dtype).float()
             for layer in self._layers.values():
                 layer.scaling[STUDENT] = 1.0
+                layer.peft_arithmetic = True
             with torch.no_grad():
                 yield
         finally:
             for layer in self._layers.values():
                 layer.scaling[STUDENT] = scale
+                layer.peft_arithmetic = False
             for name, parameter in self.named_parameters(STUDENT).items():
                 parameter.data = raw[name]
             self._set_student_training(True)
@@ -377,9 +366,3 @@ def _no_adapter_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         warnings.filterwarnings("ignore", message="Adapter init was active")
         yield
-
-
-def _float32_copy(linear: nn.Linear) -> CastLinear:
-    copy = CastLinear(linear.in_features, linear.out_features, bias=False, device="meta")
-    copy.weight = nn.Parameter(linear.weight.detach().float())
-    return copy

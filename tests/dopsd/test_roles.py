@@ -8,9 +8,10 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dopsd.adapted_linear import CastLinear
 from dopsd.errors import InputError
 from dopsd.pretrained import transformer_skeleton
-from dopsd.roles import CastLinear, StudentTeacherLoRA, lora_target_modules
+from dopsd.roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.rollout import rollout, seeded_noise
 from pipelines.published import KLEIN_LORA_LAYERS
 
