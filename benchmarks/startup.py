@@ -54,9 +54,9 @@ class Started(Exception):
     """Ends the script where its start ends."""
 
 
-def load_script() -> ModuleType:
-    """The training script as a module: benchmarks do not import scripts."""
-    spec = importlib.util.spec_from_file_location("training_script", TRAINING_SCRIPT)
+def load_script(path: Path = TRAINING_SCRIPT) -> ModuleType:
+    """A training script as a module: benchmarks do not import scripts."""
+    spec = importlib.util.spec_from_file_location("training_script", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
@@ -126,14 +126,14 @@ def compare_batches(contexts: Contexts) -> float:
     return seconds[0] / seconds[1]
 
 
-def main() -> None:
-    args = parse_args()
+def measure(num_captions: int) -> tuple[dict[str, dict[str, float]], float]:
+    """Seconds of each stage by kind of start, and what `compare_batches` returns."""
     script, starts = load_script(), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for num_pictures in (args.captions, min(5, args.captions)):
+        for num_pictures in (num_captions, min(5, num_captions)):
             label, data = f"{num_pictures:,} pictures", folder / str(num_pictures)
-            captions = write_data(data, args.captions, num_pictures)
+            captions = write_data(data, num_captions, num_pictures)
             flags = ["--pretrained_model_name_or_path", str(MODEL), "--instance_data_dir", str(data)]
             flags += ["--caption_column", *captions, "--context_cache_dir", str(data.with_suffix(".cache"))]
             flags += ["--max_sequence_length", str(MAX_SEQUENCE_LENGTH), "--resolution", "64", "--report_to", "none"]
@@ -144,7 +144,12 @@ def main() -> None:
                     script, [*flags, "--output_dir", str(output_dir), "--validation_steps", "0", "--seed", "0"]
                 )
                 starts[f"{label}, {cache} cache"], contexts = result
-        ratio = compare_batches(contexts)
+        return starts, compare_batches(contexts)
+
+
+def main() -> None:
+    args = parse_args()
+    starts, ratio = measure(args.captions)
     print(f"Seconds to start with {args.captions:,} captions")
     for label, seconds in starts.items():
         print(f"\n{label}")

@@ -56,9 +56,10 @@ MODULES = {
     "benchmarks.miniature.make",
     "benchmarks.miniature.quickstart",
     "benchmarks.startup",
+    "benchmarks.step",
     "tests.faults",
 }
-MODULE_PAGES = {ROOT / "CONTRIBUTING.md", MINIATURE}
+MODULE_PAGES = {ROOT / "CONTRIBUTING.md", ROOT / "docs/memory_and_speed.md", MINIATURE}
 # Programs whose command lines are not checked.
 TRUSTED = {"pip", "source"}
 

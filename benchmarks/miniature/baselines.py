@@ -126,11 +126,11 @@ def flow_matching_loss(
         x0: (B, C, h, w).
         sigmas: each sample's sigma is drawn from these; None: uniformly from 0 to 1.
     """
-    noise = torch.randn(x0.shape, generator=generator)
+    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
     if sigmas is None:
-        sigma = torch.rand(len(x0), generator=generator)
+        sigma = torch.rand(len(x0), generator=generator, device=x0.device)
     else:
-        sigma = sigmas[torch.randint(len(sigmas), (len(x0),), generator=generator)]
+        sigma = sigmas[torch.randint(len(sigmas), (len(x0),), generator=generator, device=x0.device)]
     weight = sigma.view(-1, 1, 1, 1)
     velocity = student((1 - weight) * x0 + weight * noise, sigma * MAX_TIMESTEP)
     return torch.nn.functional.mse_loss(velocity, noise - x0)

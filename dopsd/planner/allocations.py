@@ -1,0 +1,67 @@
+"""Counts the memory that tensor operations allocate."""
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+CUDA_GRANULARITY = 512  # CUDA's caching allocator hands out multiples of this many bytes.
+
+
+class AllocationTracker(TorchDispatchMode):
+    """Counts the bytes of the storages that operators create while it is entered, and their peak.
+
+    A storage counts once, however many views it has, until it is freed. Tensors from outside do not count. Works with
+    real, fake and meta tensors. It does not see what a kernel allocates within a single operator.
+
+    Args:
+        granularity: each storage is rounded up to a multiple of this many bytes.
+
+    Attributes:
+        live, peak: bytes now, and at most so far.
+    """
+
+    def __init__(self, granularity: int = 1):
+        super().__init__()
+        self.granularity = granularity
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def reset_peak(self) -> None:
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # Those that no operator has created come from outside; their views must not count either.
+        for storage in _storages((args, kwargs)):
+            self._add(storage, 0)
+        result = func(*args, **kwargs)
+        for storage in _storages(result):
+            self._add(storage, -(-storage.nbytes() // self.granularity) * self.granularity)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += num_bytes
+        self.peak = max(self.peak, self.live)
+        # torch keeps one Python object per storage, which dies with it.
+        weakref.finalize(storage, self._remove, key, num_bytes).atexit = False
+
+    def _remove(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.live -= num_bytes
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors' storages, each counted once."""
+    return sum({storage._cdata: storage.nbytes() for storage in _storages(list(tensors))}.values())
+
+
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
