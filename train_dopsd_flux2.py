@@ -96,6 +96,7 @@ from dopsd.model import Conditioning, Encoder, Model, TokenLimit
 from dopsd.model_card import CardInfo, write_run_card
 from dopsd.optimizers import build_lr_scheduler, build_optimizer
 from dopsd.output import LORA_FILE, open_output_dir
+from dopsd.planner.dry_run import plan_run
 from dopsd.pretrained import (
     check_pretrained,
     encoder_fingerprints,
@@ -150,7 +151,7 @@ class References(Encoder):
         return self.pipeline.encode_reference(picture, self.resolution)
 
     def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
-        return self.pipeline.reference_shape(*size, self.resolution)
+        return 1, *self.pipeline.reference_shape(*size, self.resolution)
 
     def cache_key(self) -> list[int]:
         return [] if self.resolution is None else [self.resolution]
@@ -178,12 +179,10 @@ class Flux2Klein(KleinFlags, Model):
         layers, depth = settings.model.text_encoder_out_layers, text_config.num_hidden_layers
         if not all(0 <= layer <= depth for layer in layers):
             raise InputError(f"--text_encoder_out_layers {layers}: the text encoder has layers 0 to {depth}")
-        width = transformer_config["joint_attention_dim"]
-        if len(layers) * text_config.hidden_size != width:
-            raise InputError(
-                f"--text_encoder_out_layers {layers}: the transformer takes {width // text_config.hidden_size} layers "
-                f"of {text_config.hidden_size} channels"
-            )
+        width, channels = transformer_config["joint_attention_dim"], text_config.hidden_size
+        if len(layers) * channels != width:
+            problem = f"the transformer takes {width // channels} layers of {channels} channels"
+            raise InputError(f"--text_encoder_out_layers {layers}: {problem}")
         return resolve_vlm(settings, self.teacher_context(settings), default_vlm, text_config)
 
     def conditioning(
@@ -215,8 +214,9 @@ MODEL = Flux2Klein()
 
 def main(settings: Settings, model: Model = MODEL) -> None:
     if settings.publishing.push_only:
-        push_to_hub(settings)
-        return
+        return push_to_hub(settings)
+    if settings.performance.dry_run:
+        return plan_run(settings, model)
     stop = StopRequest()
     accelerator = start_accelerator(settings, model)
     output_dir = Path(settings.training.output_dir)

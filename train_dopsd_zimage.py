@@ -96,6 +96,7 @@ from dopsd.model import Conditioning, Model, TokenLimit
 from dopsd.model_card import CardInfo, License, write_run_card
 from dopsd.optimizers import build_lr_scheduler, build_optimizer
 from dopsd.output import LORA_FILE, open_output_dir
+from dopsd.planner.dry_run import plan_run
 from dopsd.pretrained import (
     check_pretrained,
     encoder_fingerprints,
@@ -208,8 +209,9 @@ MODEL = ZImageTurbo()
 
 def main(settings: Settings, model: Model = MODEL) -> None:
     if settings.publishing.push_only:
-        push_to_hub(settings)
-        return
+        return push_to_hub(settings)
+    if settings.performance.dry_run:
+        return plan_run(settings, model)
     stop = StopRequest()
     accelerator = start_accelerator(settings, model)
     output_dir = Path(settings.training.output_dir)

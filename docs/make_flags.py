@@ -25,6 +25,8 @@ when: [settings.md](settings.md). `python train_dopsd_flux2.py --help` prints th
 
 - `--config run.yaml` reads flags from a file, one `flag: value` per line, with a list for a flag of several values.
   The command line wins.
+- `--preset 16gb` reads flags that fit a card of that memory, see [memory.md](memory.md). `--config` and the command
+  line win.
 - A switch, marked true or false, is turned on by its name alone. `false` after it turns it off, also if the file
   turns it on.
 - \\* A resumed run must keep the flag. Data, model and prompts that are held are compared by their content instead,

@@ -7,6 +7,7 @@ import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
 from dataclasses import fields
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -23,6 +24,7 @@ from .text import argument_problem
 
 
 MAX_CONFIG_BYTES = 1_000_000
+PRESETS = Path(__file__).parents[1] / "configs" / "presets"
 LAUNCHER_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 
 TRANSFORMER_QUANTIZATION = ("quantize", "bnb_quantization_config_path")
@@ -75,6 +77,13 @@ def build_parser(model: ModelFlags, description: str) -> SettingsParser:
         formatter_class=DefaultsHelpFormatter,
     )
     parser.add_argument(
+        "--preset",
+        default=SUPPRESS,
+        metavar="|".join(preset_names()),
+        help="Flags that fit a card of that memory, from configs/presets/. --config and the command line win. "
+        "Default: none.",
+    )
+    parser.add_argument(
         "--config", default=SUPPRESS, metavar="FILE", help="YAML file that sets flags. The command line wins."
     )
     parser.set_defaults(**model.default_settings, teacher_context=next(iter(model.teacher_contexts)))
@@ -124,7 +133,7 @@ def special_teacher_flags(contexts: dict[str, TeacherContext]) -> set[str]:
 
 
 def parse_settings(model: ModelFlags, description: str, arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line (by default this process's) and from its `--config` file.
+    """Settings from the command line (by default this process's) and from its `--preset` and `--config` files.
 
     If they are this process's, packages that only other settings need are hidden from later imports.
 
@@ -136,8 +145,14 @@ def parse_settings(model: ModelFlags, description: str, arguments: list[str] | N
     is_own = arguments is None
     arguments = sys.argv[1:] if is_own else arguments
     given = parser.parse_args(arguments)
+    files = {}
+    if "preset" in given:
+        files[f"--preset {given.preset}"] = preset_file(given.preset)
     if "config" in given:
-        arguments = [*config_arguments(Path(given.config), parser), *arguments]
+        files[f"--config {given.config}"] = Path(given.config)
+    # What comes later wins.
+    arguments = [*chain(*(config_arguments(path, parser, flag) for flag, path in files.items())), *arguments]
+    if files:
         parser.parse_args(arguments)
     groups = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[: len(fields(Settings))]
     for group in groups:
@@ -170,8 +185,23 @@ def check_text(settings: Settings) -> None:
                 raise InputError(f"--{name}: {problem}")
 
 
-def config_arguments(path: Path, parser: SettingsParser) -> list[str]:
+def preset_names() -> list[str]:
+    """From the smallest card to the largest."""
+    return sorted((path.stem for path in PRESETS.glob("*.yaml")), key=lambda name: int(name.removesuffix("gb")))
+
+
+def preset_file(name: str) -> Path:
+    """Raises `InputError` if there is no preset of that name."""
+    if name.lower() not in (names := preset_names()):
+        raise InputError(f"--preset {name}: there is no such preset; pass one of {', '.join(names)}")
+    return PRESETS / f"{name.lower()}.yaml"
+
+
+def config_arguments(path: Path, parser: SettingsParser, flag: str) -> list[str]:
     """The file's settings as command-line arguments.
+
+    Args:
+        flag: that names the file, for error messages.
 
     Raises:
         InputError: the file cannot be read, or holds an unknown flag or something other than values and lists.
@@ -180,16 +210,16 @@ def config_arguments(path: Path, parser: SettingsParser) -> list[str]:
         text = read_regular_file(path, MAX_CONFIG_BYTES).decode("utf-8")
         settings = yaml.load(text, Loader=TextLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"--config {path}: cannot be read as YAML ({one_line(error)})") from error
+        raise InputError(f"{flag}: cannot be read as YAML ({one_line(error)})") from error
     if not isinstance(settings, dict):
-        raise InputError(f"--config {path}: write one 'flag: value' per line")
-    known = {action.dest for action in parser._actions} - {"config", "help"}
+        raise InputError(f"{flag}: write one 'flag: value' per line")
+    known = {action.dest for action in parser._actions} - {"config", "preset", "help"}
     arguments = []
     for name, value in settings.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"--config {path}: there is no flag {name!r}{hint}")
+            raise InputError(f"{flag}: there is no flag {name!r}{hint}")
         if value is None:
             continue
         if isinstance(value, str):
@@ -197,7 +227,7 @@ def config_arguments(path: Path, parser: SettingsParser) -> list[str]:
         elif isinstance(value, list) and all(isinstance(item, str) for item in value):
             arguments += [f"--{name}", *value]
         else:
-            raise InputError(f"--config {path}: {name} must be a value or a list of values")
+            raise InputError(f"{flag}: {name} must be a value or a list of values")
     return arguments
 
 
@@ -289,7 +319,7 @@ def check(settings: Settings, model: ModelFlags) -> None:
         ),
         *((f"--report_to {name}", name, training.report_to == name) for name in TRACKER_PACKAGES),
     ):
-        if is_used and find_spec(package) is None:
+        if is_used and find_spec(package) is None and not settings.performance.dry_run:
             raise InputError(f"{flag}: run pip install {package} first")
     if len(validation.retention_prompts) < 2:
         raise InputError(

@@ -1,7 +1,7 @@
 """Encoders and teacher contexts that several models share. Scripts add what their own model does with them."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class PromptEncoder(Encoder):
     Args:
         pipeline: offers `chat_token_count(prompt)`.
         width: channels of an encoding.
-        padded_length: tokens that all encodings are padded to; None if they are not padded.
+        padded_length: tokens L that all encodings are padded to, which are then (1, L, width); None if they are not
+            padded, and (L, width).
         options: keyword arguments for the pipeline's encoding, which are part of the cache key.
     """
 
@@ -47,7 +48,9 @@ class PromptEncoder(Encoder):
         return self.padded_length or self.num_tokens(prompt, None)
 
     def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
-        return self.padded_length or self.num_tokens(prompt, size), self.width
+        if self.padded_length is not None:
+            return 1, self.padded_length, self.width
+        return self.num_tokens(prompt, size), self.width
 
     def num_tokens(self, prompt: str, size: tuple[int, int] | None) -> int:
         return self.count_tokens(prompt)
@@ -97,8 +100,13 @@ class PictureAndPromptEncoder(PromptEncoder):
                 rope=teacher.vlm_rope,
                 cache_dir=cache_dir,
             )
-            self.fingerprint = files_fingerprint(self.vision_encoder.files())
         self.count_image_tokens = cache(self.vision_encoder.num_image_tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the vision tower's files, which are downloaded for it."""
+        with naming_flag(VLM_FLAG):
+            return files_fingerprint(self.vision_encoder.files())
 
     def num_tokens(self, prompt: str, size: tuple[int, int] | None) -> int:
         # Counted separately, so that a huge picture does not build a huge string.

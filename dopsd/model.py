@@ -73,6 +73,9 @@ class VisionTower(Protocol):
     def num_image_tokens(self, height: int, width: int) -> int:
         """Tokens of a picture of that many pixels."""
 
+    def num_parameters(self) -> int:
+        """Of the tower, without reading its weights."""
+
     def content(self, prompt: str, num_image_tokens: int) -> str:
         """The user's message: the picture's tokens, then the prompt."""
 

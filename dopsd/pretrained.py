@@ -1,6 +1,8 @@
 """Reading and loading a pretrained checkpoint: its configurations first, its components when they are needed."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +162,23 @@ def open_pipeline(
                     **hub_options(settings),
                 )
             )
-        text_config = read_text_config(model, folder)
+        read_text_config(model, folder)  # What is wrong with it is said before what is wrong with weights.
         check_weight_files(folder, "text_encoder", settings.variant)
+    vae = partial(load_vae, model, settings, folder, dtype)
+    pipeline, text_config = assemble_pipeline(model, settings, folder, vae)
+    return pipeline, folder, text_config
+
+
+def assemble_pipeline(
+    model: Model, settings: ModelSettings, folder: Path, make_vae: Callable[[], torch.nn.Module]
+) -> tuple[FewStepPipeline, PretrainedConfig]:
+    """The pipeline from the small files in the checkpoint's `folder`; see `open_pipeline`.
+
+    Raises:
+        InputError: a file is missing or damaged, or would run code.
+    """
+    with reporting_load_errors(settings):
+        text_config = read_text_config(model, folder)
         index = model.pipeline_class.load_config(folder)
         tokenizer = load_tokenizer(folder, index["tokenizer"])
         check_tokenizer(tokenizer, text_config)
@@ -170,15 +187,15 @@ def open_pipeline(
             transformer=None,
             text_encoder=None,
             tokenizer=tokenizer,
-            vae=load_vae(model, settings, folder, dtype),
+            vae=make_vae(),
             trust_remote_code=False,
         )
         sigmas = pipeline.schedule(512, 512, 4).sigmas
         if not (sigmas.isfinite().all() and (sigmas.diff() < 0).all()):
             raise ValueError(f"its scheduler's noise levels do not fall: {sigmas.tolist()}")
-    with naming_flag(f"--pretrained_model_name_or_path {name}:"):
+    with naming_flag(f"--pretrained_model_name_or_path {settings.pretrained_model_name_or_path}:"):
         pipeline.chat_token_count("a photo")  # Tries the chat template.
-    return pipeline, folder, text_config
+    return pipeline, text_config
 
 
 def read_text_config(model: Model, folder: Path) -> PretrainedConfig:

@@ -23,6 +23,7 @@ from .flag_types import (
     annotations,
     flag,
 )
+from .planner.cards import CardName
 
 
 # Unlike each other and unlike what people train on, so the base model's images for them should not change.
@@ -307,6 +308,15 @@ class PerformanceSettings:
     fsdp: MayDiffer[bool] = flag(
         False,
         "Share the weights of the transformer's blocks among the GPUs of a machine instead of keeping all on each.",
+    )
+
+    dry_run: MayDiffer[bool] = flag(
+        False,
+        "Print what the run will take, then stop: memory, time and disk, and if it does not fit, which flags make it "
+        "fit. Loads no weights and writes nothing.",
+    )
+    card: MayDiffer[CardName | None] = flag(
+        None, "With --dry_run: the GPU to plan for. Default: this machine's, or its CPU if it has none."
     )
 
     @property

@@ -217,6 +217,12 @@ class VisionEncoder:
         patches = self._image_processor.get_number_of_image_patches(height, width, {})
         return patches // self._image_processor.merge_size**2
 
+    def num_parameters(self) -> int:
+        """Of the vision tower, according to config.json."""
+        with torch.device("meta"), limited_size():
+            tower = Qwen3VLVisionModel(self._config.vision_config)
+        return sum(parameter.numel() for parameter in tower.parameters())
+
     def content(self, prompt: str, num_image_tokens: int) -> str:
         """The user's message, with the image before the prompt, for the pipeline's chat template.
 

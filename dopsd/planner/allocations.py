@@ -1,11 +1,10 @@
 """Counts the memory that tensor operations allocate."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 CUDA_GRANULARITY = 512  # CUDA's caching allocator hands out multiples of this many bytes.
@@ -63,5 +62,18 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in _storages(list(tensors))}.values())
 
 
-def _storages(tree: object) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def module_bytes(module: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers, shared ones once. The module may be on the meta device."""
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+
+
+def _storages(value: object) -> Iterator[torch.UntypedStorage]:
+    """Of all tensors in nested lists, tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        yield value.untyped_storage()
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _storages(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _storages(item)

@@ -47,7 +47,7 @@ def test_every_line_of_help_states_a_default(model):
     parser = build_parser(model, "")
     formatter = parser._get_formatter()
     for action in parser._actions:
-        if action.dest not in ("help", "config") and action.help != SUPPRESS:
+        if action.dest not in ("help", "config", "preset") and action.help != SUPPRESS:
             text = formatter._expand_help(action)
             assert "Default: " in text or "(default: " in text, f"--{action.dest}: {text}"
             assert "None" not in text, f"--{action.dest}: {text}"

@@ -1,0 +1,243 @@
+"""Writes memory.md, the page of memory computed for the published models: python -m docs.make_memory
+
+Each figure is what `--dry_run` computes, from folders with the published configurations and without weights.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import Qwen3Config, Qwen3VLConfig, Qwen3VLVisionConfig
+
+import train_dopsd_flux2
+import train_dopsd_zimage
+from dopsd.command_line import parse_settings, preset_names
+from dopsd.planner.cards import RESERVED_BYTES, RESERVED_SHARE, Card
+from dopsd.planner.plan import Plan, Planner
+from dopsd.planner.reading import read_run
+from dopsd.settings import Settings
+from pipelines.published_shapes import SHAPES, PublishedShape
+from pipelines.vision_encoder import LANGUAGE_FIELDS
+
+
+PAGE = Path(__file__).with_name("memory.md")
+TOKENIZER = Path(__file__).parents[1] / "benchmarks/miniature/model/tokenizer"
+SCRIPTS = {script.__name__: script for script in (train_dopsd_flux2, train_dopsd_zimage)}
+NAMES = {"klein-4b": "klein-4B", "klein-9b": "klein-9B", "z-image": "Z-Image-Turbo"}
+RESOLUTIONS = (512, 768, 1024)
+CARDS_GB = (8, 12, 16, 24, 48, 80)
+WEIGHTS = {
+    "bf16": {},
+    "int8": {"quantize": "int8"},
+    "NF4": {"quantize": "nf4"},
+    "offload": {"offload_transformer": True},
+}
+CAPTION = "a photo of a corgi on the beach"
+PREPROCESSOR = {
+    "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+}
+
+
+PAGE_TEXT = """\
+# Memory
+
+Computed, not measured. `python -m docs.make_memory` makes this page: it runs the training step of the published
+models on tensors without numbers. `--dry_run` prints the same for your own flags and pictures, with time and disk:
+
+```bash
+python train_dopsd_flux2.py --dry_run --card rtx-4090 --mixed_precision bf16 --gradient_checkpointing \\
+  --pretrained_model_name_or_path black-forest-labs/FLUX.2-klein-4B \\
+  --instance_data_dir my_photos --instance_prompt "a photo of sks corgi" --trigger_word "sks=a"
+```
+
+A cell is the peak in GB (10^9 bytes), and the smallest card, of {cards} GB, that it fits on. {reserve} and {share}
+are left to CUDA and to gaps between tensors. If it does not fit, `--dry_run` says which flags make it fit.
+
+## Training
+
+Default flags with `--gradient_checkpointing --mixed_precision bf16`: rank 64, one picture per step, prior
+preservation, AdamW. Previews and validation are included. The number after a model is the resolution.
+
+{training}
+
+int8 and NF4 are `--quantize int8` and `--quantize nf4`. Offload is `--offload_transformer`, which keeps the other
+weights in host memory and is the slowest. `--use_8bit_adam` and `--offload_activations` save more. The TFLOP of a
+step are a mean over the states that are drawn; a GPU reaches about half of its rate.
+
+## Encoding, before training
+
+The text encoder is used first and leaves before the transformer comes. Where it does not fit, pass
+`--quantize_text_encoder`, or fill the cache with `--encode_only` on another machine.
+
+{encoding}
+
+## Presets
+
+`--preset 8gb`, `12gb`, `16gb`, `24gb`, `48gb` or `80gb` reads flags from `configs/presets/`. A `--config` file and
+the command line win over it. Their peaks in GB, encoding included:
+
+{presets}
+
+## Measured
+
+None yet. To add a row, run `--dry_run`, train some steps on the same card, and open an issue with the card, the
+command, what `--dry_run` printed, and `peak_memory_gb` and `seconds_per_step` from `metrics.jsonl`.
+
+| card | model and flags | computed, GB | measured, GB | seconds per step |
+|---|---|---|---|---|
+"""
+
+
+def write_checkpoint(shape: PublishedShape, folder: Path) -> Path:
+    """Writes a checkpoint's configurations and a small tokenizer: all that is read of it before its weights."""
+    model = SCRIPTS[shape.script].MODEL
+    text_config = Qwen3Config(**shape.text_encoder, architectures=[model.text_encoder_class.__name__])
+    with torch.device("meta"):
+        model.transformer_class(**shape.transformer).save_config(folder / "transformer")
+        model.vae_class(**shape.vae).save_config(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(**shape.scheduler).save_config(folder / "scheduler")
+    text_config.save_pretrained(folder / "text_encoder")
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+    index = {
+        "_class_name": model.stock_pipeline_class.__name__,
+        "is_distilled": True,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", model.text_encoder_class.__name__],
+        "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+        "transformer": ["diffusers", model.transformer_class.__name__],
+        "vae": ["diffusers", model.vae_class.__name__],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_vlm(shape: PublishedShape, folder: Path) -> Path:
+    """Writes a vision-language model's configurations, and a weight file that holds none of its weights."""
+    text = Qwen3Config(**shape.text_encoder)
+    sections = {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True, "mrope_section": [24, 20, 20]}
+    text_config = {name: getattr(text, name) for name in LANGUAGE_FIELDS} | {"rope_parameters": sections}
+    vision_config = Qwen3VLVisionConfig(**shape.vision_tower).to_dict()
+    Qwen3VLConfig(text_config=text_config, vision_config=vision_config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    save_file({"model.visual.none": torch.zeros(1)}, folder / "model.safetensors")
+    return folder
+
+
+@cache
+def planner(name: str) -> Planner:
+    """Of a model of `SHAPES`, with the script's default flags in bf16, on one picture of 1024 x 1024 pixels."""
+    PartialState()
+    shape = SHAPES[name]
+    model = SCRIPTS[shape.script].MODEL
+    with TemporaryDirectory() as parent:
+        folder = write_checkpoint(shape, Path(parent, "checkpoint"))
+        (folder / "photos").mkdir()
+        Image.new("RGB", (1024, 1024)).save(folder / "photos/picture.png")
+        flags = {
+            "pretrained_model_name_or_path": folder,
+            "instance_data_dir": folder / "photos",
+            "instance_prompt": CAPTION,
+            "mixed_precision": "bf16",
+            "seed": 0,
+        }
+        if "vlm" in model.teacher_context(default_settings(name)).encoders:
+            flags["vlm_model_name_or_path"] = write_vlm(shape, Path(parent, "vlm"))
+        settings = parse_settings(model, "", [f"--{flag}={value}" for flag, value in flags.items()])
+        return Planner(read_run(settings, model), on_gpu=True)
+
+
+def default_settings(name: str, *flags: str) -> Settings:
+    """Of the model's script, with these flags."""
+    needed = "--pretrained_model_name_or_path", "none"
+    return parse_settings(SCRIPTS[SHAPES[name].script].MODEL, "", [*needed, *flags])
+
+
+def plan(name: str, resolution: int, **flags: Any) -> Plan:
+    sizes = dict.fromkeys(("resolution", "validation_height", "validation_width"), resolution)
+    return planner(name).plan(**sizes, **flags)
+
+
+def preset_plan(name: str, preset: str) -> Plan:
+    """With the flags that a preset changes."""
+    before, after = default_settings(name).flat(), default_settings(name, "--preset", preset).flat()
+    return planner(name).plan(**{flag: value for flag, value in after.items() if value != before[flag]})
+
+
+def peak(plan: Plan, phases: str = "") -> int:
+    """Bytes at the peak of the phases whose names begin so, by default those after encoding."""
+    is_encoding = phases.startswith("encoding")
+    return max(phase.peak for phase in plan.phases if phase.name.startswith("encoding") == is_encoding)
+
+
+def smallest_card(num_bytes: int) -> str:
+    fitting = [size for size in CARDS_GB if Card("", size, None).usable_bytes >= num_bytes]
+    return f"{fitting[0]} GB" if fitting else "none"
+
+
+def cell(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f}: {smallest_card(num_bytes)}"
+
+
+def table(head: list[str], rows: Iterator[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def training_rows(
+    names: tuple[str, ...] = tuple(SHAPES), resolutions: tuple[int, ...] = RESOLUTIONS
+) -> Iterator[list]:
+    for name in names:
+        for resolution in resolutions:
+            plans = [plan(name, resolution, gradient_checkpointing=True, **flags) for flags in WEIGHTS.values()]
+            tera = f"{plans[0].mean_flops / 1e12:.0f}"
+            yield [f"{NAMES[name]}, {resolution}", *(cell(peak(one)) for one in plans), tera]
+
+
+def encoding_rows() -> Iterator[list[str]]:
+    for name in SHAPES:
+        flags = {"gradient_checkpointing": True}
+        plans = [plan(name, 1024, quantize_text_encoder=kind, **flags) for kind in (None, "int8", "nf4")]
+        yield [NAMES[name], *(cell(peak(one, "encoding")) for one in plans)]
+
+
+def preset_rows() -> Iterator[list[str]]:
+    for preset in preset_names():
+        usable = Card("", int(preset.removesuffix("gb")), None).usable_bytes
+        cells = []
+        for name in SHAPES:
+            one = preset_plan(name, preset)
+            num_bytes = max(peak(one), peak(one, "encoding"))
+            cells.append(f"{num_bytes / 1e9:.1f}" + ("" if num_bytes <= usable else ", too large"))
+        yield [f"`{preset}`", f"{usable / 1e9:.1f}", *cells]
+
+
+def page() -> str:
+    """The whole page. Takes minutes."""
+    weights = [*WEIGHTS]
+    return PAGE_TEXT.format(
+        training=table(["", *weights, "TFLOP per step"], training_rows()),
+        encoding=table(["", "bf16", "int8", "NF4"], encoding_rows()),
+        presets=table(["", "for the run", *NAMES.values()], preset_rows()),
+        reserve=f"{RESERVED_BYTES / 1e9:.1f} GB",
+        share=f"{RESERVED_SHARE:.0%}",
+        cards=", ".join(map(str, CARDS_GB)),
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,82 @@
+"""GPUs: their memory and their speed in bfloat16.
+
+TFLOP/s are dense matrix products with float32 accumulation, from NVIDIA's architecture white papers (GA102, Ada,
+RTX Blackwell) and data sheets (A10, L4, L40S, A40, RTX A6000, RTX 6000 Ada, A100, H100, H200, B200); data sheets that
+state only the rate with sparsity are halved.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+# What CUDA's context and libraries take, and what gaps between allocations and kernels' own buffers take.
+RESERVED_BYTES, RESERVED_SHARE = 0.8e9, 0.05
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU.
+
+    Attributes:
+        name: for messages.
+        memory_gb: of its memory, in GB.
+        tflops: bfloat16 TFLOP/s; None if unknown.
+    """
+
+    name: str
+    memory_gb: float
+    tflops: float | None
+
+    @property
+    def usable_bytes(self) -> float:
+        """What a run's tensors may take."""
+        return (self.memory_gb * 1e9 - RESERVED_BYTES) / (1 + RESERVED_SHARE)
+
+
+CardName = Literal[
+    "rtx-3060-12gb", "rtx-3080-10gb", "rtx-3090", "rtx-4060-8gb", "rtx-4060-ti-16gb", "rtx-4070-12gb",
+    "rtx-4070-ti-super-16gb", "rtx-4080-16gb", "rtx-4090", "rtx-5060-ti-16gb", "rtx-5070-12gb", "rtx-5080-16gb",
+    "rtx-5090", "rtx-a6000", "rtx-6000-ada", "a10", "a40", "l4", "l40s", "a100-40gb", "a100-80gb", "h100", "h200",
+    "b200",
+]  # fmt: skip
+
+# name -> (GB, TFLOP/s, what torch calls it)
+_TABLE: dict[str, tuple[float, float, str]] = {
+    "rtx-3060-12gb": (12, 25.4, "RTX 3060"),
+    "rtx-3080-10gb": (10, 59.5, "RTX 3080"),
+    "rtx-3090": (24, 71, "RTX 3090"),
+    "rtx-4060-8gb": (8, 30.2, "RTX 4060"),
+    "rtx-4060-ti-16gb": (16, 44.1, "RTX 4060 Ti"),
+    "rtx-4070-12gb": (12, 58.3, "RTX 4070"),
+    "rtx-4070-ti-super-16gb": (16, 88.2, "RTX 4070 Ti SUPER"),
+    "rtx-4080-16gb": (16, 97.5, "RTX 4080"),
+    "rtx-4090": (24, 165.2, "RTX 4090"),
+    "rtx-5060-ti-16gb": (16, 47.4, "RTX 5060 Ti"),
+    "rtx-5070-12gb": (12, 61.7, "RTX 5070"),
+    "rtx-5080-16gb": (16, 112.6, "RTX 5080"),
+    "rtx-5090": (32, 209.5, "RTX 5090"),
+    "rtx-a6000": (48, 154.8, "RTX A6000"),
+    "rtx-6000-ada": (48, 364.2, "RTX 6000 Ada Generation"),
+    "a10": (24, 125, "A10"),
+    "a40": (48, 149.7, "A40"),
+    "l4": (24, 121, "L4"),
+    "l40s": (48, 362, "L40S"),
+    "a100-40gb": (40, 312, "A100-40GB"),
+    "a100-80gb": (80, 312, "A100-80GB"),
+    "h100": (80, 989, "H100"),
+    "h200": (141, 989, "H200"),
+    "b200": (180, 2250, "B200"),
+}
+CARDS = {name: Card(title, memory_gb, tflops) for name, (memory_gb, tflops, title) in _TABLE.items()}
+
+
+def this_card() -> Card | None:
+    """This machine's first GPU, with the speed of the longest name in the table that its own contains."""
+    import torch  # takes seconds; the flags need this module's names at once
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    own = properties.name.replace("-SXM4", "").replace("-PCIE", "").replace("-PCIe", "")
+    known = sorted((card for card in CARDS.values() if card.name in own), key=lambda card: len(card.name))
+    return Card(properties.name, properties.total_memory / 1e9, known[-1].tflops if known else None)

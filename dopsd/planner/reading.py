@@ -1,0 +1,186 @@
+"""What a plan is made from: flags, pictures, captions and the checkpoint's small files. Reads no weights."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import PretrainedConfig
+
+from ..contexts import Contexts, Encoding
+from ..data.order import Sample
+from ..data.training_data import TrainingData, load_training_data, resolve_data_defaults
+from ..launch import weight_dtype
+from ..loading import limited_size, reporting_load_errors
+from ..model import FewStepPipeline, Model
+from ..pretrained import assemble_pipeline, check_pretrained, hub_options, transformer_skeleton
+from ..prior import PriorPrompts, prior_prompts
+from ..prompts import drawn_prompts, resolve_prompts
+from ..roles import adapter_options
+from ..settings import Settings
+from .simulation import Batch, OneProcess, Shape, Simulator, on_meta
+
+
+# Configurations, tokenizer and chat template.
+SMALL_FILES = ("*.json", "*.txt", "*.jinja")
+
+
+@dataclass
+class PlannedRun:
+    """A run as far as it is known without a weight.
+
+    Attributes:
+        model, settings, data, pipeline, contexts, prior: as in the script's `main`; settings are resolved.
+        text_config: the text encoder's configuration.
+        transformer: on the meta device, in its own dtype.
+        lora_options: arguments of `StudentTeacherLoRA`.
+        vae_config: the VAE's configuration.
+        num_processes: of the run.
+    """
+
+    model: Model
+    settings: Settings
+    data: TrainingData
+    pipeline: FewStepPipeline
+    contexts: Contexts
+    prior: PriorPrompts
+    text_config: PretrainedConfig
+    transformer: torch.nn.Module
+    lora_options: dict[str, Any]
+    vae_config: dict[str, Any]
+    num_processes: int = 1
+
+    # Components, to be built on the meta device
+
+    def build_transformer(self) -> torch.nn.Module:
+        return type(self.transformer).from_config(self.transformer.config)
+
+    def build_text_encoder(self) -> torch.nn.Module:
+        return self.model.text_encoder_class(self.text_config)
+
+    def build_vae(self) -> torch.nn.Module:
+        return self.model.vae_class.from_config(self.vae_config)
+
+    def simulator(self, on_gpu: bool) -> Simulator:
+        stack = self.contexts.conditioning.stack
+        builders = self.build_transformer, self.build_text_encoder, self.build_vae
+        return Simulator(self.pipeline, stack, *builders, on_gpu=on_gpu)
+
+    # The largest micro-batch
+
+    @cached_property
+    def encodings(self) -> list[Encoding]:
+        """Every encoding of the run, once."""
+        prompts = [*drawn_prompts(self.settings.validation, self.prior), *self.prior.trained]
+        return list(dict.fromkeys(self.contexts.all_encodings(prompts)))
+
+    @cached_property
+    def largest_sample(self) -> Sample:
+        """The sample with most tokens: of its picture, of the student's context and of the teacher's."""
+        samples = [
+            Sample(index, 0, caption, False)
+            for index, example in enumerate(self.data.examples)
+            for caption in range(len(self.data.pictures[example.picture].captions))
+        ]
+        return max(samples, key=self.num_tokens)
+
+    def num_tokens(self, sample: Sample) -> int:
+        height, width = self.data.bucket(sample)
+        side, contexts = self.model.sizes.pixels_per_token, self.contexts
+        encodings = contexts.student_encodings(self.data.caption(sample)) + contexts.teacher_encodings(sample)
+        texts = sum(
+            encoding.encoder.num_tokens(encoding.prompt, contexts.size(encoding))
+            for encoding in encodings
+            if encoding.encoder.reads_prompt
+        )
+        return 2 * height * width // side**2 + texts
+
+    def batch(self, settings: Settings) -> Batch:
+        """The largest micro-batch with other settings; a lower resolution shrinks pictures in proportion."""
+        sample, contexts = self.largest_sample, self.contexts
+        bucket = self.data.bucket(sample)
+        side, ratio = self.model.sizes.pixels_per_token, settings.data.resolution / self.settings.data.resolution
+        size = bucket if ratio == 1 else tuple(max(side, round(length * ratio / side) * side) for length in bucket)
+        student = contexts.student_encodings(self.data.caption(sample))
+        prior = max(self.prior.trained, key=self.prompt_length, default=None)
+        if not settings.prior.with_prior_preservation:
+            prior = None
+        return Batch(
+            size,
+            min(settings.training.train_batch_size, len(self.data.order.buckets[bucket])),
+            student=shapes(student, size),
+            teacher=shapes(contexts.teacher_encodings(sample), size),
+            prior=None if prior is None else shapes(contexts.student_encodings(prior), size),
+        )
+
+    def prompt_length(self, prompt: str) -> int:
+        encodings = self.contexts.student_encodings(prompt)
+        return sum(encoding.encoder.num_tokens(prompt, None) for encoding in encodings)
+
+
+def shapes(encodings: tuple[Encoding, ...], size: tuple[int, int]) -> tuple[Shape, ...]:
+    return tuple(encoding.encoder.shape(encoding.prompt, size) for encoding in encodings)
+
+
+def checkpoint_folder(settings: Settings) -> Path:
+    """The checkpoint's folder; of one on the Hub, only the small files are downloaded."""
+    name = settings.model.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        return Path(name)
+    with reporting_load_errors(settings.model):
+        return Path(snapshot_download(name, allow_patterns=SMALL_FILES, **hub_options(settings.model)))
+
+
+def read_run(settings: Settings, model: Model, num_processes: int = 1) -> PlannedRun:
+    """Reads pictures, captions and configurations, and checks them as the run itself does.
+
+    Args:
+        settings: with a seed and a precision.
+
+    Raises:
+        InputError: as in the run itself, but for what is wrong with weights.
+    """
+    process = OneProcess()
+    data = load_training_data(settings, model.sizes, process)
+    # Whether weights can be quantized on this machine does not matter here.
+    unquantized = {"bnb_quantization_config_path": None, "quantize": None, "quantize_text_encoder": None}
+    check_pretrained(model, replace(settings.model, **unquantized))
+    folder = checkpoint_folder(settings)
+    with reporting_load_errors(settings.model):
+        transformer = transformer_skeleton(model.transformer_class, folder)
+        vae_config = model.vae_class.load_config(folder, subfolder="vae")
+    lora_options = adapter_options(settings.lora, transformer, model.portable_lora_layers)
+    dtype = weight_dtype(settings.training.mixed_precision)
+
+    def empty_vae() -> torch.nn.Module:
+        with limited_size():
+            return on_meta(lambda: model.vae_class.from_config(vae_config), dtype)
+
+    pipeline, text_config = assemble_pipeline(model, settings.model, folder, empty_vae)
+    settings = resolve_data_defaults(settings, data, num_processes)
+    settings = model.resolve_settings(settings, transformer.config, text_config)
+    contexts = Contexts(
+        pipeline,
+        model.conditioning(pipeline, text_config, settings),
+        data,
+        teacher_prompt_suffix=settings.teacher.teacher_prompt_suffix,
+        load_text_encoder=None,
+        device=torch.device("cpu"),
+    )
+    settings = resolve_prompts(settings, contexts, model.teacher_context(settings))
+    prior = prior_prompts(settings, data.captions, contexts.fits, process)
+    return PlannedRun(
+        model,
+        settings,
+        data,
+        pipeline,
+        contexts,
+        prior,
+        text_config,
+        transformer,
+        lora_options,
+        vae_config,
+        num_processes,
+    )

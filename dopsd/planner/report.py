@@ -1,0 +1,78 @@
+"""The plan as text."""
+
+from collections.abc import Iterator, Sequence
+
+from ..contexts import in_units
+from .advice import Suggestion
+from .cards import RESERVED_BYTES, RESERVED_SHARE, Card
+from .plan import UTILIZATION, Plan
+
+
+def report(plan: Plan, card: Card | None, found: Sequence[Suggestion], model_name: str) -> str:
+    return "\n".join([*_lines(plan, card, found, model_name)])
+
+
+def _lines(plan: Plan, card: Card | None, found: Sequence[Suggestion], model_name: str) -> Iterator[str]:
+    place = "this machine's CPU" if card is None else f"{card.name}, {card.memory_gb:.0f} GB"
+    height, width = plan.batch.size
+    pictures = "picture" if plan.batch.count == 1 else "pictures"
+    yield f"Plan of {model_name} from {plan.settings.model.pretrained_model_name_or_path}, on {place}; computed"
+    yield f"Largest batch: {plan.batch.count} {pictures} of {height}x{width} pixels (height x width)"
+    yield ""
+    yield f"{'GB':<24}{'peak':>6}"
+    for phase in plan.phases:
+        parts = "; ".join(f"{name} {size / 1e9:.2f}" for name, size in phase.parts.items())
+        yield f"{phase.name:<24}{phase.peak / 1e9:>6.1f}   {parts}"
+    if card is not None:
+        yield f"{'host memory':<24}{plan.host / 1e9:>6.1f}"
+    yield ""
+    if not plan.settings.training.encode_only:
+        yield from _time(plan, card)
+    yield _disk(plan)
+    if card is not None:
+        yield from _verdict(plan, card, found)
+
+
+def _time(plan: Plan, card: Card | None) -> Iterator[str]:
+    yield f"A step: {plan.mean_flops / 1e12:.4g} TFLOP on average, at most {plan.max_flops / 1e12:.4g}"
+    seconds = None if card is None else plan.seconds_per_step(card)
+    if seconds is not None:
+        yield (
+            f"At {UTILIZATION:.0%} of {card.tflops:.4g} TFLOP/s: {seconds:.3g} s per step, "
+            f"{seconds * plan.num_steps / 3600:.3g} hours for {plan.num_steps} steps"
+        )
+
+
+def _disk(plan: Plan) -> str:
+    parts = [f"context cache {in_units(plan.cache)}"]
+    if not plan.settings.training.encode_only:
+        kept = "" if plan.num_checkpoints == 1 else "s"
+        parts += [
+            f"{plan.num_checkpoints} checkpoint{kept} of {in_units(plan.checkpoint)}",
+            f"LoRA {in_units(plan.lora)}",
+        ]
+    return f"Disk: {', '.join(parts)}"
+
+
+def _verdict(plan: Plan, card: Card, found: Sequence[Suggestion]) -> Iterator[str]:
+    reserve = (
+        f"of {card.memory_gb:.0f} GB, {card.usable_bytes / 1e9:.1f} are for the run; {RESERVED_BYTES / 1e9:.1f} GB "
+        f"and {RESERVED_SHARE:.0%} are left to CUDA and to gaps"
+    )
+    too_large = plan.too_large(card)
+    if not too_large:
+        yield f"It fits: {reserve}"
+        return
+    yield f"It does not fit ({', '.join(phase.name for phase in too_large)}): {reserve}"
+    if found:
+        yield "With one of these lines, what they are for fits:"
+    for one in found:
+        peaks = {phase.name: phase.peak for phase in one.plan.phases}
+        shown = {name: size for name, size in peaks.items() if name in {phase.name for phase in too_large}}
+        yield f"  {one.flags}   " + ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in shown.items())
+    if any(phase.name.startswith("encoding") for phase in too_large):
+        yield (
+            "  --encode_only on a larger card or on a CPU with the same flags, then train here with its context cache"
+        )
+    elif not found:
+        yield "  No flags make it fit; take a larger card, or several with --fsdp"

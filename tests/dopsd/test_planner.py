@@ -1,0 +1,247 @@
+import shutil
+from itertools import combinations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_dopsd_flux2
+import train_dopsd_zimage
+from docs import make_memory
+from dopsd.command_line import PRESETS, parse_settings, preset_names
+from dopsd.data.order import trained_states
+from dopsd.errors import InputError
+from dopsd.optimizers import build_optimizer
+from dopsd.planner.advice import training_suggestions
+from dopsd.planner.allocations import storage_bytes
+from dopsd.planner.cards import CARDS, Card
+from dopsd.planner.dry_run import plan_text
+from dopsd.planner.frozen import Placement, frozen_bytes, transformer_bytes
+from dopsd.planner.operators import FlopCounter
+from dopsd.planner.plan import Planner, max_passed_states, mean_passed_states, optimizer_bytes
+from dopsd.planner.reading import read_run
+from models import ONE_MODEL, every_context
+from pipelines.published_shapes import KLEIN_9B
+from short_runs import as_arguments, short_run
+
+
+MODELS = (train_dopsd_flux2.MODEL, train_dopsd_zimage.MODEL)
+
+
+@pytest.fixture
+def without_weights(model, tmp_path):
+    """The tiny checkpoint's small files."""
+    folder = tmp_path / "configs"
+    shutil.copytree(model.path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+@pytest.fixture
+def settings(model, photos, without_weights, tmp_path):
+    """Makes resolved settings of a short run: flag -> value."""
+
+    def make(**flags):
+        flags = short_run(model, photos, tmp_path / "run") | {"pretrained_model_name_or_path": without_weights} | flags
+        given = parse_settings(model.script.MODEL, "", as_arguments(flags))
+        return given.replace(mixed_precision=given.training.mixed_precision or "no")
+
+    return make
+
+
+@pytest.fixture
+def planner(model, settings):
+    """Makes a planner for a GPU: flag -> value."""
+    return lambda **flags: Planner(read_run(settings(**flags), model.script.MODEL), on_gpu=True)
+
+
+def phase(plan, name):
+    return next(phase for phase in plan.phases if phase.name == name)
+
+
+# The command
+
+
+@every_context(quick="flux2")
+def test_a_plan_needs_no_weights_and_writes_nothing(model, settings, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    text = plan_text(settings(card="rtx-4090", validation_steps=2, max_train_steps=600), model.script.MODEL)
+    assert sorted(tmp_path.rglob("*")) == before or not (tmp_path / "run").exists()
+    for line in ("encoding: text encoder", "training", "drawing", "host memory", "It fits: of 24 GB"):
+        assert f"\n{line}" in text
+    assert "hours for 600 steps" in text and "1 checkpoint of" in text
+
+
+@ONE_MODEL
+def test_the_script_prints_the_plan_and_stops(train, tmp_path):
+    result = train(dry_run=True, card="rtx-3060-12gb")
+    assert result.code == 0
+    assert "on RTX 3060, 12 GB" in result.log
+    assert not (tmp_path / "run").exists()
+
+
+@ONE_MODEL
+def test_a_plan_refuses_what_the_run_refuses(model, settings):
+    with pytest.raises(InputError, match="--lora_layers"):
+        plan_text(settings(lora_layers="nothing"), model.script.MODEL)
+
+
+# Bytes
+
+
+@ONE_MODEL
+def test_what_lowers_memory_lowers_the_plan(planner):
+    planner = planner(num_trained_states=1)
+    base = planner.plan()
+    parts = phase(base, "training").parts
+    checkpointed = planner.plan(gradient_checkpointing=True)
+    activations = "gradients, activations"
+    assert phase(checkpointed, "training").parts[activations] < parts[activations]
+    in_host = planner.plan(gradient_checkpointing=True, offload_activations=True)
+    assert phase(in_host, "training").peak < phase(checkpointed, "training").peak
+    assert in_host.host > checkpointed.host
+    offloaded = planner.plan(offload_transformer=True)
+    assert phase(offloaded, "training").parts["weights"] < parts["weights"]
+    assert phase(planner.plan(rank=2), "training").peak < phase(base, "training").peak
+    assert [one.name for one in planner.plan(encode_only=True).phases] == ["encoding: text encoder", "encoding: VAE"]
+
+
+@ONE_MODEL
+def test_encoders_stay_without_the_cache(planner):
+    plan = planner(no_context_cache=True).plan()
+    assert "encoders" in phase(plan, "training").parts and plan.cache == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"use_8bit_adam": True}, {"optimizer": "prodigy", "learning_rate": 1.0}],
+    ids=["adamw", "8 bits", "prodigy"],
+)
+def test_the_optimizers_states_take_what_is_planned(flags):
+    arguments = {"pretrained_model_name_or_path": "a/model"} | flags
+    settings = parse_settings(MODELS[0], "", as_arguments(arguments))
+    weight = nn.Parameter(torch.randn(256, 1024))
+    optimizer = build_optimizer(settings.optimizer, [weight], 1)
+    if not flags.get("use_8bit_adam"):  # its kernels may lack this CPU
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    else:
+        optimizer.init_state(optimizer.param_groups[0], weight, 0, 0)
+    states = [value for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.numel() > 256]
+    own = [state for state in states if state.data_ptr() not in _code_tables(optimizer)]
+    assert storage_bytes(own) / weight.nbytes == pytest.approx(optimizer_bytes(settings, False).states, rel=0.02)
+
+
+def _code_tables(optimizer) -> set[int]:
+    """Of bitsandbytes, which all parameters share."""
+    return {table.data_ptr() for table in getattr(optimizer, "name2qmap", {}).values()}
+
+
+@pytest.mark.parametrize(("kind", "share"), [("nf4", 0.516 / 2), ("int8", 0.5), ("float8", 0.5)])
+def test_quantized_weights(kind, share):
+    with torch.device("meta"):
+        model = MODELS[0].transformer_class(**KLEIN_9B.transformer).to(torch.bfloat16)
+    whole, quantized = frozen_bytes(model, None), frozen_bytes(model, kind)
+    assert whole.device == pytest.approx(18.16e9, rel=0.001) and whole.dequantized == 0
+    assert share < quantized.device / whole.device < share + 0.05
+    assert quantized.dequantized == 4096 * 36864 * 2
+
+
+def test_offloaded_and_shared_weights():
+    with torch.device("meta"):
+        model = MODELS[0].transformer_class(**KLEIN_9B.transformer).to(torch.bfloat16)
+    whole = frozen_bytes(model, None).device
+    offloaded = transformer_bytes(model, Placement(offload_transformer=True))
+    shared = transformer_bytes(model, Placement(num_shards=4))
+    assert offloaded.host + offloaded.device > whole and offloaded.device < whole / 6
+    assert whole / 4 < shared.device < whole / 2.5 and shared.host == 0
+
+
+# Operations
+
+
+def test_flops_are_those_of_torchs_counter():
+    block = nn.TransformerEncoderLayer(32, 4, batch_first=True)
+    tokens = torch.randn(2, 8, 32)
+    own, torchs = FlopCounter(), FlopCounterMode(display=False)
+    for counter in (own, torchs):
+        with counter:
+            block(tokens).sum().backward()
+    # torch's does not know attention on a CPU: two products forward, five backward.
+    attention = 2 * 4 * 7 * 8 * 8 * 8 * 2
+    assert own.total == torchs.get_total_flops() + attention or own.total == torchs.get_total_flops()
+
+
+def test_passed_states_are_those_that_training_draws():
+    for num_trained in (1, 2, 4):
+        drawn = [
+            max(trained_states(0, "states", place, num_states=4, num_trained=num_trained)) + 1 - num_trained
+            for place in range(4000)
+        ]
+        assert sum(drawn) / len(drawn) == pytest.approx(mean_passed_states(4, num_trained), abs=0.05)
+        assert max(drawn) == max_passed_states(4, num_trained)
+        every = [max(states) + 1 - num_trained for states in combinations(range(4), num_trained)]
+        assert sum(every) / len(every) == pytest.approx(mean_passed_states(4, num_trained))
+
+
+# Advice
+
+
+@ONE_MODEL
+def test_every_suggestion_fits_as_it_says(planner):
+    planner = planner(num_trained_states=1)
+    plan, checkpointed = planner.plan(), planner.plan(gradient_checkpointing=True)
+    needed = phase(checkpointed, "training").peak
+    assert needed < phase(plan, "training").peak
+    card = Card("a card", (1.051 * needed + 0.8e9) / 1e9, 1.0)
+    found = {one.flags: one.plan for one in training_suggestions(planner, card)}
+    assert found["--gradient_checkpointing"].phases == checkpointed.phases
+    assert "--use_8bit_adam" not in found
+    assert all(phase(one, "training").peak <= card.usable_bytes for one in found.values())
+    smaller = Card("a card", (1.051 * needed * 0.6 + 0.8e9) / 1e9, 1.0)
+    (together,) = training_suggestions(planner, smaller)
+    assert together.flags.count("--") > 1 and phase(together.plan, "training").peak <= smaller.usable_bytes
+
+
+def test_cards_are_within_their_names():
+    for name, card in CARDS.items():
+        if name.endswith("gb"):
+            assert name.endswith(f"-{card.memory_gb:.0f}gb")
+        assert 0 < card.usable_bytes < card.memory_gb * 1e9 and card.tflops > 20
+
+
+# Presets
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_sets_flags_and_the_command_line_wins(model, name, tmp_path):
+    needed = ["--pretrained_model_name_or_path", "a/model", "--preset", name]
+    assert parse_settings(model, "", needed).training.mixed_precision == "bf16"
+    config = tmp_path / "run.yaml"
+    config.write_text("mixed_precision: fp16\nrank: 8\n")
+    settings = parse_settings(model, "", [*needed, "--config", str(config)])
+    assert (settings.training.mixed_precision, settings.lora.rank) == ("fp16", 8)
+    settings = parse_settings(model, "", [*needed, "--config", str(config), "--mixed_precision", "no"])
+    assert (settings.training.mixed_precision, settings.lora.rank) == ("no", 8)
+
+
+def test_a_wrong_preset_is_answered_with_their_names():
+    with pytest.raises(InputError, match="--preset 10gb: there is no such preset; pass one of 8gb, 12gb, 16gb, "):
+        parse_settings(MODELS[0], "", ["--pretrained_model_name_or_path", "a/model", "--preset", "10gb"])
+    assert all((PRESETS / f"{name}.yaml").is_file() for name in preset_names())
+
+
+@pytest.mark.slow
+def test_the_page_of_memory_is_up_to_date():
+    page = make_memory.PAGE.read_text(encoding="utf-8")
+    (row,) = make_memory.training_rows(("klein-4b",), (512,))
+    assert f"\n| {' | '.join(row)} |\n" in page, "run python -m docs.make_memory"
+
+
+@pytest.mark.slow
+def test_a_preset_fits_its_card():
+    plan = make_memory.preset_plan("klein-4b", "8gb")
+    num_bytes, usable = max(phase.peak for phase in plan.phases), Card("", 8, None).usable_bytes
+    assert num_bytes < usable
+    assert f"{num_bytes / 1e9:.1f} GB of the {usable / 1e9:.1f} GB" in (PRESETS / "8gb.yaml").read_text()
