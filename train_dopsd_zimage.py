@@ -146,6 +146,7 @@ class ZImageTurbo(ZImageFlags, Model):
     transformer_class, text_encoder_class, vae_class = ZImageTransformer2DModel, Qwen3Model, AutoencoderKL
     portable_lora_layers = published.Z_IMAGE_LORA_LAYERS
     tracker_name = "dopsd-z-image-lora"
+    masks_attention = True
     works_in_fp16 = False
     card = CardInfo(
         pipeline="ZImagePipeline",
@@ -259,7 +260,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     set_seed(seed)
     roles = StudentTeacherLoRA(pipeline.transformer, **lora_options, teacher=settings.distillation.teacher)
     start_from_lora(roles, init_lora, settings.lora.init_lora)
-    prepare_transformer(pipeline.transformer, roles.parameters, settings.performance, accelerator)
+    compiled = prepare_transformer(pipeline.transformer, roles.parameters, settings.performance, accelerator)
 
     pictures_per_step = data.pictures_per_step(settings, accelerator.num_processes)
     optimizer = build_optimizer(settings.optimizer, roles.student_parameters, pictures_per_step)
@@ -275,6 +276,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
         prior=prior,
+        compiled=compiled,
     )
     save_dtype = torch.float32 if settings.lora.upcast_before_saving else dtype
     checkpoints = Checkpoints(

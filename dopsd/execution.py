@@ -1,14 +1,22 @@
-"""How the transformer is executed: checkpointing, and where its weights are. None of it changes what is computed."""
+"""How the transformer is executed: checkpointing, attention, compiling, and where its weights are.
+
+None of it changes what is computed, but for its rounding.
+"""
 
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch.utils.checkpoint import checkpoint
 
+from .compilation import CompiledBlocks
 from .settings import PerformanceSettings, Settings
 from .sharding import shard
+
+
+logger = get_logger(__name__)
 
 
 def loading_device(settings: Settings, accelerator: Accelerator) -> torch.device | None:
@@ -21,18 +29,27 @@ def prepare_transformer(
     adapters: Collection[torch.nn.Parameter],
     settings: PerformanceSettings,
     accelerator: Accelerator,
-) -> None:
+) -> CompiledBlocks | None:
     """Puts the transformer, with its adapters, into the state in which it is trained.
 
     Args:
         adapters: all of its parameters that are not the pretrained model's.
+
+    Returns:
+        With `--compile`, its blocks.
     """
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing(checkpoint_to_host if settings.offload_activations else None)
+    if settings.attention_backend is not None:
+        transformer.set_attention_backend(settings.attention_backend)
     if settings.is_sharded:
         shard(transformer, adapters, settings, accelerator)
     else:
         transformer.to(accelerator.device)
+    if not settings.compile:
+        return None
+    logger.info("--compile: blocks are compiled when they are first used, which takes minutes in all")
+    return CompiledBlocks(transformer)
 
 
 def checkpoint_to_host(function: Callable[..., Any], *inputs: Any) -> Any:

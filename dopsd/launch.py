@@ -22,6 +22,7 @@ from accelerate.utils import (
     str_to_bool,
 )
 
+from .attention import check_attention_backend
 from .data.training_data import TrainingData
 from .errors import InputError, device_errors, first_line
 from .model import Model
@@ -86,6 +87,9 @@ def start_accelerator(settings: Settings, model: Model) -> Accelerator:
         _process_groups.append(torch.distributed.group.WORLD)
     set_up_logging()
     check_accelerator(accelerator, settings, model)
+    if (backend := settings.performance.attention_backend) is not None:
+        masked = model.masks_attention and training.train_batch_size > 1
+        check_attention_backend(backend, accelerator.device, weight_dtype(accelerator.mixed_precision), masked=masked)
     if training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator

@@ -190,6 +190,7 @@ class Model(ModelFlags, ABC):
         portable_lora_layers: regular expression for the modules whose LoRA other software can load; None if unknown.
         card: what the model card says of it.
         tracker_name: project name for the trackers.
+        masks_attention: True if the transformer masks tokens when a batch's prompts differ in length.
         works_in_fp16: False if activations of the published weights are known to overflow in float16.
     """
 
@@ -201,6 +202,7 @@ class Model(ModelFlags, ABC):
     portable_lora_layers: ClassVar[str | None] = None
     card: ClassVar[CardInfo]
     tracker_name: ClassVar[str]
+    masks_attention: ClassVar[bool] = False
     works_in_fp16: ClassVar[bool] = True
 
     @abstractmethod

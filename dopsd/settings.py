@@ -309,6 +309,17 @@ class PerformanceSettings:
         False,
         "Share the weights of the transformer's blocks among the GPUs of a machine instead of keeping all on each.",
     )
+    # Like other GPUs or libraries, these two change rounding only, so a run may be resumed without them.
+    compile: MayDiffer[bool] = flag(
+        False,
+        "Compile the transformer's blocks with torch.compile: faster steps after some minutes. If the compiler fails, "
+        "the run goes on without it.",
+    )
+    attention_backend: MayDiffer[str | None] = flag(
+        None,
+        "Implementation of attention, by the name that diffusers gives it, such as native, _native_cudnn, flash or "
+        "xformers. It is tried before any weight is loaded. Default: diffusers' own choice, which is native.",
+    )
 
     dry_run: MayDiffer[bool] = flag(
         False,

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
+from .compilation import CompiledBlocks
 from .contexts import Contexts
 from .data.order import micro_batches, place_seed, trained_states
 from .errors import TrainingDiverged
@@ -68,6 +69,7 @@ class TrainingStep:
         student: `StudentVelocity`, prepared by the accelerator.
         optimizer, lr_scheduler: of the student's parameters.
         prior: prompts of prior preservation.
+        compiled: the transformer's blocks, with `--compile`.
     """
 
     def __init__(
@@ -82,10 +84,12 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         prior: PriorPrompts = PriorPrompts(),  # noqa: B008 - frozen
+        compiled: CompiledBlocks | None = None,
     ):
         self.accelerator, self.pipeline, self.roles = accelerator, pipeline, roles
         self.order = contexts.data.order
         self.student, self.optimizer, self.lr_scheduler = student, optimizer, lr_scheduler
+        self.compiled = compiled
         self.seed, self.max_train_steps = settings.training.seed, settings.training.max_train_steps
         self.accumulation_steps = settings.training.gradient_accumulation_steps
         self.has_dropout = settings.lora.lora_dropout > 0
@@ -138,6 +142,8 @@ class TrainingStep:
                 self.optimizer.zero_grad()
         rate = effective_learning_rate(self.optimizer)
         self.after_optimizer_step()
+        if self.compiled is not None:
+            self.compiled.report()
         metrics = {"loss": loss, "lr": rate, "grad_norm": grad_norm, **figures, **prior_figures}
         return metrics | {"seconds_per_step": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
 

@@ -75,6 +75,17 @@ def test_two_processes_draw_the_sheets_of_one(torchrun, command, arguments, tmp_
     assert [line for line in read_history(tmp_path / "two") if "retention" in line]
 
 
+@ONE_MODEL
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+def test_two_processes_that_compile_give_the_lora_of_one_that_does_not(torchrun, command, arguments, tmp_path):
+    flags = {"learning_rate": 1e-3, "max_train_steps": 3, "lora_dropout": 0.1, "lora_layers": "attn.to_out"}
+    process, log = torchrun(arguments("two", **flags, compile=True, gradient_accumulation_steps=2))
+    succeed(command(*arguments("one", **flags, gradient_accumulation_steps=4)))
+    assert process.wait(timeout=580) == 0, log.read_text()
+    assert "Compiled " in log.read_text() and "the compiler failed" not in log.read_text(), log.read_text()
+    assert_close_weights(tmp_path / "one", tmp_path / "two", atol=1e-5, rtol=1e-3)
+
+
 FAILS_ONCE_ON_ONE_PROCESS = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
