@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -81,15 +81,10 @@ PUBLISHED = Case("published loop", loop=PublishedLoop)
 PUBLISHED_CHECKPOINTED = Case("published loop, checkpointed", CHECKPOINTING, PublishedLoop)
 
 
-def make_cases(attention_backend: str, flags: Collection[str]) -> list[Case]:
-    """The cases that are compared with the published loop: each switch by itself, and all of them together.
-
-    Args:
-        flags: that the script has, without dashes; a switch that is not among them is left out.
-    """
+def make_cases(attention_backend: str) -> list[Case]:
+    """The cases that are compared with the published loop: each switch by itself, and all of them together."""
     one_state = ("--num_trained_states", "1")
     switches = [("--compile",), ("--attention_backend", attention_backend), CHECKPOINTING, one_state]
-    switches = [switch for switch in switches if switch[0].removeprefix("--") in flags]
     return [
         Case("flow-matching LoRA", loop=FlowMatchingLoop),
         ALL_STATES,
@@ -256,7 +251,7 @@ def main() -> None:
         encoders = measure_encoders(model, device)
         model.make_base()
         benchmark = StepBenchmark(model, device, args.pairs)
-        steps = benchmark.measure(make_cases(backend, model.settings([]).flat()))
+        steps = benchmark.measure(make_cases(backend))
         memory = benchmark.measure_memory()
     starts = None
     if size.mixed_precision == "no":  # the miniature's, in the precision that accelerate has been started with
