@@ -1,4 +1,4 @@
-"""Runs with --compile."""
+"""Runs with --compile, and with the other switches of memory and speed beside it."""
 
 import os
 import re
@@ -20,7 +20,6 @@ FLAGS = {"lora_layers": "attn.to_out", "num_rollout_steps": 2, "num_trained_stat
 BUCKETS = {
     "use_aspect_ratio_buckets": True,
     "aspect_ratio_buckets": "64,64;64,128;112,64",
-    "gradient_checkpointing": True,
     "lora_dropout": 0.1,
 }
 
@@ -31,16 +30,21 @@ def losses(folder) -> list[float]:
 
 @both_models(quick="flux2")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
-def test_a_compiled_run_resumes_bit_for_bit_and_ends_near_the_eager_one(train, model, tmp_path):
+def test_all_switches_together_resume_bit_for_bit_and_end_near_the_run_without_them(train, model, tmp_path):
     flags = FLAGS | BUCKETS | {"max_train_steps": 8, "checkpointing_steps": 4}
+    switches = {"compile": True, "gradient_checkpointing": True, "offload_activations": True}
+    switches["attention_backend"] = "native"
     if "zimage" in model.script.__name__:
         flags |= {"lora_layers": "to_q", "train_batch_size": 2}
-    whole = succeed(train("whole", **flags, compile=True)).log
+        switches["offload_transformer"] = True  # not for quantized weights
+    else:
+        flags |= {"quantize": "int8", "teacher_resolution": 64}
+    whole = succeed(train("whole", **flags, **switches)).log
     counts = [int(count) for count in re.findall(r"Compiled (\d+) graphs for \d block class", whole)]
     assert counts == sorted(set(counts)) and 0 < len(counts) <= 3 and counts[-1] <= 20, whole
     assert "the compiler failed" not in whole
     shutil.copytree(tmp_path / "whole/checkpoint-4", tmp_path / "resumed/checkpoint-4")
-    succeed(train("resumed", **flags, compile=True, resume_from_checkpoint="latest"))
+    succeed(train("resumed", **flags, **switches, resume_from_checkpoint="latest"))
     assert same_weights(tmp_path / "whole", tmp_path / "resumed")
     succeed(train("eager", **flags))
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "eager"), rel=1e-3)
