@@ -327,3 +327,12 @@ def test_a_check_finds_what_is_wrong(check, right, wrong):
         "commands": wrong_commands,
     }
     assert not checks[check](right) and checks[check](wrong)
+
+
+def test_the_readmes_cards_are_those_of_the_memory_page():
+    rows = {}
+    for line in (ROOT / "docs/memory.md").read_text().splitlines():
+        if match := re.fullmatch(r"\| (.*), 1024 \| (.*) \| [\d,]+ \|", line):
+            rows[match[1]] = [cell.split(": ")[1] for cell in match[2].split(" | ")]
+    readme = (ROOT / "README.md").read_text()
+    assert len(rows) == 3 and all(f"| {' | '.join([model, *cards])} |" in readme for model, cards in rows.items())
