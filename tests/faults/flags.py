@@ -35,10 +35,10 @@ ODD_ARGUMENTS = (
 )
 # A huge value of these makes a run long, as it should.
 LONG_FLAGS = ("max_train_steps", "gradient_accumulation_steps", "num_rollout_steps", "num_inference_steps")
-# They publish, or write where they are told.
-UNSAFE_FLAGS = ("help", "config", "output_dir", "push_to_hub", "push_only", "hub_token")
+# They publish, or write where they are told, or take a minute to compile.
+UNSAFE_FLAGS = ("help", "config", "output_dir", "push_to_hub", "push_only", "hub_token", "compile")
 # Runs with these may end without a LoRA.
-WITHOUT_LORA = ("preview_only", "push_only", "help")
+WITHOUT_LORA = ("preview_only", "push_only", "dry_run", "help")
 NUMBERS = (0, 1, 2, 3, 4, 5, 8, 16, 64, 80, 96, 0.1, 0.25, 0.5, 0.9, 0.999, 1e-8)
 GOOD_VALUES = {
     "resolution": ["64", "80", "128"],
@@ -67,6 +67,8 @@ GOOD_VALUES = {
     "checkpoints_total_limit": ["1", "2"],
     "logging_dir": ["logs", "my logs"],
     "variant": ["fp16"],
+    "attention_backend": ["native", "_native_math", "flash"],
+    "teacher_resolution": ["64", "80"],
 }
 
 
