@@ -35,8 +35,7 @@ class AdaptedLinear(lora.Linear):
 
     peft makes three tensors of the output's size: the update, its scaled copy and the sum. This layer makes none, or
     one if the base is quantized or has a bias. In float32, if the scale is a power of two, output and gradients are
-    peft's bit for bit. Otherwise they differ by rounding: peft scales the update and rounds it before the sum, this
-    layer scales B, in float32, as `StudentTeacherLoRA.export` does.
+    peft's bit for bit. Otherwise they differ by rounding: peft scales the update and rounds it before the sum.
 
     Attributes:
         peft_arithmetic: whether to compute as peft, and therefore as the stock pipeline does.
@@ -70,6 +69,6 @@ class AdaptedLinear(lora.Linear):
         else:
             result = self.base_layer(x, *args, **kwargs).flatten(0, -2)
         hidden = self.lora_A[adapter](self.lora_dropout[adapter](x)).flatten(0, -2)  # (tokens, rank)
-        scaled_B = (self.lora_B[adapter].weight * self.scaling[adapter]).to(x.dtype)
+        B = self.lora_B[adapter].weight.to(x.dtype)
         add = result.addmm_ if self._adds_in_place else result.addmm
-        return add(hidden, scaled_B.T).unflatten(0, x.shape[:-1])
+        return add(hidden, B.T, alpha=self.scaling[adapter]).unflatten(0, x.shape[:-1])
