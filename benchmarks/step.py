@@ -188,6 +188,7 @@ class StepBenchmark:
             loops["passes"] = [passes] * passes.period
         times = measure_pairs(self.device, loops, self.num_pairs)
         row.times = times["own"]
+        row.compiler_failed = isinstance(loop, TrainingLoop) and loop.compiler_failed
         if case.measures_passes:
             row.of_passes = ratios(row.times, times["passes"])
         if published_loop is not None:

@@ -40,7 +40,7 @@ class TrainingLoop:
         self.roles = roles = StudentTeacherLoRA(transformer, **lora_options, teacher=settings.distillation.teacher)
         # diffusers chooses the backend for the whole process; the transformer remembers its own.
         with attention_backend():
-            prepare_transformer(transformer, roles.parameters, settings.performance, model.accelerator)
+            compiled = prepare_transformer(transformer, roles.parameters, settings.performance, model.accelerator)
         self.parameters = roles.named_parameters(STUDENT)
         self.optimizer = build_optimizer(settings.optimizer, roles.student_parameters, 1)
         lr_scheduler = build_lr_scheduler(settings.optimizer, self.optimizer, settings.training.max_train_steps)
@@ -56,6 +56,7 @@ class TrainingLoop:
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             prior=PriorPrompts(unrelated=(PRIOR_PROMPT,)) if self.has_prior else PriorPrompts(),
+            compiled=compiled,
         )
         self.load_state_dict = roles.load_state_dict
         self.place, self.num_states = 0, settings.distillation.num_rollout_steps
@@ -67,6 +68,10 @@ class TrainingLoop:
     def __call__(self) -> None:
         self.train_step(self.place)
         self.place += 1
+
+    @property
+    def compiler_failed(self) -> bool:
+        return self.train_step.compiled is not None and self.train_step.compiled.is_stopped
 
     def state_in_turn(self, purpose: str, place: int) -> list[int]:
         """The state of this place. That of prior preservation is another one, as it may be if both are drawn."""

@@ -30,6 +30,7 @@ class Row:
         memory_of_published: activation memory relative to the published loop's.
         gradient_difference: of the mean gradient of all states from that of the training step on all states; see
             `largest_difference`.
+        compiler_failed: the times are those of a step that is not compiled.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Row:
     resident_bytes: int | None = None
     memory_of_published: float | None = None
     gradient_difference: float | None = None
+    compiler_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def step_table(results: Results) -> str:
             continue
         rows.append(
             [
-                row.name,
+                row.name + (" (the compiler failed: not compiled)" if row.compiler_failed else ""),
                 f"{statistics.median(one.busy for one in row.times):.3g}" if row.times else "-",
                 spread(row.of_published),
                 spread(row.of_passes),
@@ -218,10 +220,6 @@ def spread(values: list[float]) -> str:
 
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value:+.1%}"
 
 
 def megabytes(value: int | None) -> str:

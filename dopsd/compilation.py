@@ -2,6 +2,7 @@
 
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -25,6 +26,12 @@ logger = get_logger(__name__)
 # for one sample and several; and as many again for each choice of adapted layers and each dtype. Dynamo's limit of 8
 # is below that. Far beyond it something else goes wrong, and compiling ends.
 MAX_GRAPHS_PER_CLASS = 64
+
+# Warnings that need no action: torch makes a cache key of its own, and complex rotary embeddings stay uncompiled.
+HARMLESS = (
+    ".* does not implement _stable_hash_for_caching",
+    "Torchinductor does not support code generation for complex operators",
+)
 
 
 class CompiledBlocks:
@@ -72,7 +79,10 @@ class CompiledBlocks:
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
             # Dropout draws what it draws without the compiler.
             torch._inductor.config.patch(fallback_random=True),
+            warnings.catch_warnings(),
         ):
+            for message in HARMLESS:
+                warnings.filterwarnings("ignore", message=message)
             compiled = self.compiler(graph, inputs)
         self.num_graphs += 1
         return compiled

@@ -181,7 +181,11 @@ def log_plan(
     logger.info(f"Training {len(roles.module_names)} modules, {count:,} parameters, rank {settings.lora.rank}")
     logger.info(f"Pictures: {len(data.pictures)}; batches per epoch: {data.order.num_batches}")
     checkpointing = "on" if settings.performance.gradient_checkpointing else "off"
-    logger.info(f"Precision of the frozen model: {training.mixed_precision}; gradient checkpointing: {checkpointing}")
+    kind = settings.model.quantize or (settings.model.bnb_quantization_config_path and "fewer bits by bitsandbytes")
+    blocks = f", its blocks in {kind}" if kind else ""
+    logger.info(
+        f"Precision of the frozen model: {training.mixed_precision}{blocks}; gradient checkpointing: {checkpointing}"
+    )
     logger.info(
         f"Pictures per step over all processes: {pictures_per_step:.3g}; steps: {first_step} to "
         f"{training.max_train_steps}"

@@ -1,8 +1,9 @@
 """Frozen weights that are not on the accelerator as a whole: in host memory, or shared among processes.
 
-Both are torch's `fully_shard` (FSDP2): a block's weights come for its forward and its backward, while the block before
-it still computes, and leave afterwards. Adapters, their optimizer and the weights outside of the blocks are on every
-process as a whole, so that roles, EMA, checkpoints and export are what they are without it.
+Both are torch's `fully_shard` (FSDP2): a block's weights come for its forward and for its backward, and leave
+afterwards. Processes that share weights collect the next block's while a block computes; with one process, torch 2.13
+copies them when the block before is through. Adapters, their optimizer and the weights outside of the blocks are on
+every process as a whole, so that roles, EMA, checkpoints and export are what they are without it.
 """
 
 import os
@@ -55,7 +56,7 @@ def shard(
     for block in repeated_blocks(transformer):
         fully_shard(block, ignored_params={*adapters}, **options)
     whole = {parameter for parameter in transformer.parameters() if not isinstance(parameter, DTensor)}
-    # Without weights of its own; it lets the blocks be fetched ahead of their use.
+    # Without weights of its own; as the root, it lets the blocks share their streams.
     fully_shard(transformer, ignored_params=whole, **options)
     with torch.no_grad():
         for tensor in (*whole, *transformer.buffers()):

@@ -39,6 +39,12 @@ def both_models(quick: str) -> pytest.MarkDecorator:
     return with_models("flux2", "zimage", quick=(quick,))
 
 
+def with_exhaustive(name: str, *others: str) -> pytest.MarkDecorator:
+    """Runs a test with one model, and with the others only on request."""
+    params = [pytest.param(other, marks=pytest.mark.exhaustive) for other in others]
+    return pytest.mark.parametrize("model", [name, *params], indirect=True)
+
+
 def every_context(quick: str) -> pytest.MarkDecorator:
     return with_models("flux2", "flux2-vlm", "zimage", quick=(quick,))
 

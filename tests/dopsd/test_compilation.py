@@ -233,7 +233,15 @@ SIZES = [((64, 64), 1), ((64, 128), 1), ((112, 64), 1), ((64, 64), 2), ((96, 64)
 
 @SLOW
 @NEEDS_CXX
-@pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize(
+    ("model", "gradient_checkpointing"),
+    [
+        ("flux2", True),
+        ("zimage", False),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in [("flux2", False), ("zimage", True)]),
+    ],
+    indirect=["model"],
+)
 def test_velocities_and_gradients_are_those_without_the_compiler(model, gradient_checkpointing):
     pipeline, roles, compiled = make_roles(model, compile=True, gradient_checkpointing=gradient_checkpointing)
     other_pipeline, other_roles, _ = make_roles(model, gradient_checkpointing=gradient_checkpointing)

@@ -42,7 +42,15 @@ def test_an_offloaded_run_gives_the_lora_and_sheets_of_a_resident_one(train, tmp
 
 
 @SLOW
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(
+    ("model", "offload"),
+    [
+        ("flux2", False),
+        ("zimage", True),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in [("flux2", True), ("zimage", False)]),
+    ],
+    indirect=["model"],
+)
 def test_two_processes_that_share_weights_give_the_lora_of_one(
     torchrun, command, arguments, tmp_path, prompts, offload
 ):
