@@ -17,7 +17,7 @@ from .errors import InputError, one_line
 from .files import read_regular_file
 from .flag_types import check_ranges
 from .model_flags import ModelFlags, TeacherContext
-from .settings import QUANTIZATION_PACKAGES, Settings, TeacherSettings
+from .settings import NO_QUANTIZATION, QUANTIZATION_PACKAGES, Settings, TeacherSettings
 from .sizes import check_geometry, size_problem
 from .terminal import MAX_REFUSAL_CHARACTERS, as_line
 from .text import argument_problem
@@ -233,7 +233,7 @@ def config_arguments(path: Path, parser: SettingsParser, flag: str) -> list[str]
 
 def resolve(settings: Settings, model: ModelFlags) -> Settings:
     """Fills in the defaults that follow from other flags, and checks what can be checked before any file is read."""
-    settings = resolve_teacher(settings, model)
+    settings = resolve_teacher(without_none(settings), model)
     check(settings, model)
     training, validation = settings.training, settings.validation
     height, width = (
@@ -252,6 +252,12 @@ def resolve(settings: Settings, model: ModelFlags) -> Settings:
         lora_alpha=settings.lora.lora_alpha or 2 * settings.lora.rank,
         context_cache_dir=training.context_cache_dir or str(Path(training.output_dir, "context_cache")),
     )
+
+
+def without_none(settings: Settings) -> Settings:
+    """Replaces a quantization "none", which undoes a preset's, by what it is without a flag."""
+    chosen = [name for name in QUANTIZATION_SETTINGS if getattr(settings.model, name) == NO_QUANTIZATION]
+    return settings.replace(**dict.fromkeys(chosen))
 
 
 def resolve_teacher(settings: Settings, model: ModelFlags) -> Settings:
@@ -333,7 +339,13 @@ def check(settings: Settings, model: ModelFlags) -> None:
         raise InputError(f"{quantized[0]}: cannot be combined with {quantized[1]}; drop one of them")
     if settings.performance.is_sharded and quantized:
         flag = "--fsdp" if settings.performance.fsdp else "--offload_transformer"
-        raise InputError(f"{flag}: cannot be combined with {quantized[0]}; drop one of them")
+        kind = settings.model.quantize
+        other, hint = quantized[0], ""
+        if kind is not None:
+            other, hint = f"--quantize {kind}", f" (--quantize {NO_QUANTIZATION} if a preset or --config sets it)"
+        raise InputError(f"{flag}: cannot be combined with {other}; drop one of them{hint}")
+    if settings.performance.card is not None and not settings.performance.dry_run:
+        raise InputError("--card: goes with --dry_run; add that, or drop the flag")
     if training.no_context_cache and training.encode_only:
         raise InputError("--encode_only: fills the cache, which --no_context_cache turns off; drop one of them")
     if training.no_context_cache and training.context_cache_dir:

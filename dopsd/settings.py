@@ -38,7 +38,8 @@ RETENTION_PROMPTS = (
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 QUANTIZATION_PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "float8": "torchao"}
-Quantization = Literal[tuple(QUANTIZATION_PACKAGES)]
+NO_QUANTIZATION = "none"  # undoes a preset's; resolved settings have None
+Quantization = Literal[(*QUANTIZATION_PACKAGES, NO_QUANTIZATION)]
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,12 @@ class ModelSettings:
     quantize: MustMatch[Quantization | None] = flag(
         None,
         "Load the frozen transformer in fewer bits: nf4 (bitsandbytes, needs a GPU), int8 or float8 (torchao). The "
-        "LoRA stays in float32. Default: not quantized.",
+        "LoRA stays in float32. none undoes what a preset or --config sets. Default: not quantized.",
     )
     quantize_text_encoder: MustMatch[Quantization | None] = flag(
-        None, "Load the text encoder in fewer bits, which changes the encodings. Default: not quantized."
+        None,
+        "Load the text encoder in fewer bits, which changes the encodings. none undoes what a preset or --config "
+        "sets. Default: not quantized.",
     )
     max_sequence_length: MustMatch[Count] = flag(512, "Maximum number of tokens in a prompt.")
 

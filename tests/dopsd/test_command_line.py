@@ -148,9 +148,19 @@ def test_the_short_form_and_the_file_of_a_quantization_exclude_each_other():
 
 @pytest.mark.parametrize("flag", ["--fsdp", "--offload_transformer"])
 def test_quantized_weights_are_not_sharded(flag):
-    with pytest.raises(InputError, match=f"^{flag}: cannot be combined with --quantize; drop one of them"):
-        parse("--quantize", "int8", flag)
+    refused = f"{flag}: cannot be combined with --quantize int8; drop one of them (--quantize none if a preset or "
+    with pytest.raises(InputError, match=f"^{re.escape(refused)}"):
+        parse("--preset", "12gb", flag)
+    undone = parse("--preset", "12gb", "--quantize", "none", "--quantize_text_encoder", "none", flag)
+    assert undone.performance.is_sharded
+    assert (undone.model.quantize, undone.model.quantize_text_encoder) == (None, None)
     assert parse("--quantize_text_encoder", "int8", flag).performance.is_sharded
+
+
+def test_a_card_is_only_planned_for():
+    with pytest.raises(InputError, match="^--card: goes with --dry_run; add that, or drop the flag$"):
+        parse("--card", "rtx-4090")
+    assert parse("--card", "rtx-4090", "--dry_run").performance.card == "rtx-4090"
 
 
 def test_a_list_for_a_flag_that_takes_one_value_is_one_line(config, capsys):

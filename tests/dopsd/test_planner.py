@@ -65,7 +65,9 @@ def phase(plan, name):
 @every_context(quick="flux2")
 def test_a_plan_needs_no_weights_and_writes_nothing(model, settings, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    text = plan_text(settings(card="rtx-4090", validation_steps=2, max_train_steps=600), model.script.MODEL)
+    text = plan_text(
+        settings(dry_run=True, card="rtx-4090", validation_steps=2, max_train_steps=600), model.script.MODEL
+    )
     assert sorted(tmp_path.rglob("*")) == before or not (tmp_path / "run").exists()
     for line in ("encoding: text encoder", "training", "drawing", "host memory", "It fits: of 24 GB"):
         assert f"\n{line}" in text
