@@ -172,10 +172,12 @@ def plan(name: str, resolution: int, **flags: Any) -> Plan:
     return planner(name).plan(**sizes, **flags)
 
 
-def preset_plan(name: str, preset: str) -> Plan:
-    """With the flags that a preset changes."""
+def preset_planner(name: str, preset: str, resolution: int = 1024) -> Planner:
+    """With the flags that a preset changes. It shares simulations with `planner`."""
     before, after = default_settings(name).flat(), default_settings(name, "--preset", preset).flat()
-    return planner(name).plan(**{flag: value for flag, value in after.items() if value != before[flag]})
+    changed = {flag: value for flag, value in after.items() if value != before[flag]}
+    changed |= dict.fromkeys(("resolution", "validation_height", "validation_width"), resolution)
+    return planner(name).with_settings(**changed)
 
 
 def peak(plan: Plan, phases: str = "") -> int:
@@ -220,7 +222,7 @@ def preset_rows() -> Iterator[list[str]]:
         usable = Card("", int(preset.removesuffix("gb")), None).usable_bytes
         cells = []
         for name in SHAPES:
-            one = preset_plan(name, preset)
+            one = preset_planner(name, preset).plan()
             num_bytes = max(peak(one), peak(one, "encoding"))
             cells.append(f"{num_bytes / 1e9:.1f}" + ("" if num_bytes <= usable else ", too large"))
         yield [f"`{preset}`", f"{usable / 1e9:.1f}", *cells]

@@ -1,15 +1,18 @@
 """Which flags make a run fit on a card. Each suggestion is planned, so its peak is computed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..settings import Settings
+from ..settings import NO_QUANTIZATION, Settings
 from .cards import Card
 from .plan import Plan, Planner
 
 
 MIN_RANK = 16
+
+# Kind of quantization -> those that take less memory.
+STRONGER = {None: ("int8", "nf4"), "int8": ("nf4",), "float8": ("nf4",), "nf4": ()}
 
 
 @dataclass(frozen=True)
@@ -33,30 +36,59 @@ class Change:
     values: dict[str, Any]
 
 
-def changes(settings: Settings) -> Iterator[Change]:
-    """What lowers the memory of training without changing what is learned much, cheapest first."""
-    has = settings.flat().get
-    if has("mixed_precision") == "no":
+# What lowers the memory of a phase, cheapest first
+
+
+def precision_changes(settings: Settings) -> Iterator[Change]:
+    if settings.training.mixed_precision == "no":
         yield Change("--mixed_precision bf16", {"mixed_precision": "bf16"})
-    if has("optimizer") == "adamw" and not has("use_8bit_adam"):
-        yield Change("--use_8bit_adam", {"use_8bit_adam": True})
-    if not has("gradient_checkpointing"):
-        yield Change("--gradient_checkpointing", {"gradient_checkpointing": True})
-    is_quantized = has("quantize") or has("bnb_quantization_config_path")
-    if not is_quantized and not settings.performance.is_sharded:
-        for kind in ("int8", "nf4"):
+
+
+def text_encoder_changes(settings: Settings) -> Iterator[Change]:
+    for kind in STRONGER[settings.model.quantize_text_encoder]:
+        yield Change(f"--quantize_text_encoder {kind}", {"quantize_text_encoder": kind})
+
+
+def transformer_changes(settings: Settings) -> Iterator[Change]:
+    """Other ways to keep the frozen transformer. A bitsandbytes file has to be dropped for any of them."""
+    model, performance = settings.model, settings.performance
+    if model.bnb_quantization_config_path is not None:
+        return
+    if not performance.is_sharded:
+        for kind in STRONGER[model.quantize]:
             yield Change(f"--quantize {kind}", {"quantize": kind})
-    if not has("offload_activations"):
-        values = {"gradient_checkpointing": True, "offload_activations": True}
-        yield Change("--gradient_checkpointing --offload_activations", values)
+    if not performance.offload_transformer:
+        undone = "" if model.quantize is None else f"--quantize {NO_QUANTIZATION} "
+        yield Change(f"{undone}--offload_transformer", {"quantize": None, "offload_transformer": True})
+
+
+def training_changes(settings: Settings) -> Iterator[Change]:
+    """Those that leave the weights as they are and hardly change what is learned."""
+    yield from precision_changes(settings)
+    if settings.optimizer.optimizer == "adamw" and not settings.optimizer.use_8bit_adam:
+        yield Change("--use_8bit_adam", {"use_8bit_adam": True})
+    checkpointing = {"gradient_checkpointing": True}
+    is_missing = not settings.performance.gradient_checkpointing
+    if is_missing:
+        yield Change("--gradient_checkpointing", checkpointing)
+    if not settings.performance.offload_activations:
+        added = "--gradient_checkpointing " if is_missing else ""
+        yield Change(f"{added}--offload_activations", checkpointing | {"offload_activations": True})
+    if settings.training.no_context_cache:
+        yield from text_encoder_changes(settings)
     if (batch_size := settings.training.train_batch_size) > 1:
         accumulated = settings.training.gradient_accumulation_steps * batch_size
         yield Change(
             f"--train_batch_size 1 --gradient_accumulation_steps {accumulated}",
             {"train_batch_size": 1, "gradient_accumulation_steps": accumulated},
         )
-    if not has("offload_transformer") and not is_quantized:
-        yield Change("--offload_transformer", {"offload_transformer": True})
+
+
+def drawing_changes(settings: Settings) -> Iterator[Change]:
+    validation = settings.validation
+    half = {name: getattr(validation, name) // 32 * 16 for name in ("validation_height", "validation_width")}
+    yield Change(" ".join(f"--{name} {value}" for name, value in half.items()), half)
+    yield Change("--validation_steps 0", {"validation_steps": 0})
 
 
 def sacrifices(settings: Settings) -> Iterator[Change]:
@@ -69,67 +101,85 @@ def sacrifices(settings: Settings) -> Iterator[Change]:
         yield Change(f"--rank {rank}", {"rank": rank})
 
 
-def suggestions(planner: Planner, plan: Plan, card: Card) -> list[Suggestion]:
-    """What makes each phase fit that does not, in the order of the run."""
-    too_large = {phase.name for phase in plan.too_large(card)}
-    found = []
-    if "encoding: text encoder" in too_large:
-        found += text_encoder_suggestions(planner, card)
+# Which of them are enough
+
+
+def suggestions(planner: Planner, plan: Plan, card: Card) -> dict[str, list[Suggestion]]:
+    """What makes each phase fit that does not, in the order of the run.
+
+    Returns:
+        "encoding" -> suggestions, and "training", or "drawing" if training fits. A phase that nothing makes fit has
+        none; one that fits is not there.
+    """
+    too_large = {phase.name.partition(":")[0] for phase in plan.too_large(card)}
+    found = {}
+    if "encoding" in too_large:
+        found["encoding"] = encoding_suggestions(planner, card)
     if "training" in too_large:
-        found += training_suggestions(planner, card)
+        found["training"] = training_suggestions(planner, card, "drawing" in too_large)
     elif "drawing" in too_large:
-        found += [make(planner, change) for change in drawing_changes(plan)]
-        found = [one for one in found if fits(one.plan, card, "drawing")]
+        found["drawing"] = training_suggestions(planner, card, True)
     return found
 
 
-def text_encoder_suggestions(planner: Planner, card: Card) -> list[Suggestion]:
-    kinds = ("int8", "nf4") if planner.run.settings.model.quantize_text_encoder is None else ()
-    changes = [Change(f"--quantize_text_encoder {kind}", {"quantize_text_encoder": kind}) for kind in kinds]
-    return [one for one in (make(planner, change) for change in changes) if fits(one.plan, card, "encoding")]
+def encoding_suggestions(planner: Planner, card: Card) -> list[Suggestion]:
+    """Single changes that make it fit; if there is none, the first of the list that do together."""
+    settings = planner.settings
+    changes = [*precision_changes(settings), *text_encoder_changes(settings)]
+    search = Search(planner, card, is_encoding=True)
+    return search.single(changes) or search.together([], changes)
 
 
-def drawing_changes(plan: Plan) -> Iterator[Change]:
-    validation = plan.settings.validation
-    half = {name: getattr(validation, name) // 32 * 16 for name in ("validation_height", "validation_width")}
-    yield Change(" ".join(f"--{name} {value}" for name, value in half.items()), half)
-    yield Change("--validation_steps 0", {"validation_steps": 0})
+def training_suggestions(planner: Planner, card: Card, draws_too: bool = False) -> list[Suggestion]:
+    """The changes that make training and drawing fit, for each way to keep the transformer.
+
+    Args:
+        draws_too: whether drawing does not fit either.
+    """
+    settings, search = planner.settings, Search(planner, card, is_encoding=False)
+    cheap = [*training_changes(settings), *(drawing_changes(settings) if draws_too else ())]
+    ways = [*transformer_changes(settings)]
+    found = search.single(cheap) or search.together([], cheap)
+    for way in ways:
+        found += search.together([way], cheap)
+    if found:
+        return found
+    smallest = min(ways, key=lambda way: search.peak([way]), default=None)
+    return search.together([] if smallest is None else [smallest], [*cheap, *sacrifices(settings)])
 
 
-def training_suggestions(planner: Planner, card: Card) -> list[Suggestion]:
-    """Single changes that make training fit; if there is none, the first of the list that do together."""
-    possible = list(changes(planner.run.settings))
-    single = [make(planner, change) for change in possible]
-    if fitting := [one for one in single if fits(one.plan, card, "training")]:
-        return fitting
-    chosen: list[Change] = []
-    for change in [*possible, *sacrifices(planner.run.settings)]:
-        chosen = [*(one for one in chosen if not excludes(change, one)), change]
-        if fits(make(planner, *chosen).plan, card, "training"):
-            return [fewest(planner, card, chosen)]
-    return []
+@dataclass(frozen=True)
+class Search:
+    """Looks for changes that make encoding, or what comes after it, fit."""
 
+    planner: Planner
+    card: Card
+    is_encoding: bool
 
-def excludes(later: Change, earlier: Change) -> bool:
-    """Whether they set the same flag. Quantized weights cannot be offloaded."""
-    common = later.values.keys() & earlier.values.keys() - {"gradient_checkpointing"}
-    return bool(common) or ("offload_transformer" in later.values and "quantize" in earlier.values)
+    def single(self, changes: Sequence[Change]) -> list[Suggestion]:
+        return [self.make([change]) for change in changes if self.fits([change])]
 
+    def together(self, needed: list[Change], changes: Sequence[Change]) -> list[Suggestion]:
+        """`needed` with as few more as make it fit, the cheapest ones; nothing if all of them do not."""
+        chosen: list[Change] = []
+        rest = iter(changes)
+        while not self.fits([*needed, *chosen]):
+            if (change := next(rest, None)) is None:
+                return []
+            chosen = [*(one for one in chosen if not one.values.keys() & change.values.keys()), change]
+        for change in reversed(chosen[:-1]):
+            fewer = [one for one in chosen if one is not change]
+            if self.fits([*needed, *fewer]):
+                chosen = fewer
+        return [self.make([*needed, *chosen])]
 
-def fewest(planner: Planner, card: Card, chosen: list[Change]) -> Suggestion:
-    """Leaves out what is not needed, the most expensive first."""
-    for change in reversed(chosen[:-1]):
-        rest = [one for one in chosen if one is not change]
-        if fits(make(planner, *rest).plan, card, "training"):
-            chosen = rest
-    return make(planner, *chosen)
+    def make(self, chosen: Sequence[Change]) -> Suggestion:
+        values = {name: value for one in chosen for name, value in one.values.items()}
+        return Suggestion(" ".join(one.flags for one in chosen), self.planner.plan(**values))
 
+    def peak(self, chosen: Sequence[Change]) -> int:
+        phases = self.make(chosen).plan.phases
+        return max((one.peak for one in phases if one.name.startswith("encoding") == self.is_encoding), default=0)
 
-def make(planner: Planner, *chosen: Change) -> Suggestion:
-    values = {name: value for one in chosen for name, value in one.values.items()}
-    return Suggestion(" ".join(one.flags for one in chosen), planner.plan(**values))
-
-
-def fits(plan: Plan, card: Card, phase: str) -> bool:
-    """Whether the phases whose names begin so fit."""
-    return not [one for one in plan.too_large(card) if one.name.startswith(phase)]
+    def fits(self, chosen: Sequence[Change]) -> bool:
+        return self.peak(chosen) <= self.card.usable_bytes

@@ -35,7 +35,7 @@ def plan_text(settings: Settings, model: Model) -> str:
     run = read_run(settings, model, num_processes=int(os.environ.get("WORLD_SIZE", 1)))
     planner = Planner(run, on_gpu=card is not None)
     plan = planner.plan()
-    found = [] if card is None else suggestions(planner, plan, card)
+    found = {} if card is None else suggestions(planner, plan, card)
     return report(plan, card, found, model.name)
 
 

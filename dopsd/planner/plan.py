@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -124,11 +125,18 @@ class Planner:
         self.drawing = cache(self.simulator.drawing)
         self.module = cache(on_meta)
         self.steps: dict[Any, StepCost] = {}
+        self.settings = run.settings
+
+    def with_settings(self, **changed: Any) -> "Planner":
+        """A planner with other values for these flags, which shares the simulations."""
+        other = copy(self)
+        other.settings = self.settings.replace(**changed)
+        return other
 
     def plan(self, **changed: Any) -> Plan:
         """The plan with other values for these flags."""
         run = self.run
-        settings = run.settings.replace(**changed)
+        settings = self.settings.replace(**changed)
         batch, dtype = run.batch(settings), weight_dtype(settings.training.mixed_precision)
         where, step = placement(settings, run.num_processes), self.step(settings, batch, dtype)
         frozen = transformer_bytes(self.module(run.build_transformer, dtype), where)

@@ -1,6 +1,6 @@
 """The plan as text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..contexts import in_units
 from .advice import Suggestion
@@ -8,11 +8,11 @@ from .cards import RESERVED_BYTES, RESERVED_SHARE, Card
 from .plan import UTILIZATION, Plan
 
 
-def report(plan: Plan, card: Card | None, found: Sequence[Suggestion], model_name: str) -> str:
+def report(plan: Plan, card: Card | None, found: Mapping[str, Sequence[Suggestion]], model_name: str) -> str:
     return "\n".join([*_lines(plan, card, found, model_name)])
 
 
-def _lines(plan: Plan, card: Card | None, found: Sequence[Suggestion], model_name: str) -> Iterator[str]:
+def _lines(plan: Plan, card: Card | None, found: Mapping[str, Sequence[Suggestion]], model_name: str) -> Iterator[str]:
     place = "this machine's CPU" if card is None else f"{card.name}, {card.memory_gb:.0f} GB"
     height, width = plan.batch.size
     pictures = "picture" if plan.batch.count == 1 else "pictures"
@@ -54,25 +54,26 @@ def _disk(plan: Plan) -> str:
     return f"Disk: {', '.join(parts)}"
 
 
-def _verdict(plan: Plan, card: Card, found: Sequence[Suggestion]) -> Iterator[str]:
+def _verdict(plan: Plan, card: Card, found: Mapping[str, Sequence[Suggestion]]) -> Iterator[str]:
     reserve = (
         f"of {card.memory_gb:.0f} GB, {card.usable_bytes / 1e9:.1f} are for the run; {RESERVED_BYTES / 1e9:.1f} GB "
         f"and {RESERVED_SHARE:.0%} are left to CUDA and to gaps"
     )
-    too_large = plan.too_large(card)
+    too_large = [phase.name for phase in plan.too_large(card)]
     if not too_large:
         yield f"It fits: {reserve}"
         return
-    yield f"It does not fit ({', '.join(phase.name for phase in too_large)}): {reserve}"
-    if found:
-        yield "With one of these lines, what they are for fits:"
-    for one in found:
-        peaks = {phase.name: phase.peak for phase in one.plan.phases}
-        shown = {name: size for name, size in peaks.items() if name in {phase.name for phase in too_large}}
-        yield f"  {one.flags}   " + ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in shown.items())
-    if any(phase.name.startswith("encoding") for phase in too_large):
-        yield (
-            "  --encode_only on a larger card or on a CPU with the same flags, then train here with its context cache"
-        )
-    elif not found:
-        yield "  No flags make it fit; take a larger card, or several with --fsdp"
+    yield f"It does not fit ({', '.join(too_large)}): {reserve}"
+    for part, ways in found.items():
+        yield f"{part.capitalize()} fits with one of:" if ways else f"No flags make {part} fit; take a larger card"
+        for way in ways:
+            sizes = {phase.name: phase.peak for phase in way.plan.phases if _belongs(phase.name, part)}
+            yield f"  {way.flags}   " + ", ".join(
+                f"{name} {size / 1e9:.1f} GB" for name, size in sizes.items() if name in too_large
+            )
+        if part == "encoding":
+            yield "Or encode on a larger card or a CPU: the same flags with --encode_only; train here from its cache"
+
+
+def _belongs(phase: str, part: str) -> bool:
+    return phase.startswith("encoding") == (part == "encoding")

@@ -13,7 +13,13 @@ from dopsd.command_line import PRESETS, parse_settings, preset_names
 from dopsd.data.order import trained_states
 from dopsd.errors import InputError
 from dopsd.optimizers import build_optimizer
-from dopsd.planner.advice import training_suggestions
+from dopsd.planner.advice import (
+    suggestions,
+    text_encoder_changes,
+    training_changes,
+    training_suggestions,
+    transformer_changes,
+)
 from dopsd.planner.allocations import storage_bytes
 from dopsd.planner.cards import CARDS, Card
 from dopsd.planner.dry_run import plan_text
@@ -21,6 +27,7 @@ from dopsd.planner.frozen import Placement, frozen_bytes, transformer_bytes
 from dopsd.planner.operators import FlopCounter
 from dopsd.planner.plan import Planner, max_passed_states, mean_passed_states, optimizer_bytes
 from dopsd.planner.reading import read_run
+from dopsd.planner.report import report
 from models import ONE_MODEL, every_context
 from pipelines.published_shapes import KLEIN_9B
 from short_runs import as_arguments, short_run
@@ -198,11 +205,53 @@ def test_every_suggestion_fits_as_it_says(planner):
     card = Card("a card", (1.051 * needed + 0.8e9) / 1e9, 1.0)
     found = {one.flags: one.plan for one in training_suggestions(planner, card)}
     assert found["--gradient_checkpointing"].phases == checkpointed.phases
-    assert "--use_8bit_adam" not in found
+    assert "--use_8bit_adam" not in found and any(flags.startswith("--quantize nf4") for flags in found)
     assert all(phase(one, "training").peak <= card.usable_bytes for one in found.values())
     smaller = Card("a card", (1.051 * needed * 0.6 + 0.8e9) / 1e9, 1.0)
-    (together,) = training_suggestions(planner, smaller)
-    assert together.flags.count("--") > 1 and phase(together.plan, "training").peak <= smaller.usable_bytes
+    together = training_suggestions(planner, smaller)
+    assert together and all(phase(one.plan, "training").peak <= smaller.usable_bytes for one in together)
+    assert all(one.flags.count("--") > 1 for one in together)
+    assert not training_suggestions(planner, Card("a card", 0.8001, 1.0))
+
+
+@ONE_MODEL
+def test_quantized_weights_may_take_fewer_bits_or_host_memory(planner):
+    planner = planner(num_trained_states=1, gradient_checkpointing=True)
+    planner = planner.with_settings(quantize="int8", quantize_text_encoder="int8")
+    kept = {change.flags for change in transformer_changes(planner.settings)}
+    assert kept == {"--quantize nf4", "--quantize none --offload_transformer"}
+    assert [change.flags for change in text_encoder_changes(planner.settings)] == ["--quantize_text_encoder nf4"]
+    assert "--offload_activations" in {change.flags for change in training_changes(planner.settings)}
+
+
+@ONE_MODEL
+def test_each_phase_that_nothing_makes_fit_is_named(planner):
+    planner = planner()
+    plan, card = planner.plan(), Card("a card", 0.8001, None)
+    found = suggestions(planner, plan, card)
+    assert found == {"encoding": [], "training": []}
+    text = report(plan, card, found, "a model")
+    assert "No flags make encoding fit; take a larger card\nOr encode on" in text
+    assert "No flags make training fit; take a larger card" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("name", make_memory.SHAPES)
+def test_advice_for_a_preset_makes_each_phase_fit(name, preset):
+    card = Card("a card", int(preset.removesuffix("gb")), None)
+    planner = make_memory.preset_planner(name, preset, resolution=512)
+    plan = planner.plan()
+    found = suggestions(planner, plan, card)
+    expected = {one.name.partition(":")[0] for one in plan.too_large(card)}
+    assert {*found} == (expected - {"drawing"} if "training" in expected else expected)
+    for part, ways in found.items():
+        for way in ways:
+            left = {one.name for one in way.plan.too_large(card)}
+            assert not {phase for phase in left if phase.startswith("encoding") == (part == "encoding")}
+        # With four bits, the text encoder of the largest model still takes 8.7 GB.
+        assert ways or (name, preset, part) == ("klein-9b", "8gb", "encoding")
+        assert (f"No flags make {part} fit" in report(plan, card, found, name)) == (not ways)
 
 
 def test_cards_are_within_their_names():
@@ -243,7 +292,7 @@ def test_the_page_of_memory_is_up_to_date():
 
 @pytest.mark.slow
 def test_a_preset_fits_its_card():
-    plan = make_memory.preset_plan("klein-4b", "8gb")
+    plan = make_memory.preset_planner("klein-4b", "8gb").plan()
     num_bytes, usable = max(phase.peak for phase in plan.phases), Card("", 8, None).usable_bytes
     assert num_bytes < usable
     assert f"{num_bytes / 1e9:.1f} GB of the {usable / 1e9:.1f} GB" in (PRESETS / "8gb.yaml").read_text()
