@@ -70,6 +70,11 @@ def shard(
     )
 
 
+def processes_per_machine(num_processes: int) -> int:
+    """Of this machine, as the launcher says; all of them without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+
+
 def process_mesh(accelerator: Accelerator) -> DeviceMesh:
     """The processes that share the weights: those of one machine, since the weights have no gradients to exchange.
 
@@ -78,7 +83,7 @@ def process_mesh(accelerator: Accelerator) -> DeviceMesh:
     if not dist.is_initialized():
         open_process_group(accelerator.device)
     device_type, num_processes = accelerator.device.type, accelerator.num_processes
-    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    per_machine = processes_per_machine(num_processes)
     on_each = torch.tensor([float(per_machine)], device=accelerator.device)
     if (accelerator.gather(on_each) != per_machine).any() or num_processes % per_machine:
         per_machine = num_processes

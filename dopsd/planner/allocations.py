@@ -10,6 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 CUDA_GRANULARITY = 512  # CUDA's caching allocator hands out multiples of this many bytes.
 
 
+def pinned_bytes(num_bytes: int) -> int:
+    """What torch allocates of pinned host memory for a tensor of so many bytes: the next power of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
 class AllocationTracker(TorchDispatchMode):
     """Counts the bytes of the storages that operators create while it is entered, and their peak.
 

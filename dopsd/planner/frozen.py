@@ -8,8 +8,8 @@ from torch import nn
 
 from ..quantization import unquantized_modules
 from ..settings import Settings
-from ..sharding import repeated_blocks
-from .allocations import module_bytes
+from ..sharding import processes_per_machine, repeated_blocks
+from .allocations import module_bytes, pinned_bytes
 
 
 # Bytes of a quantized weight. bitsandbytes' NF4 with double quantization has one 8-bit scale for 64 weights, and one
@@ -24,7 +24,7 @@ class Placement:
     Attributes:
         quantize, quantize_text_encoder: "nf4", "int8", "float8" or None.
         offload_transformer: the blocks' weights stay in host memory.
-        num_shards: processes that share the blocks' weights.
+        num_shards: processes that share the blocks' weights: those of one machine.
     """
 
     quantize: str | None = None
@@ -34,7 +34,7 @@ class Placement:
 
 
 def placement(settings: Settings, num_processes: int) -> Placement:
-    """What the flags say."""
+    """What the flags say. Of several machines, each is taken to have as many processes as this one."""
     model, performance = settings.model, settings.performance
     kind = model.quantize
     if model.bnb_quantization_config_path is not None:
@@ -44,7 +44,7 @@ def placement(settings: Settings, num_processes: int) -> Placement:
         quantize=kind,
         quantize_text_encoder=model.quantize_text_encoder,
         offload_transformer=performance.offload_transformer,
-        num_shards=num_processes if performance.fsdp else 1,
+        num_shards=processes_per_machine(num_processes) if performance.is_sharded else 1,
     )
 
 
@@ -55,11 +55,15 @@ class FrozenBytes:
     Attributes:
         device: bytes on the accelerator.
         host: bytes in host memory.
+        read: bytes in host memory while the weights are read from the checkpoint.
+        moved: bytes that come from host memory for each pass through the module.
         dequantized: bytes of the largest layer that is dequantized for its matrix product.
     """
 
     device: int
     host: int = 0
+    read: int = 0
+    moved: int = 0
     dequantized: int = 0
 
 
@@ -79,17 +83,22 @@ def frozen_bytes(module: nn.Module, kind: str | None) -> FrozenBytes:
 def transformer_bytes(transformer: nn.Module, placement: Placement) -> FrozenBytes:
     """The transformer's weights where the flags put them.
 
-    Blocks that are offloaded or shared are on the accelerator two at a time: one computes while the next one comes.
+    A block that is offloaded or shared comes to the accelerator when it computes. Several processes fetch the next
+    block meanwhile, one process does not: torch's `FSDPParamGroup.unshard` then copies in the stream that computes.
+    The transformer is read into each process as a whole before.
     """
     whole = frozen_bytes(transformer, placement.quantize)
     if not placement.offload_transformer and placement.num_shards == 1:
         return whole
-    blocks = sorted(module_bytes(block) for block in repeated_blocks(transformer))
-    outside, held = module_bytes(transformer) - sum(blocks), sum(blocks) // placement.num_shards
-    on_device = outside + sum(blocks[-2:])
-    if placement.offload_transformer:
-        return FrozenBytes(on_device, host=held)
-    return FrozenBytes(on_device + held)
+    num_shards, weights = placement.num_shards, module_bytes(transformer)
+    blocks = [[tensor.nbytes for tensor in block.parameters()] for block in repeated_blocks(transformer)]
+    sizes = sorted(map(sum, blocks))
+    outside, held = weights - sum(sizes), sum(sizes) // num_shards
+    on_device = outside + sum(sizes[-1:] if num_shards == 1 else sizes[-2:])
+    if not placement.offload_transformer:
+        return FrozenBytes(on_device + held, read=weights)
+    pinned = sum(pinned_bytes(-(-size // num_shards)) for block in blocks for size in block)
+    return FrozenBytes(on_device, host=pinned, read=weights, moved=held)
 
 
 def quantized_layers(module: nn.Module) -> list[nn.Linear]:

@@ -17,11 +17,17 @@ from .allocations import module_bytes
 from .cards import Card
 from .frozen import FrozenBytes, Placement, frozen_bytes, placement, transformer_bytes
 from .reading import PlannedRun
-from .simulation import Batch, StepCost, on_meta
+from .simulation import Batch, PerState, StepCost, on_meta
 
 
 # Share of a card's matrix product rate that a step reaches.
 UTILIZATION = 0.5
+
+# Passes through the transformer: the teacher's forward, the student's forward and backward; a passed state has one.
+MOVES = PerState(trained=3, passed=1, trained_prior=3, passed_prior=1)
+
+# From host memory to the card: PCIe 4.0 x16, of whose 31.5 GB/s copies of pinned memory reach about 25.
+HOST_BYTES_PER_SECOND = 25e9
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Plan:
         phases: of the run, in order. With `--encode_only`, encoding only.
         host: bytes of host memory.
         mean_flops, max_flops: operations per optimizer step and process, on average and if the last states are drawn.
+        moved: bytes of weights that come from host memory in an optimizer step, on average.
+        overlaps: whether they come while the card computes.
         num_steps: optimizer steps.
         cache, checkpoint, lora: bytes on disk of the context cache, of one checkpoint and of the LoRA.
         num_checkpoints: that are kept.
@@ -62,6 +70,8 @@ class Plan:
     host: int
     mean_flops: float
     max_flops: float
+    moved: float
+    overlaps: bool
     num_steps: int
     cache: int
     checkpoint: int
@@ -76,8 +86,16 @@ class Plan:
         return [phase for phase in self.phases if phase.peak > card.usable_bytes]
 
     def seconds_per_step(self, card: Card) -> float | None:
-        """At `UTILIZATION` of the card's rate."""
-        return None if card.tflops is None else self.mean_flops / (card.tflops * 1e12 * UTILIZATION)
+        """At `UTILIZATION` of the card's rate, with what `moving_seconds` adds."""
+        if card.tflops is None:
+            return None
+        computing = self.mean_flops / (card.tflops * 1e12 * UTILIZATION)
+        return max(computing, self.moving_seconds) if self.overlaps else computing + self.moving_seconds
+
+    @property
+    def moving_seconds(self) -> float:
+        """In which the weights of a step come from host memory."""
+        return self.moved / HOST_BYTES_PER_SECOND
 
 
 @dataclass(frozen=True)
@@ -157,8 +175,10 @@ class Planner:
             batch,
             phases,
             host=self.host(phases, frozen, step, where, dtype),
-            mean_flops=flops(settings, step, mean_passed_states),
-            max_flops=flops(settings, step, max_passed_states),
+            mean_flops=in_step(settings, step.flops, mean_passed_states),
+            max_flops=in_step(settings, step.flops, max_passed_states),
+            moved=frozen.moved * in_step(settings, MOVES, mean_passed_states),
+            overlaps=where.num_shards > 1,
             num_steps=training.max_train_steps,
             cache=0 if training.no_context_cache else run.contexts.num_bytes(run.encodings),
             checkpoint=round(step.adapter * (num_adapters + states)),
@@ -263,7 +283,7 @@ class Planner:
             return loaded + max(phase.peak for phase in phases)
         largest_weight = max(one.nbytes for one in self.module(self.run.build_transformer, dtype).parameters())
         vae = module_bytes(self.module(self.run.build_vae, dtype))
-        return loaded + vae + frozen.host + step.in_host + largest_weight
+        return loaded + max(frozen.read, vae + frozen.host + step.in_host) + largest_weight
 
 
 def mean_passed_states(num_states: int, num_trained: int) -> float:
@@ -275,11 +295,14 @@ def max_passed_states(num_states: int, num_trained: int) -> int:
     return num_states - num_trained
 
 
-def flops(settings: Settings, step: StepCost, passed_states: Callable[[int, int], float]) -> float:
-    """Operations of an optimizer step. Prior preservation counts as often as it is computed."""
+def in_step(settings: Settings, per_state: PerState, passed_states: Callable[[int, int], float]) -> float:
+    """Total of an optimizer step. Prior preservation counts as often as it is computed."""
     distillation = settings.distillation
     num_trained = distillation.num_trained_states
     num_passed = passed_states(distillation.num_rollout_steps, num_trained)
-    rollout = num_trained * step.trained_state + num_passed * step.passed_state
-    prior = num_trained * step.trained_prior_state + num_passed * step.passed_prior_state
-    return settings.training.gradient_accumulation_steps * (rollout + prior / settings.prior.prior_every)
+    rollout = num_trained * per_state.trained + num_passed * per_state.passed
+    total = settings.training.gradient_accumulation_steps * rollout
+    if settings.prior.with_prior_preservation:
+        prior = num_trained * per_state.trained_prior + num_passed * per_state.passed_prior
+        total += settings.training.gradient_accumulation_steps * prior / settings.prior.prior_every
+    return total

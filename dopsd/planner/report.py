@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ..contexts import in_units
 from .advice import Suggestion
 from .cards import RESERVED_BYTES, RESERVED_SHARE, Card
-from .plan import UTILIZATION, Plan
+from .plan import HOST_BYTES_PER_SECOND, UTILIZATION, Plan
 
 
 def report(plan: Plan, card: Card | None, found: Mapping[str, Sequence[Suggestion]], model_name: str) -> str:
@@ -35,6 +35,12 @@ def _lines(plan: Plan, card: Card | None, found: Mapping[str, Sequence[Suggestio
 
 def _time(plan: Plan, card: Card | None) -> Iterator[str]:
     yield f"A step: {plan.mean_flops / 1e12:.4g} TFLOP on average, at most {plan.max_flops / 1e12:.4g}"
+    if card is not None and plan.moved:
+        when = "while it computes" if plan.overlaps else "added to the time that it computes"
+        yield (
+            f"Weights that a step moves to the card: {plan.moved / 1e9:.4g} GB, {plan.moving_seconds:.3g} s at "
+            f"{HOST_BYTES_PER_SECOND / 1e9:.0f} GB/s (PCIe 4.0 x16), {when}"
+        )
     seconds = None if card is None else plan.seconds_per_step(card)
     if seconds is not None:
         yield (

@@ -22,7 +22,7 @@ from ..roles import StudentTeacherLoRA
 from ..rollout import RolloutStep, VelocityFunction
 from ..settings import Settings
 from ..step import StudentVelocity, TrainingStep
-from .allocations import CUDA_GRANULARITY, AllocationTracker, storage_bytes
+from .allocations import CUDA_GRANULARITY, AllocationTracker, pinned_bytes, storage_bytes
 from .operators import FlopCounter, gpu_operators
 
 
@@ -62,6 +62,22 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class PerState:
+    """Something that is done for each state of a rollout.
+
+    Attributes:
+        trained: for a trained state: the teacher's forward, the student's forward and backward.
+        passed: for a state that the student only passes.
+        trained_prior, passed_prior: the same for prior preservation.
+    """
+
+    trained: int
+    passed: int
+    trained_prior: int = 0
+    passed_prior: int = 0
+
+
+@dataclass(frozen=True)
 class StepCost:
     """Of the micro-batches of an optimizer step.
 
@@ -69,18 +85,13 @@ class StepCost:
         adapter: bytes of one adapter, and of its gradients.
         peak: bytes of activations, gradients and temporaries.
         in_host: bytes of activations that are kept in host memory.
-        trained_state: operations for one trained state: the teacher's forward, the student's forward and backward.
-        passed_state: operations for one state that the student only passes.
-        trained_prior_state, passed_prior_state: the same for prior preservation.
+        flops: floating point operations.
     """
 
     adapter: int
     peak: int
     in_host: int
-    trained_state: int
-    passed_state: int
-    trained_prior_state: int = 0
-    passed_prior_state: int = 0
+    flops: PerState
 
 
 class OneProcess:
@@ -240,10 +251,7 @@ class Simulator:
                     adapter=storage_bytes(roles.student_parameters),
                     peak=tracker.peak,
                     in_host=in_host.num_bytes,
-                    trained_state=trained,
-                    passed_state=passed,
-                    trained_prior_state=trained_prior,
-                    passed_prior_state=passed_prior,
+                    flops=PerState(trained, passed, trained_prior, passed_prior),
                 )
 
     def velocity(self, context: Context) -> VelocityFunction:
@@ -358,7 +366,7 @@ class KeptInHost:
     """Checkpointing as with `--offload_activations`: what is kept for the backward pass leaves the accelerator.
 
     Attributes:
-        num_bytes: of it, all passes together.
+        num_bytes: of the pinned memory that it takes, all passes together.
     """
 
     def __init__(self):
@@ -369,7 +377,7 @@ class KeptInHost:
             return checkpoint(function, *inputs, use_reentrant=False)
 
     def pack(self, tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-        self.num_bytes += tensor.nbytes
+        self.num_bytes += pinned_bytes(tensor.nbytes)
         return tensor.shape, tensor.dtype
 
     def unpack(self, packed: tuple[torch.Size, torch.dtype]) -> torch.Tensor:

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -20,14 +21,15 @@ from dopsd.planner.advice import (
     training_suggestions,
     transformer_changes,
 )
-from dopsd.planner.allocations import storage_bytes
+from dopsd.planner.allocations import module_bytes, pinned_bytes, storage_bytes
 from dopsd.planner.cards import CARDS, Card
 from dopsd.planner.dry_run import plan_text
-from dopsd.planner.frozen import Placement, frozen_bytes, transformer_bytes
+from dopsd.planner.frozen import Placement, frozen_bytes, placement, transformer_bytes
 from dopsd.planner.operators import FlopCounter
 from dopsd.planner.plan import Planner, max_passed_states, mean_passed_states, optimizer_bytes
 from dopsd.planner.reading import read_run
 from dopsd.planner.report import report
+from dopsd.sharding import repeated_blocks
 from models import ONE_MODEL, every_context
 from pipelines.published_shapes import KLEIN_9B
 from short_runs import as_arguments, short_run
@@ -162,8 +164,46 @@ def test_offloaded_and_shared_weights():
     whole = frozen_bytes(model, None).device
     offloaded = transformer_bytes(model, Placement(offload_transformer=True))
     shared = transformer_bytes(model, Placement(num_shards=4))
-    assert offloaded.host + offloaded.device > whole and offloaded.device < whole / 6
-    assert whole / 4 < shared.device < whole / 2.5 and shared.host == 0
+    blocks = repeated_blocks(model)
+    largest = max(module_bytes(block) for block in blocks)
+    outside = whole - sum(module_bytes(block) for block in blocks)
+    assert offloaded.device == outside + largest and offloaded.moved == whole - outside
+    assert offloaded.host == sum(pinned_bytes(weight.nbytes) for block in blocks for weight in block.parameters())
+    assert offloaded.moved < offloaded.host < 2 * offloaded.moved
+    assert shared.device == outside + 2 * largest + (whole - outside) // 4 and shared.host == shared.moved == 0
+    assert offloaded.read == shared.read == whole
+    both = transformer_bytes(model, Placement(offload_transformer=True, num_shards=4))
+    assert both.moved == offloaded.moved // 4 and both.device == outside + 2 * largest
+
+
+def test_pinned_memory_comes_in_powers_of_two():
+    assert [pinned_bytes(size) for size in (0, 1, 512, 513, 3 << 20)] == [0, 1, 512, 1024, 4 << 20]
+
+
+@pytest.mark.parametrize("flag", ["--fsdp", "--offload_transformer"])
+def test_weights_are_shared_within_a_machine(flag, monkeypatch):
+    settings = parse_settings(MODELS[0], "", ["--pretrained_model_name_or_path", "a/model", flag])
+    assert placement(settings, 8).num_shards == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert placement(settings, 8).num_shards == 4
+    assert placement(settings.replace(fsdp=False, offload_transformer=False), 8).num_shards == 1
+
+
+@ONE_MODEL
+def test_moving_weights_takes_time(planner):
+    planner, card = planner(num_trained_states=2, num_rollout_steps=2, gradient_accumulation_steps=3), CARDS["l4"]
+    kept, offloaded = planner.plan(), planner.plan(offload_transformer=True)
+    blocks = repeated_blocks(planner.module(planner.run.build_transformer, torch.float32))
+    assert kept.moved == 0 and "moves to the card" not in report(kept, card, {}, "a model")
+    # Two trained states with three passes each in three micro-batches.
+    assert offloaded.moved == 18 * sum(module_bytes(block) for block in blocks)
+    with_prior = planner.plan(offload_transformer=True, with_prior_preservation=True, prior_every=2)
+    assert with_prior.moved == 1.5 * offloaded.moved
+    seconds = offloaded.seconds_per_step(card) - kept.seconds_per_step(card)
+    assert seconds == pytest.approx(offloaded.moved / 25e9)
+    assert "GB/s (PCIe 4.0 x16), added to the time" in report(offloaded, card, {}, "a model")
+    overlapping = replace(offloaded, overlaps=True)
+    assert overlapping.seconds_per_step(card) == max(kept.seconds_per_step(card), offloaded.moving_seconds)
 
 
 # Operations
