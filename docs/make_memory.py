@@ -21,7 +21,7 @@ from transformers import Qwen3Config, Qwen3VLConfig, Qwen3VLVisionConfig
 import train_dopsd_flux2
 import train_dopsd_zimage
 from dopsd.command_line import parse_settings, preset_names
-from dopsd.planner.cards import RESERVED_BYTES, RESERVED_SHARE, Card
+from dopsd.planner.cards import MEMORY_SIZES, RESERVED_BYTES, RESERVED_SHARE, Card
 from dopsd.planner.plan import Plan, Planner
 from dopsd.planner.reading import read_run
 from dopsd.settings import Settings
@@ -34,7 +34,6 @@ TOKENIZER = Path(__file__).parents[1] / "benchmarks/miniature/model/tokenizer"
 SCRIPTS = {script.__name__: script for script in (train_dopsd_flux2, train_dopsd_zimage)}
 NAMES = {"klein-4b": "klein-4B", "klein-9b": "klein-9B", "z-image": "Z-Image-Turbo"}
 RESOLUTIONS = (512, 768, 1024)
-CARDS_GB = (8, 12, 16, 24, 48, 80)
 WEIGHTS = {
     "bf16": {},
     "int8": {"quantize": "int8"},
@@ -187,7 +186,7 @@ def peak(plan: Plan, phases: str = "") -> int:
 
 
 def smallest_card(num_bytes: int) -> str:
-    fitting = [size for size in CARDS_GB if Card("", size, None).usable_bytes >= num_bytes]
+    fitting = [size for size in MEMORY_SIZES if Card("", size, None).usable_bytes >= num_bytes]
     return f"{fitting[0]} GB" if fitting else "none"
 
 
@@ -237,7 +236,7 @@ def page() -> str:
         presets=table(["", "for the run", *NAMES.values()], preset_rows()),
         reserve=f"{RESERVED_BYTES / 1e9:.1f} GB",
         share=f"{RESERVED_SHARE:.0%}",
-        cards=", ".join(map(str, CARDS_GB)),
+        cards=", ".join(map(str, MEMORY_SIZES)),
     )
 
 

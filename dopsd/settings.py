@@ -330,7 +330,9 @@ class PerformanceSettings:
         "fit. Loads no weights and writes nothing.",
     )
     card: MayDiffer[CardName | None] = flag(
-        None, "With --dry_run: the GPU to plan for. Default: this machine's, or its CPU if it has none."
+        None,
+        "With --dry_run: the GPU to plan for; 8gb and the like are any GPU of that memory, whose speed is unknown. "
+        "Default: this machine's, or its CPU if it has none.",
     )
 
     @property

@@ -5,6 +5,7 @@ RTX Blackwell) and data sheets (A10, L4, L40S, A40, RTX A6000, RTX 6000 Ada, A10
 state only the rate with sparsity are halved.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,13 +34,6 @@ class Card:
         return (self.memory_gb * 1e9 - RESERVED_BYTES) / (1 + RESERVED_SHARE)
 
 
-CardName = Literal[
-    "rtx-3060-12gb", "rtx-3080-10gb", "rtx-3090", "rtx-4060-8gb", "rtx-4060-ti-16gb", "rtx-4070-12gb",
-    "rtx-4070-ti-super-16gb", "rtx-4080-16gb", "rtx-4090", "rtx-5060-ti-16gb", "rtx-5070-12gb", "rtx-5080-16gb",
-    "rtx-5090", "rtx-a6000", "rtx-6000-ada", "a10", "a40", "l4", "l40s", "a100-40gb", "a100-80gb", "h100", "h200",
-    "b200",
-]  # fmt: skip
-
 # name -> (GB, TFLOP/s, what torch calls it)
 _TABLE: dict[str, tuple[float, float, str]] = {
     "rtx-3060-12gb": (12, 25.4, "RTX 3060"),
@@ -67,16 +61,35 @@ _TABLE: dict[str, tuple[float, float, str]] = {
     "h200": (141, 989, "H200"),
     "b200": (180, 2250, "B200"),
 }
+# Cards of which only the memory is known, in GB.
+MEMORY_SIZES = (8, 12, 16, 24, 48, 80)
+
 CARDS = {name: Card(title, memory_gb, tflops) for name, (memory_gb, tflops, title) in _TABLE.items()}
+CARDS |= {f"{size}gb": Card("any card", size, None) for size in MEMORY_SIZES}
+CardName = Literal[tuple(CARDS)]
+
+# Words in torch's names that do not tell cards of different speed apart.
+_NEUTRAL_WORDS = re.compile(r"NVIDIA|GeForce|GPU|SXM\d?|HBM\d\w?|\d+GB")
 
 
 def this_card() -> Card | None:
-    """This machine's first GPU, with the speed of the longest name in the table that its own contains."""
+    """This machine's first GPU, with the memory that torch sees."""
     import torch  # takes seconds; the flags need this module's names at once
 
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    own = properties.name.replace("-SXM4", "").replace("-PCIE", "").replace("-PCIe", "")
-    known = sorted((card for card in CARDS.values() if card.name in own), key=lambda card: len(card.name))
-    return Card(properties.name, properties.total_memory / 1e9, known[-1].tflops if known else None)
+    return Card(properties.name, properties.total_memory / 1e9, rate(properties.name))
+
+
+def rate(device_name: str) -> float | None:
+    """TFLOP/s of the card in the table that torch calls so; None if there is none.
+
+    Every word counts: a Ti, SUPER, Laptop, NVL or PCIe that is not in the table is another card.
+    """
+    rates = {_telling_words(card.name): card.tflops for card in CARDS.values()}
+    return rates.get(_telling_words(device_name))
+
+
+def _telling_words(name: str) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[\s-]+", name) if not _NEUTRAL_WORDS.fullmatch(word))

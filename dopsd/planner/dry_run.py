@@ -18,12 +18,16 @@ from .report import report
 def plan_run(settings: Settings, model: Model) -> None:
     """Prints what the run will take with these flags and this data. Loads no weight and writes nothing.
 
+    It does not check what only the run can: `--attention_backend`, `--resume_from_checkpoint`, `--fsdp` with one
+    process, and whether this machine can quantize.
+
     Raises:
         InputError: the run itself would refuse its flags, pictures or checkpoint.
     """
     PartialState()  # accelerate's loggers ask it which process this is
     set_up_logging()
     if int(os.environ.get("RANK", 0)) == 0:
+        print("Planning; this takes up to a minute", flush=True)
         print(plan_text(settings, model))
 
 

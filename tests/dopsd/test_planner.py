@@ -22,7 +22,7 @@ from dopsd.planner.advice import (
     transformer_changes,
 )
 from dopsd.planner.allocations import module_bytes, pinned_bytes, storage_bytes
-from dopsd.planner.cards import CARDS, Card
+from dopsd.planner.cards import CARDS, Card, rate
 from dopsd.planner.dry_run import plan_text
 from dopsd.planner.frozen import Placement, frozen_bytes, placement, transformer_bytes
 from dopsd.planner.operators import FlopCounter
@@ -87,7 +87,7 @@ def test_a_plan_needs_no_weights_and_writes_nothing(model, settings, tmp_path):
 def test_the_script_prints_the_plan_and_stops(train, tmp_path):
     result = train(dry_run=True, card="rtx-3060-12gb")
     assert result.code == 0
-    assert "on RTX 3060, 12 GB" in result.log
+    assert 0 <= result.log.find("Planning; this takes up to a minute") < result.log.find("on RTX 3060, 12 GB")
     assert not (tmp_path / "run").exists()
 
 
@@ -297,8 +297,46 @@ def test_advice_for_a_preset_makes_each_phase_fit(name, preset):
 def test_cards_are_within_their_names():
     for name, card in CARDS.items():
         if name.endswith("gb"):
-            assert name.endswith(f"-{card.memory_gb:.0f}gb")
-        assert 0 < card.usable_bytes < card.memory_gb * 1e9 and card.tflops > 20
+            assert name.split("-")[-1] == f"{card.memory_gb:.0f}gb"
+        assert 0 < card.usable_bytes < card.memory_gb * 1e9
+        assert card.tflops is None if name[0].isdigit() else card.tflops > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA GeForce RTX 4060 Ti", "rtx-4060-ti-16gb"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "rtx-4070-ti-super-16gb"),
+        ("NVIDIA RTX A6000", "rtx-a6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx-6000-ada"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 4070 Ti", None),
+        ("NVIDIA GeForce RTX 4080 SUPER", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA Graphics Device", None),
+        ("NVIDIA GeForce GPU", None),
+    ],
+)
+def test_a_rate_is_that_of_the_card_of_exactly_that_name(name, card):
+    assert rate(name) == (None if card is None else CARDS[card].tflops)
+
+
+@ONE_MODEL
+def test_a_memory_size_has_no_speed(planner):
+    plan = planner().plan()
+    text = report(plan, CARDS["12gb"], {}, "a model")
+    assert "on any card, 12 GB" in text and "s per step" not in text
 
 
 # Presets
