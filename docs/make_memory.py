@@ -5,7 +5,7 @@ Each figure is what `--dry_run` computes, from folders with the published config
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from transformers import Qwen3Config, Qwen3VLConfig, Qwen3VLVisionConfig
 import train_dopsd_flux2
 import train_dopsd_zimage
 from dopsd.command_line import parse_settings, preset_names
+from dopsd.planner.advice import Suggestion, suggestions
 from dopsd.planner.cards import MEMORY_SIZES, RESERVED_BYTES, RESERVED_SHARE, Card
 from dopsd.planner.plan import Plan, Planner
 from dopsd.planner.reading import read_run
@@ -76,12 +77,13 @@ preservation, AdamW. Previews and validation are included. The number after a mo
 
 int8 and NF4 are `--quantize int8` and `--quantize nf4`. Offload is `--offload_transformer`, which keeps the other
 weights in host memory and is the slowest. `--use_8bit_adam` and `--offload_activations` save more. The TFLOP of a
-step are a mean over the states that are drawn; a GPU reaches about half of its rate.
+step are a mean over the states that are drawn; a GPU reaches about half of its rate. Encoding, which comes before,
+may need a larger card than training: see the next table.
 
 ## Encoding, before training
 
 The text encoder is used first and leaves before the transformer comes. Where it does not fit, pass
-`--quantize_text_encoder`, or fill the cache with `--encode_only` on another machine.
+`--quantize_text_encoder`, with which it needs less, or fill the cache with `--encode_only` on another machine.
 
 {encoding}
 
@@ -91,6 +93,10 @@ The text encoder is used first and leaves before the transformer comes. Where it
 the command line win over it. Their peaks in GB, encoding included:
 
 {presets}
+
+What `--dry_run` advises to add where a model is too large. A cell's lines are alternatives:
+
+{advice}
 
 ## Measured
 
@@ -227,12 +233,33 @@ def preset_rows() -> Iterator[list[str]]:
         yield [f"`{preset}`", f"{usable / 1e9:.1f}", *cells]
 
 
+def advice_rows(presets: Sequence[str] = ()) -> Iterator[list[str]]:
+    """For each of the presets, by default all, and each model that is too large with it."""
+    for preset in presets or preset_names():
+        card = Card("", int(preset.removesuffix("gb")), None)
+        for name in SHAPES:
+            planner = preset_planner(name, preset)
+            found = suggestions(planner, planner.plan(), card)
+            if found:
+                after = "drawing" if "drawing" in found else "training"
+                cells = [advice_cell(found, "encoding"), advice_cell(found, after)]
+                yield [f"`{preset}`", NAMES[name], *cells]
+
+
+def advice_cell(found: dict[str, list[Suggestion]], part: str) -> str:
+    if part not in found:
+        return "fits"
+    otherwise = "`--encode_only` on another machine" if part == "encoding" else "nothing"
+    return "<br>".join(f"`{one.flags}`" for one in found[part]) or otherwise
+
+
 def page() -> str:
     """The whole page. Takes minutes."""
     weights = [*WEIGHTS]
     return PAGE_TEXT.format(
         training=table(["", *weights, "TFLOP per step"], training_rows()),
         encoding=table(["", "bf16", "int8", "NF4"], encoding_rows()),
+        advice=table(["", "", "for encoding", "for training"], advice_rows()),
         presets=table(["", "for the run", *NAMES.values()], preset_rows()),
         reserve=f"{RESERVED_BYTES / 1e9:.1f} GB",
         share=f"{RESERVED_SHARE:.0%}",

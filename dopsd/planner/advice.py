@@ -157,7 +157,13 @@ class Search:
     is_encoding: bool
 
     def single(self, changes: Sequence[Change]) -> list[Suggestion]:
-        return [self.make([change]) for change in changes if self.fits([change])]
+        """Those that are enough, without those that set more flags than another one."""
+        enough = [change for change in changes if self.fits([change])]
+        return [
+            self.make([change])
+            for change in enough
+            if not any(other.values.items() < change.values.items() for other in enough)
+        ]
 
     def together(self, needed: list[Change], changes: Sequence[Change]) -> list[Suggestion]:
         """`needed` with as few more as make it fit, the cheapest ones; nothing if all of them do not."""
