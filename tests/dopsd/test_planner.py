@@ -91,6 +91,15 @@ def test_the_script_prints_the_plan_and_stops(train, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@ONE_MODEL
+def test_processes_plan_for_as_many_gpus(torchrun, arguments, tmp_path):
+    process, log = torchrun(arguments("two", dry_run=True, card="24gb", fsdp=True))
+    assert process.wait(timeout=120) == 0, log.read_text()
+    assert log.read_text().count("on any card, 24 GB") == 1
+    assert not (tmp_path / "two").exists()
+
+
 @ONE_MODEL
 def test_a_plan_refuses_what_the_run_refuses(model, settings):
     with pytest.raises(InputError, match="--lora_layers"):
