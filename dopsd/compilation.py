@@ -16,7 +16,8 @@ from accelerate.logging import get_logger
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-from .errors import InputError, one_line
+from .errors import InputError
+from .loading import brief
 from .sharding import repeated_blocks
 
 
@@ -26,6 +27,9 @@ logger = get_logger(__name__)
 # for one sample and several; and as many again for each choice of adapted layers and each dtype. Dynamo's limit of 8
 # is below that. Far beyond it something else goes wrong, and compiling ends.
 MAX_GRAPHS_PER_CLASS = 64
+
+# A compiler's error holds its whole command.
+MAX_ERROR_CHARACTERS = 300
 
 # Warnings that need no action: torch makes a cache key of its own, and complex rotary embeddings stay uncompiled.
 HARMLESS = (
@@ -105,8 +109,9 @@ class CompiledBlocks:
         self.is_stopped = True
         for block in self.blocks:
             del block.forward  # the instance's; the class's remains
+        reason = brief(error, MAX_ERROR_CHARACTERS)
         logger.warning(
-            f"--compile: the compiler failed ({one_line(error)}); the run goes on without it", main_process_only=False
+            f"--compile: the compiler failed ({reason}); the run goes on without it", main_process_only=False
         )
 
     def report(self) -> None:

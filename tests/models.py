@@ -1,5 +1,6 @@
 """The two scripts, each with a tiny checkpoint: what tests that run on both need to know of a model."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,11 @@ from tiny_zimage import make_tiny_zimage, tiny_text_config
 
 
 SLOW = pytest.mark.slow
+# What torch.compile uses on a CPU. It does not quote the path of torch's headers.
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None or " " in torch.__file__,
+    reason="torch.compile needs g++, and torch in a folder without blanks in its path",
+)
 
 
 def with_models(*names: str, quick: tuple[str, ...] | None = None) -> pytest.MarkDecorator:

@@ -1,4 +1,3 @@
-import shutil
 from functools import partial
 
 import pytest
@@ -14,14 +13,10 @@ from dopsd.errors import InputError
 from dopsd.execution import prepare_transformer
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.settings import PerformanceSettings
-from models import SLOW
+from models import NEEDS_COMPILER, SLOW
 from pipelines.flux2_klein import KleinContext
 from pipelines.z_image import ZImageContext
 from short_runs import one_process
-
-
-# The C++ compiler that torch.compile uses on a CPU.
-NEEDS_CXX = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 
 
 class Gate(nn.Module):
@@ -232,13 +227,15 @@ SIZES = [((64, 64), 1), ((64, 128), 1), ((112, 64), 1), ((64, 64), 2), ((96, 64)
 
 
 @SLOW
-@NEEDS_CXX
+@NEEDS_COMPILER
 @pytest.mark.parametrize(
     ("model", "gradient_checkpointing"),
     [
         ("flux2", True),
-        ("zimage", False),
-        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in [("flux2", False), ("zimage", True)]),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [("flux2", False), ("zimage", True), ("zimage", False)]
+        ),
     ],
     indirect=["model"],
 )

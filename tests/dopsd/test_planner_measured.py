@@ -165,6 +165,7 @@ def grown_memory(arguments: list[str], cache: str) -> int:
     return peak[0] - before
 
 
+@pytest.mark.exhaustive
 def test_a_plan_is_within_a_tenth_of_resident_memory(
     small_checkpoints, klein_path, zimage_path, vlm_folder, tmp_path, make_picture
 ):

@@ -10,7 +10,7 @@ import pytest
 
 from command_line import ROOT, assert_close_weights, same_weights, succeed
 from dopsd.history import read_history
-from models import ONE_MODEL, SLOW, with_exhaustive
+from models import NEEDS_COMPILER, ONE_MODEL, SLOW, with_exhaustive
 
 
 pytestmark = SLOW
@@ -29,7 +29,7 @@ def losses(folder) -> list[float]:
 
 
 @with_exhaustive("flux2", "zimage")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+@NEEDS_COMPILER
 def test_all_switches_together_resume_bit_for_bit_and_end_near_the_run_without_them(train, model, tmp_path):
     flags = FLAGS | BUCKETS | {"max_train_steps": 8, "checkpointing_steps": 4}
     switches = {"compile": True, "gradient_checkpointing": True, "offload_activations": True}

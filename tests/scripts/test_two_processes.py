@@ -17,7 +17,7 @@ from command_line import LORA_FILE, assert_close_weights, succeed
 from dopsd.context_cache import ContextCache
 from dopsd.history import read_history
 from dopsd.output import checkpoint_step, list_checkpoints
-from models import ONE_MODEL, SLOW
+from models import NEEDS_COMPILER, ONE_MODEL, SLOW
 from waiting import wait_until
 
 
@@ -76,7 +76,8 @@ def test_two_processes_draw_the_sheets_of_one(torchrun, command, arguments, tmp_
 
 
 @ONE_MODEL
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+@pytest.mark.exhaustive
+@NEEDS_COMPILER
 def test_two_processes_that_compile_give_the_lora_of_one_that_does_not(torchrun, command, arguments, tmp_path):
     flags = {"learning_rate": 1e-3, "max_train_steps": 3, "lora_dropout": 0.1, "lora_layers": "attn.to_out"}
     process, log = torchrun(arguments("two", **flags, compile=True, gradient_accumulation_steps=2))
