@@ -13,7 +13,7 @@ from dopsd.errors import InputError
 from dopsd.execution import prepare_transformer
 from dopsd.roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.settings import PerformanceSettings
-from models import NEEDS_COMPILER, SLOW
+from models import NEEDS_COMPILER
 from pipelines.flux2_klein import KleinContext
 from pipelines.z_image import ZImageContext
 from short_runs import one_process
@@ -226,16 +226,15 @@ def make_roles(model, **settings):
 SIZES = [((64, 64), 1), ((64, 128), 1), ((112, 64), 1), ((64, 64), 2), ((96, 64), 2)]
 
 
-@SLOW
+@pytest.mark.exhaustive
 @NEEDS_COMPILER
 @pytest.mark.parametrize(
     ("model", "gradient_checkpointing"),
     [
         ("flux2", True),
-        *(
-            pytest.param(*case, marks=pytest.mark.exhaustive)
-            for case in [("flux2", False), ("zimage", True), ("zimage", False)]
-        ),
+        ("flux2", False),
+        ("zimage", True),
+        ("zimage", False),
     ],
     indirect=["model"],
 )

@@ -91,7 +91,7 @@ def test_the_script_prints_the_plan_and_stops(train, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @ONE_MODEL
 def test_processes_plan_for_as_many_gpus(torchrun, arguments, tmp_path):
     process, log = torchrun(arguments("two", dry_run=True, card="24gb", fsdp=True))
@@ -287,10 +287,13 @@ def test_each_phase_that_nothing_makes_fit_is_named(planner):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "preset",
-    [pytest.param(name, marks=[] if name == "12gb" else pytest.mark.exhaustive) for name in preset_names()],
+    ("name", "preset"),
+    [
+        pytest.param(name, preset, marks=[] if (name, preset) == ("klein-9b", "12gb") else pytest.mark.exhaustive)
+        for name in make_memory.SHAPES
+        for preset in preset_names()
+    ],
 )
-@pytest.mark.parametrize("name", make_memory.SHAPES)
 def test_advice_for_a_preset_makes_each_phase_fit(name, preset):
     card = Card("a card", int(preset.removesuffix("gb")), None)
     planner = make_memory.preset_planner(name, preset, resolution=512)
