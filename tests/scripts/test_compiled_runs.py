@@ -51,6 +51,7 @@ def test_all_switches_together_resume_bit_for_bit_and_end_near_the_run_without_t
     assert_close_weights(tmp_path / "whole", tmp_path / "eager", atol=1e-4, rtol=1e-2)
 
 
+@pytest.mark.exhaustive
 @ONE_MODEL
 def test_without_a_compiler_a_run_says_so_and_is_the_eager_one(train, model, arguments, tmp_path):
     flags = FLAGS | {"lora_dropout": 0.1, "gradient_accumulation_steps": 2}
