@@ -42,6 +42,14 @@ def read_quantization_settings(settings: ModelSettings) -> dict | None:
     path = settings.bnb_quantization_config_path
     if path is None:
         return None
+    arguments = read_bnb_arguments(path)
+    if not torch.cuda.is_available():
+        raise InputError(f"--bnb_quantization_config_path {path}: quantized weights need a GPU; drop the flag")
+    return arguments
+
+
+def read_bnb_arguments(path: str) -> dict:
+    """The content of `--bnb_quantization_config_path`. Raises `InputError` if it cannot be used on any machine."""
     try:
         arguments = json.loads(read_regular_file(Path(path)))
         kinds = [kind for kind in ("load_in_4bit", "load_in_8bit") if arguments.get(kind)]
@@ -53,8 +61,6 @@ def read_quantization_settings(settings: ModelSettings) -> dict | None:
             f"--bnb_quantization_config_path {path}: cannot be used ({brief(error)}); give a JSON file with the "
             'arguments of BitsAndBytesConfig, such as {"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}'
         ) from error
-    if not torch.cuda.is_available():
-        raise InputError(f"--bnb_quantization_config_path {path}: quantized weights need a GPU; drop the flag")
     return arguments
 
 

@@ -1,12 +1,11 @@
 """Frozen weights: in how many bits they are kept, and where."""
 
-import json
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..quantization import unquantized_modules
+from ..quantization import read_bnb_arguments, unquantized_modules
 from ..settings import Settings
 from ..sharding import processes_per_machine, repeated_blocks
 from .allocations import module_bytes, pinned_bytes
@@ -38,8 +37,7 @@ def placement(settings: Settings, num_processes: int) -> Placement:
     model, performance = settings.model, settings.performance
     kind = model.quantize
     if model.bnb_quantization_config_path is not None:
-        with open(model.bnb_quantization_config_path, encoding="utf-8") as file:
-            kind = "nf4" if json.load(file).get("load_in_4bit") else "int8"
+        kind = "nf4" if read_bnb_arguments(model.bnb_quantization_config_path).get("load_in_4bit") else "int8"
     return Placement(
         quantize=kind,
         quantize_text_encoder=model.quantize_text_encoder,

@@ -104,6 +104,8 @@ def test_processes_plan_for_as_many_gpus(torchrun, arguments, tmp_path):
 def test_a_plan_refuses_what_the_run_refuses(model, settings):
     with pytest.raises(InputError, match="--lora_layers"):
         plan_text(settings(lora_layers="nothing"), model.script.MODEL)
+    with pytest.raises(InputError, match="--bnb_quantization_config_path nowhere.json: cannot be used"):
+        plan_text(settings(bnb_quantization_config_path="nowhere.json"), model.script.MODEL)
 
 
 # Bytes
