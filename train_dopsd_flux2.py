@@ -23,7 +23,7 @@ from pathlib import Path
 from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
 from dopsd.flag_types import MustMatch, flag
-from dopsd.model_flags import CAPTION_CONTEXT, ModelFlags, TeacherContext, vlm_context
+from dopsd.model_flags import CAPTION_CONTEXT, EDITING_SUFFIX, ModelFlags, TeacherContext, vlm_context
 from dopsd.settings import ModelSettings, Settings
 from dopsd.sizes import SizeLimits
 from dopsd.terminal import ending_in_one_line, lasting_output
@@ -48,6 +48,7 @@ class KleinFlags(ModelFlags):
         min_side=64,  # the pipeline refuses smaller reference images
         max_tokens=4300,  # beyond, the shift of the schedule falls sharply
     )
+    can_edit = True
     settings_class = KleinSettings
     default_settings = {
         "output_dir": "flux2-klein-dopsd-lora",
@@ -62,9 +63,16 @@ class KleinFlags(ModelFlags):
             encoders=("text", "vae"),
             prompt_suffix=" Reproduce the reference image: the same subject with the same identity, shape, colours "
             "and details, the same background, the same composition.",
+            editing_suffix=EDITING_SUFFIX,
             flags={"teacher_resolution": None},
         ),
-        "vlm": vlm_context("Qwen3-VL", published.DEFAULT_VLMS, min_pixels=512 * 512, max_pixels=512 * 512),
+        "vlm": vlm_context(
+            "Qwen3-VL",
+            published.DEFAULT_VLMS,
+            min_pixels=512 * 512,
+            max_pixels=512 * 512,
+            editing_suffix=EDITING_SUFFIX,
+        ),
         "caption": CAPTION_CONTEXT,
     }
 
@@ -86,13 +94,13 @@ from dopsd.checkpoints import Checkpoints
 from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
-from dopsd.encoders import PictureAndPromptEncoder, PromptEncoder, resolve_vlm
+from dopsd.encoders import PictureAndPromptEncoder, PromptEncoder, ReferenceEncoder, resolve_vlm
 from dopsd.execution import loading_device, prepare_transformer
 from dopsd.gallery import Gallery
 from dopsd.history import HISTORY_FILE, MetricsLog, last_retention
 from dopsd.init_lora import read_init_lora, start_from_lora
 from dopsd.launch import log_plan, resolve_seed, start_accelerator, weight_dtype
-from dopsd.model import Conditioning, Encoder, Model, TokenLimit
+from dopsd.model import Conditioning, Model, TokenLimit
 from dopsd.model_card import CardInfo, write_run_card
 from dopsd.optimizers import build_lr_scheduler, build_optimizer
 from dopsd.output import LORA_FILE, open_output_dir
@@ -138,25 +146,6 @@ class PicturesAndPrompts(PictureAndPromptEncoder):
         return self.pipeline.encode_vlm_teacher([prompt], [picture], **inputs).prompt_embeds
 
 
-class References(Encoder):
-    """A picture's latents as reference tokens, (1, C, h, w), as `image=` makes them from the shrunk picture."""
-
-    name, noun, component = "vae", "pictures", "vae"
-    reads_prompt, sees_picture = False, True
-
-    def __init__(self, pipeline: Flux2KleinDOPSDPipeline, resolution: int | None):
-        self.pipeline, self.resolution = pipeline, resolution
-
-    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
-        return self.pipeline.encode_reference(picture, self.resolution)
-
-    def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
-        return 1, *self.pipeline.reference_shape(*size, self.resolution)
-
-    def cache_key(self) -> list[int]:
-        return [] if self.resolution is None else [self.resolution]
-
-
 class Flux2Klein(KleinFlags, Model):
     pipeline_class, stock_pipeline_class = Flux2KleinDOPSDPipeline, Flux2KleinPipeline
     transformer_class, text_encoder_class, vae_class = Flux2Transformer2DModel, Qwen3ForCausalLM, AutoencoderKLFlux2
@@ -198,7 +187,7 @@ class Flux2Klein(KleinFlags, Model):
         vlm = VisionEncoder, text_config, settings.teacher, settings.model.cache_dir
         encoders = {
             "text": lambda: prompts,
-            "vae": lambda: References(pipeline, settings.teacher.teacher_resolution),
+            "vae": lambda: ReferenceEncoder(pipeline, settings.teacher.teacher_resolution),
             "vlm": lambda: PicturesAndPrompts(pipeline, *vlm, **text),
         }
         teacher = tuple(encoders[name]() for name in self.teacher_context(settings).encoders)

@@ -29,7 +29,8 @@ LAUNCHER_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 
 TRANSFORMER_QUANTIZATION = ("quantize", "bnb_quantization_config_path")
 QUANTIZATION_SETTINGS = ("quantize", "quantize_text_encoder")
-GENERAL_TEACHER_FLAGS = {"teacher_context", "teacher_prompt_suffix"}  # all teacher contexts use them
+GENERAL_TEACHER_FLAGS = {"teacher_context", "teacher_prompt_suffix", "teacher_picture"}  # all contexts use them
+EDITING_FLAGS = ("cond_image_column", "validation_image")
 TRACKER_PACKAGES = ("tensorboard", "wandb", "comet_ml")
 
 
@@ -98,6 +99,9 @@ def build_parser(model: ModelFlags, description: str) -> SettingsParser:
         if action.option_strings[0].startswith("--no_") and action.nargs == 0:
             action.help = SUPPRESS  # the twin of a switch that is on by default
     action_of["optimizer"].type = str.lower
+    if not model.can_edit:
+        for name in EDITING_FLAGS:
+            action_of[name].help = SUPPRESS
     # `resolve` fills in this default, unless a number of epochs is given.
     parser.set_defaults(max_train_steps=None)
     action_of["max_train_steps"].help += f" Default: {model.default_settings['max_train_steps']}."
@@ -111,7 +115,10 @@ def _describe_teacher_contexts(action_of: dict, contexts: dict[str, TeacherConte
     meanings = "; ".join(f"{name}: {context.description}" for name, context in contexts.items())
     context_action.help = f"What the teacher sees of the target picture. {meanings}."
     suffixes = [
-        f"'{context.prompt_suffix}' with {name}" for name, context in contexts.items() if context.prompt_suffix
+        f"'{suffix}' with {name}{pairs}"
+        for name, context in contexts.items()
+        for suffix, pairs in ((context.prompt_suffix, ""), (context.editing_suffix, " and --cond_image_column"))
+        if suffix
     ]
     suffix_action.help += f" Default: {'; '.join(suffixes) or 'none'}."
     for name in special_teacher_flags({}):
@@ -275,7 +282,8 @@ def resolve_teacher(settings: Settings, model: ModelFlags) -> Settings:
         )
     values = {name: default for name, default in context.flags.items() if flags[name] is None}
     if flags["teacher_prompt_suffix"] is None:
-        values["teacher_prompt_suffix"] = context.prompt_suffix
+        edits = settings.data.cond_image_column is not None
+        values["teacher_prompt_suffix"] = context.editing_suffix if edits else context.prompt_suffix
     settings = settings.replace(**values)
     teacher = settings.teacher
     if (teacher.vlm_min_pixels or 0) > (teacher.vlm_max_pixels or 0):
@@ -305,6 +313,7 @@ def check(settings: Settings, model: ModelFlags) -> None:
     resolution = settings.teacher.teacher_resolution
     if resolution is not None and (problem := size_problem(resolution, resolution, model.sizes)):
         raise InputError(f"--teacher_resolution {resolution}: {problem}")
+    check_teacher_picture(settings, model)
     distillation = settings.distillation
     if distillation.num_trained_states > distillation.num_rollout_steps:
         raise InputError(
@@ -350,3 +359,26 @@ def check(settings: Settings, model: ModelFlags) -> None:
         raise InputError("--encode_only: fills the cache, which --no_context_cache turns off; drop one of them")
     if training.no_context_cache and training.context_cache_dir:
         raise InputError("--no_context_cache: cannot be combined with --context_cache_dir; drop one of them")
+
+
+def check_teacher_picture(settings: Settings, model: ModelFlags) -> None:
+    """Raises `InputError` for flags of editing, or of the teacher's picture, that do not go together."""
+    data, teacher = settings.data, settings.teacher
+    for name in EDITING_FLAGS:
+        if settings.flat()[name] is not None and not model.can_edit:
+            raise InputError(f"--{name}: {model.name} takes no pictures to edit; drop the flag")
+    if settings.validation.validation_image is not None and data.cond_image_column is None:
+        raise InputError("--validation_image: goes with --cond_image_column; add that, or drop the flag")
+    if data.group_column is not None and teacher.teacher_picture != "other":
+        raise InputError("--group_column: goes with --teacher_picture other; add that, or drop the flag")
+    if teacher.teacher_picture == "other":
+        if data.cond_image_column is not None:
+            raise InputError(
+                "--teacher_picture other: cannot be combined with --cond_image_column, whose teacher must see the "
+                "result of the edit; drop one of them"
+            )
+        if teacher.teacher_caption_column is not None:
+            raise InputError(
+                f"--teacher_picture other: the teacher of --teacher_context {teacher.teacher_context} sees no "
+                "picture; drop one of them"
+            )

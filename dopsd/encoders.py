@@ -141,6 +141,30 @@ class PictureAndPromptEncoder(PromptEncoder):
         self.vision_encoder.unload()
 
 
+class ReferenceEncoder(Encoder):
+    """A picture's latents as reference tokens, (1, C, h, w), as the stock pipeline's `image=` makes them.
+
+    Args:
+        pipeline: offers `encode_reference(picture, resolution)` and `reference_shape(height, width, resolution)`.
+        resolution: `--teacher_resolution`, to which pictures are shrunk first.
+    """
+
+    name, noun, component = "vae", "pictures", "vae"
+    reads_prompt, sees_picture = False, True
+
+    def __init__(self, pipeline: FewStepPipeline, resolution: int | None = None):
+        self.pipeline, self.resolution = pipeline, resolution
+
+    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
+        return self.pipeline.encode_reference(picture, self.resolution)
+
+    def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
+        return 1, *self.pipeline.reference_shape(*size, self.resolution)
+
+    def cache_key(self) -> list[Any]:
+        return [] if self.resolution is None else [self.resolution]
+
+
 def resolve_vlm(
     settings: Settings,
     context: TeacherContext,

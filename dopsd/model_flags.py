@@ -10,6 +10,9 @@ from .settings import ModelSettings, Settings
 from .sizes import SizeLimits
 
 
+EDITING_SUFFIX = " The last image shows the result of this edit: reproduce it exactly."
+
+
 @dataclass(frozen=True)
 class TeacherContext:
     """One choice of `--teacher_context`.
@@ -18,6 +21,7 @@ class TeacherContext:
         description: continues the sentence "the teacher: ...".
         encoders: names of the encoders whose tensors make up the teacher's context.
         prompt_suffix: default of `--teacher_prompt_suffix`.
+        editing_suffix: its default with `--cond_image_column`.
         flags: the flags that only this choice uses, with their defaults. None is resolved later.
         flag_help: what `--help` adds to some of them.
     """
@@ -25,6 +29,7 @@ class TeacherContext:
     description: str
     encoders: tuple[str, ...]
     prompt_suffix: str = ""
+    editing_suffix: str = ""
     flags: dict[str, Any] = field(default_factory=dict)
     flag_help: dict[str, str] = field(default_factory=dict)
 
@@ -37,16 +42,20 @@ CAPTION_CONTEXT = TeacherContext(
 )
 
 
-def vlm_context(vlm: str, default_models: dict[int, str], *, min_pixels: int, max_pixels: int) -> TeacherContext:
+def vlm_context(
+    vlm: str, default_models: dict[int, str], *, min_pixels: int, max_pixels: int, editing_suffix: str = ""
+) -> TeacherContext:
     """The `vlm` teacher, whose text encoder sees the picture through the vision tower of `vlm`.
 
     Args:
+        editing_suffix: see `TeacherContext`.
         default_models: hub ids by the text encoder's hidden size; the default is the one that fits.
         min_pixels, max_pixels: defaults of the flags; pictures are scaled to an area between them.
     """
     return TeacherContext(
         f"its text encoder sees the picture through {vlm}'s vision tower",
         encoders=("vlm",),
+        editing_suffix=editing_suffix,
         flags={
             "vlm_model_name_or_path": None,
             "vlm_min_pixels": min_pixels,
@@ -65,6 +74,7 @@ class ModelFlags:
     Attributes:
         name, example: what to call it in messages, and a hub id of it.
         sizes: the sizes it can be trained at.
+        can_edit: whether it takes pictures to edit, so that it can be trained on editing pairs.
         teacher_contexts: choices of `--teacher_context`; the first is the default.
         settings_class: `ModelSettings`, or a subclass with flags that only this model has.
         default_settings: flag -> default, where it depends on the model. Holds "max_train_steps", which is the default
@@ -74,6 +84,7 @@ class ModelFlags:
     name: ClassVar[str]
     example: ClassVar[str]
     sizes: ClassVar[SizeLimits]
+    can_edit: ClassVar[bool] = False
     teacher_contexts: ClassVar[dict[str, TeacherContext]]
     settings_class: ClassVar[type[ModelSettings]] = ModelSettings
     default_settings: ClassVar[dict[str, Any]]

@@ -25,6 +25,7 @@ from .sharing import failing_together
 logger = get_logger(__name__)
 
 PICTURES, PRIOR, TRAINED_STATES = "pictures and captions", "prior preservation", "--num_trained_states"
+TEACHER_PICTURE = "--teacher_picture"
 CHANGED_DEFAULTS = (TRAINED_STATES, PRIOR)  # earlier versions trained on all states, without a prior
 
 TRAINER_FILE, STATE_FILE = "trainer_state.pt", "state.json"
@@ -205,7 +206,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def earlier_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The values that settings which came later had in effect in a checkpoint's run, if it does not name them."""
-    return {TRAINED_STATES: settings.get("--num_rollout_steps"), PRIOR: None}
+    return {TRAINED_STATES: settings.get("--num_rollout_steps"), PRIOR: None, TEACHER_PICTURE: "target"}
 
 
 def check_resumable(checkpoint: Path, contract: dict[str, Any], max_train_steps: int) -> None:

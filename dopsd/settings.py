@@ -99,6 +99,16 @@ class DataSettings:
     instance_prompt: MayDiffer[str | None] = flag(
         None, "Caption of all pictures. Default: none; every picture then needs a caption of its own."
     )
+    cond_image_column: MayDiffer[list[str] | None] = flag(
+        None,
+        "Column with the pictures to edit: the caption is then an instruction, and the training picture its result. A "
+        "cell holds one picture or a list of them; several columns follow each other. Default: none, no editing.",
+    )
+    group_column: MayDiffer[str | None] = flag(
+        None,
+        "With --teacher_picture other: column that names each picture's subject. Default: the pictures of a folder, "
+        "without those of its subfolders, show one subject, and so does a data set.",
+    )
     multiline_captions: MayDiffer[Literal["one_caption", "caption_per_line"] | None] = flag(
         None,
         "How to read a .txt file of several lines beside a picture: as one caption with line breaks, or as one "
@@ -130,6 +140,11 @@ class TeacherSettings:
 
     teacher_context: MustMatch[str] = flag("", "What the teacher sees of the target picture.")
     teacher_prompt_suffix: MustMatch[str | None] = flag(None, "Text appended to the caption in the teacher's prompt.")
+    teacher_picture: MustMatch[Literal["target", "other"]] = flag(
+        "target",
+        "Picture that the teacher sees: the training picture itself, or another one of the same subject, drawn anew "
+        "each time, so that the student cannot learn what only the training picture shows.",
+    )
     teacher_resolution: MustMatch[Count | None] = flag(
         None,
         "Resolution, in pixels, to which the teacher's reference picture is shrunk, so that the teacher takes less "
@@ -395,6 +410,19 @@ class ValidationSettings:
         RETENTION_PROMPTS,
         "At least two prompts unrelated to the training pictures; their images should not change. Default ones "
         "that are too long for the model are left out.",
+    )
+    validation_image: MayDiffer[list[str] | None] = flag(
+        None,
+        "With --cond_image_column: picture to edit for each --validation_prompt, or one for all; 'a.png,b.png' gives "
+        "a prompt several. Default: those of the first two captions.",
+    )
+    exam_model: MayDiffer[str | None] = flag(
+        None,
+        "Hub id or folder of a model whose features compare pictures in the teacher's exam, such as "
+        "facebook/dinov2-small. Default: none, the VAE's latents are compared.",
+    )
+    ignore_exam: MayDiffer[bool] = flag(
+        False, "Train even if the exam finds the teacher no better than the base model."
     )
     preview_only: MayDiffer[bool] = flag(False, "Draw the preview (base model, teacher, training picture), then stop.")
 

@@ -19,8 +19,21 @@ class DatasetCell(NamedTuple):
 
 
 @dataclass(frozen=True)
+class PictureFile:
+    """An encoded picture. It is not decoded until `images.read_image` is called.
+
+    Attributes:
+        name: the picture in messages: its path relative to the folder, or "row 12 of DATASET".
+        source: where it is encoded. None if there is only a caption.
+    """
+
+    name: str
+    source: Path | DatasetCell | None
+
+
+@dataclass(frozen=True)
 class Picture:
-    """One picture and its captions. The picture itself is not decoded until `images.read_image` is called.
+    """One training picture and its captions.
 
     Attributes:
         name: the picture in messages: its path relative to the folder, or "row 12 of DATASET".
@@ -28,12 +41,20 @@ class Picture:
         source: the encoded picture. None if there is only a caption, which is enough for a teacher with its own
             captions.
         teacher_caption: the teacher's caption. None if the teacher has no captions of its own.
+        cond_images: the pictures to edit, of which this one is the result. Empty unless an editor is trained.
+        group: pictures of the same group show the same subject.
     """
 
     name: str
     captions: tuple[str, ...]
     source: Path | DatasetCell | None
     teacher_caption: str | None = None
+    cond_images: tuple[PictureFile, ...] = ()
+    group: str = ""
+
+    @property
+    def file(self) -> PictureFile:
+        return PictureFile(self.name, self.source)
 
 
 def is_picture(name: str) -> bool:

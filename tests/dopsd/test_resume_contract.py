@@ -186,6 +186,7 @@ OLD_SETTINGS_OF_MODEL = {
 }
 LATER_SETTINGS = {
     "--num_trained_states",
+    "--teacher_picture",
     "--teacher_resolution",
     "prior preservation",
     "--quantize",
