@@ -16,6 +16,7 @@ From top to bottom: the model's flags and limits, what student and teacher are c
 training loop. The method, and all of training that does not depend on the model, is in `dopsd/`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
 from dopsd.flag_types import MustMatch, flag
-from dopsd.model_flags import CAPTION_CONTEXT, EDITING_SUFFIX, ModelFlags, TeacherContext, vlm_context
+from dopsd.model_flags import CAPTION_CONTEXT, EDITING, ModelFlags, TeacherContext, vlm_context
 from dopsd.settings import ModelSettings, Settings
 from dopsd.sizes import SizeLimits
 from dopsd.terminal import ending_in_one_line, lasting_output
@@ -63,15 +64,16 @@ class KleinFlags(ModelFlags):
             encoders=("text", "vae"),
             prompt_suffix=" Reproduce the reference image: the same subject with the same identity, shape, colours "
             "and details, the same background, the same composition.",
-            editing_suffix=EDITING_SUFFIX,
             flags={"teacher_resolution": None},
+            editing=EDITING,
         ),
         "vlm": vlm_context(
             "Qwen3-VL",
             published.DEFAULT_VLMS,
             min_pixels=512 * 512,
             max_pixels=512 * 512,
-            editing_suffix=EDITING_SUFFIX,
+            # The limit of 512 tokens leaves room for two pictures of 144 tokens, and their text.
+            editing=EDITING | {"vlm_min_pixels": 384 * 384, "vlm_max_pixels": 384 * 384},
         ),
         "caption": CAPTION_CONTEXT,
     }
@@ -94,7 +96,7 @@ from dopsd.checkpoints import Checkpoints
 from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
-from dopsd.encoders import PictureAndPromptEncoder, PromptEncoder, ReferenceEncoder, resolve_vlm
+from dopsd.encoders import CondEncoder, PictureAndPromptEncoder, PromptEncoder, ReferenceEncoder, resolve_vlm
 from dopsd.execution import loading_device, prepare_transformer
 from dopsd.gallery import Gallery
 from dopsd.history import HISTORY_FILE, MetricsLog, last_retention
@@ -139,11 +141,11 @@ class Prompts(PromptEncoder):
 
 
 class PicturesAndPrompts(PictureAndPromptEncoder):
-    """Prompt embeddings, (1, L, D), of a picture followed by a prompt, padded to the student's length."""
+    """Prompt embeddings, (1, L, D), of pictures followed by a prompt, padded to the student's length."""
 
-    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
+    def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> torch.Tensor:
         inputs = {"vision_encoder": self.vision_encoder, **self.options}
-        return self.pipeline.encode_vlm_teacher([prompt], [picture], **inputs).prompt_embeds
+        return self.pipeline.encode_vlm_teacher([prompt], [pictures], **inputs).prompt_embeds
 
 
 class Flux2Klein(KleinFlags, Model):
@@ -192,7 +194,8 @@ class Flux2Klein(KleinFlags, Model):
         }
         teacher = tuple(encoders[name]() for name in self.teacher_context(settings).encoders)
         limit = TokenLimit("--max_sequence_length", length)
-        return Conditioning((prompts,), teacher, KleinContext.stack, student_limit=limit, teacher_limit=limit)
+        stack, cond = KleinContext.stack, CondEncoder(pipeline)
+        return Conditioning((prompts,), teacher, stack, student_limit=limit, teacher_limit=limit, cond_encoder=cond)
 
 
 MODEL = Flux2Klein()

@@ -16,6 +16,7 @@ From top to bottom: the model's flags and limits, what student and teacher are c
 training loop. The method, and all of training that does not depend on the model, is in `dopsd/`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,14 +131,14 @@ class Prompts(PromptEncoder):
         return list(self.pipeline.encode_student(prompts, max_sequence_length=length).prompt_embeds)
 
     def batch_length(self, prompt: str) -> int | None:
-        return max(self.options["max_sequence_length"], self.num_tokens(prompt, None))
+        return max(self.options["max_sequence_length"], self.num_tokens(prompt, ()))
 
 
 class PicturesAndPrompts(PictureAndPromptEncoder):
     """Prompt embeddings, (L, D), of a picture followed by a prompt, without padding."""
 
-    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
-        context = self.pipeline.encode_vlm_teacher([prompt], [picture], vision_encoder=self.vision_encoder)
+    def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        context = self.pipeline.encode_vlm_teacher([prompt], [pictures], vision_encoder=self.vision_encoder)
         return context.prompt_embeds[0]
 
 

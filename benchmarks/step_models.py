@@ -7,7 +7,7 @@ copies of the transformer. Encodings have the real shapes and random values, and
 import copy
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +151,7 @@ class RandomEncoder(Encoder):
         self.name, self.fixed_shape, self.dtype = name, shape, dtype
         self.reads_prompt, self.sees_picture = name != "vae", name != "text"
 
-    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
+    def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> torch.Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.name} {prompt}".encode()))
         return torch.randn(self.fixed_shape, generator=generator).to(self.dtype)
 

@@ -117,7 +117,10 @@ def _describe_teacher_contexts(action_of: dict, contexts: dict[str, TeacherConte
     suffixes = [
         f"'{suffix}' with {name}{pairs}"
         for name, context in contexts.items()
-        for suffix, pairs in ((context.prompt_suffix, ""), (context.editing_suffix, " and --cond_image_column"))
+        for suffix, pairs in (
+            (context.prompt_suffix, ""),
+            (context.editing.get("teacher_prompt_suffix"), " and --cond_image_column"),
+        )
         if suffix
     ]
     suffix_action.help += f" Default: {'; '.join(suffixes) or 'none'}."
@@ -127,7 +130,10 @@ def _describe_teacher_contexts(action_of: dict, contexts: dict[str, TeacherConte
     for name, context in contexts.items():
         for flag, default in context.flags.items():
             details = context.flag_help.get(flag, "")
-            default = "" if default is None else f"Default: {default}."
+            default = "" if default is None else f"Default: {default}"
+            if flag in context.editing:
+                default += f"; {context.editing[flag]} with --cond_image_column"
+            default = default and f"{default}."
             action_of[flag].help = " ".join(
                 filter(None, [action_of[flag].help, details, f"Only with --teacher_context {name}.", default])
             )
@@ -280,11 +286,8 @@ def resolve_teacher(settings: Settings, model: ModelFlags) -> Settings:
             f"--teacher_context {settings.teacher.teacher_context}: name the column of the teacher's captions with "
             "--teacher_caption_column"
         )
-    values = {name: default for name, default in context.flags.items() if flags[name] is None}
-    if flags["teacher_prompt_suffix"] is None:
-        edits = settings.data.cond_image_column is not None
-        values["teacher_prompt_suffix"] = context.editing_suffix if edits else context.prompt_suffix
-    settings = settings.replace(**values)
+    defaults = context.defaults(settings.data.cond_image_column is not None)
+    settings = settings.replace(**{name: default for name, default in defaults.items() if flags[name] is None})
     teacher = settings.teacher
     if (teacher.vlm_min_pixels or 0) > (teacher.vlm_max_pixels or 0):
         raise InputError(

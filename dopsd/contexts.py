@@ -16,11 +16,12 @@ from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
 from .context_cache import ContextCache, content_key
+from .data.buckets import Crop
 from .data.order import Sample
 from .data.pictures import Picture
-from .data.training_data import Crop, TrainingData
+from .data.training_data import TrainingData
 from .errors import InputError
-from .model import Conditioning, Context, Encoder, FewStepPipeline
+from .model import Conditioning, Context, Encoder, FewStepPipeline, Size
 from .sharing import failing_together, machine_of_each_process, machine_share, share_on_each_machine
 
 
@@ -38,11 +39,15 @@ ENCODING_FORMAT = 2
 
 @dataclass(frozen=True)
 class Encoding:
-    """The input of one encoder, which identifies its output: a prompt, a crop, or both."""
+    """The input of one encoder, which identifies its output: a prompt, pictures, or both."""
 
     encoder: Encoder
     prompt: str = ""
-    crop: Crop | None = None
+    pictures: tuple[Crop, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        return tuple(crop.size for crop in self.pictures)
 
 
 class Contexts:
@@ -76,42 +81,51 @@ class Contexts:
 
     # What a context is made of
 
-    def student_encodings(self, prompt: str) -> tuple[Encoding, ...]:
-        return tuple(Encoding(encoder, prompt) for encoder in self.conditioning.student)
+    def student_encodings(self, prompt: str, cond_images: tuple[Crop, ...] = ()) -> tuple[Encoding, ...]:
+        prompts = (Encoding(encoder, prompt) for encoder in self.conditioning.student)
+        return *prompts, *self.cond_encodings(cond_images)
+
+    def cond_encodings(self, cond_images: tuple[Crop, ...]) -> tuple[Encoding, ...]:
+        """Of the pictures to edit, which student and teacher share."""
+        return tuple(Encoding(self.conditioning.cond_encoder, pictures=(crop,)) for crop in cond_images)
 
     def teacher_encodings(self, sample: Sample) -> tuple[Encoding, ...]:
-        prompt = (self.data.picture(sample).teacher_caption or self.data.caption(sample)) + self.teacher_prompt_suffix
-        crop = Crop(sample.example, sample.flip)
-        return tuple(
-            Encoding(encoder, prompt if encoder.reads_prompt else "", crop if encoder.sees_picture else None)
-            for encoder in self.conditioning.teacher
+        data, encoders = self.data, self.conditioning.teacher
+        prompt = (data.picture(sample).teacher_caption or data.caption(sample)) + self.teacher_prompt_suffix
+        cond_images, crop = data.cond_crops(sample), data.teacher_crop(sample)
+        reading = (
+            Encoding(encoder, prompt, (*cond_images, crop) if encoder.sees_picture else ())
+            for encoder in encoders
+            if encoder.reads_prompt
         )
+        seeing = (Encoding(encoder, pictures=(crop,)) for encoder in encoders if not encoder.reads_prompt)
+        return *reading, *self.cond_encodings(cond_images), *seeing
 
     def all_teacher_encodings(self) -> Iterator[tuple[Picture, Encoding]]:
         """Every encoding that some sample's teacher may need, with the sample's picture."""
-        flips = (False, True) if self.data.order.random_flip else (False,)
-        for (index, example), flip in itertools.product(enumerate(self.data.examples), flips):
-            picture = self.data.pictures[example.picture]
-            for caption in range(len(picture.captions)):
-                for encoding in self.teacher_encodings(Sample(index, 0, caption, flip)):
-                    yield picture, encoding
+        for sample in self.all_samples():
+            for encoding in self.teacher_encodings(sample):
+                yield self.data.picture(sample), encoding
+
+    def all_samples(self) -> Iterator[Sample]:
+        return itertools.chain.from_iterable(map(self.data.order.variants, range(len(self.data.examples))))
 
     def all_encodings(self, prompts: list[str]) -> list[Encoding]:
         """Every encoding of a run that needs these prompts besides the captions. May contain duplicates."""
-        of_students = [
-            encoding for prompt in [*self.data.captions, *prompts] for encoding in self.student_encodings(prompt)
-        ]
+        conditions = [(prompt, ()) for prompt in prompts]
+        conditions += [(request.prompt, request.cond_images) for request in self.data.editing_requests]
+        if self.data.is_editing:
+            conditions += [(self.data.caption(sample), self.data.cond_crops(sample)) for sample in self.all_samples()]
+        else:
+            conditions += [(caption, ()) for caption in self.data.captions]
+        of_students = [encoding for condition in conditions for encoding in self.student_encodings(*condition)]
         return of_students + [encoding for _, encoding in self.all_teacher_encodings()]
 
     def fits(self, prompt: str) -> bool:
         """Whether a prompt is within the student's limit."""
         limit = self.conditioning.student_limit.tokens
         encodings = self.student_encodings(prompt)
-        return all(encoding.encoder.num_tokens(prompt, None) <= limit for encoding in encodings)
-
-    def size(self, encoding: Encoding) -> tuple[int, int] | None:
-        """(height, width) in pixels of the encoding's crop."""
-        return None if encoding.crop is None else self.data.bucket(encoding.crop)
+        return all(encoding.encoder.num_tokens(prompt, ()) <= limit for encoding in encodings)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -120,19 +134,18 @@ class Contexts:
 
     def num_bytes(self, encodings: Iterable[Encoding]) -> int:
         """Size of the encodings in the cache, without encoding them."""
-        shapes = (encoding.encoder.shape(encoding.prompt, self.size(encoding)) for encoding in encodings)
+        shapes = (encoding.encoder.shape(encoding.prompt, encoding.sizes) for encoding in encodings)
         return sum(map(math.prod, shapes)) * self.dtype.itemsize
 
     def key(self, encoding: Encoding) -> str:
         """The cache key: everything that the encoding depends on."""
-        encoder, crop = encoding.encoder, encoding.crop
+        encoder = encoding.encoder
         parts = [ENCODING_FORMAT, encoder.name, self.fingerprints[encoder.component], str(self.dtype)]
         if encoder.reads_prompt:
             parts.append(encoding.prompt)
         parts += encoder.cache_key()
-        if crop is not None:
-            example = self.data.examples[crop.example]
-            parts += [self.data.digests[example.picture], *example.bucket, *example.centering, crop.flip]
+        for crop in encoding.pictures:
+            parts += crop.key
         return content_key(*parts)
 
     # Encoding
@@ -164,13 +177,10 @@ class Contexts:
         if len(batch) > 1:
             encoded = encoder.encode_batch([encoding.prompt for encoding in batch])
         else:
-            picture = None if first.crop is None else self.data.cropped(first.crop)
-            encoded = [encoder.encode(first.prompt, picture)]
+            encoded = [encoder.encode(first.prompt, tuple(map(self.data.pixels, first.pictures)))]
         for encoding, tensor in zip(batch, encoded, strict=True):
             if not tensor.isfinite().all():
-                name = reprlib.repr(encoding.prompt)
-                if encoding.crop is not None:
-                    name = self.data.picture(encoding.crop).name
+                name = encoding.pictures[-1].file.name if encoding.pictures else reprlib.repr(encoding.prompt)
                 in_fp16 = self.dtype == torch.float16
                 advice = "use --mixed_precision bf16 or no" if in_fp16 else "check the checkpoint's weights"
                 raise InputError(f"{name}: its encoding is not finite; {advice}")
@@ -187,15 +197,18 @@ class Contexts:
         other.device = device
         return other
 
-    def student(self, prompts: list[str]) -> Context:
-        return self._stack([self.student_encodings(prompt) for prompt in prompts])
+    def student(self, prompts: list[str], cond_images: Sequence[tuple[Crop, ...]] | None = None) -> Context:
+        """The student's context for each prompt, with its pictures to edit if there are any."""
+        cond_images = cond_images or [()] * len(prompts)
+        return self._stack([self.student_encodings(*pair) for pair in zip(prompts, cond_images, strict=True)])
 
     def teacher(self, samples: list[Sample]) -> Context:
         return self._stack([self.teacher_encodings(sample) for sample in samples])
 
     def load(self, samples: list[Sample]) -> tuple[Context, Context]:
         """Contexts of the student and of the teacher for one batch."""
-        return self.student([self.data.caption(sample) for sample in samples]), self.teacher(samples)
+        captions, cond_images = (list(map(part, samples)) for part in (self.data.caption, self.data.cond_crops))
+        return self.student(captions, cond_images), self.teacher(samples)
 
     def _stack(self, samples: list[tuple[Encoding, ...]]) -> Context:
         return self.conditioning.stack([tuple(map(self.tensor, encodings)) for encodings in samples]).to(self.device)
@@ -211,7 +224,7 @@ def batches(encodings: Iterable[Encoding]) -> Iterator[list[Encoding]]:
     """One encoder's encodings in groups that are encoded at once: see `Encoder.batch_length`."""
     by_length: dict[int | None, list[Encoding]] = {}
     for encoding in encodings:
-        length = None if encoding.crop is not None else encoding.encoder.batch_length(encoding.prompt)
+        length = None if encoding.pictures else encoding.encoder.batch_length(encoding.prompt)
         by_length.setdefault(length, []).append(encoding)
     for length, members in by_length.items():
         count = 1 if length is None else max(1, MAX_BATCH_TOKENS // length)

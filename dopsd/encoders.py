@@ -1,6 +1,6 @@
 """Encoders and teacher contexts that several models share. Scripts add what their own model does with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from .context_cache import files_fingerprint
 from .errors import naming_flag
-from .model import Encoder, FewStepPipeline, VisionTower
+from .model import Encoder, FewStepPipeline, Size, VisionTower
 from .model_flags import TeacherContext
 from .settings import Settings, TeacherSettings
 
@@ -41,18 +41,18 @@ class PromptEncoder(Encoder):
         # Counts are asked for when prompts are checked, when sizes are predicted and when batches are made.
         self.count_tokens = cache(pipeline.chat_token_count)
 
-    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
+    def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> torch.Tensor:
         return self.encode_batch([prompt])[0]
 
     def batch_length(self, prompt: str) -> int | None:
-        return self.padded_length or self.num_tokens(prompt, None)
+        return self.padded_length or self.num_tokens(prompt, ())
 
-    def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
+    def shape(self, prompt: str, sizes: Sequence[Size]) -> tuple[int, ...]:
         if self.padded_length is not None:
             return 1, self.padded_length, self.width
-        return self.num_tokens(prompt, size), self.width
+        return self.num_tokens(prompt, sizes), self.width
 
-    def num_tokens(self, prompt: str, size: tuple[int, int] | None) -> int:
+    def num_tokens(self, prompt: str, sizes: Sequence[Size]) -> int:
         return self.count_tokens(prompt)
 
     def cache_key(self) -> list[Any]:
@@ -108,10 +108,10 @@ class PictureAndPromptEncoder(PromptEncoder):
         with naming_flag(VLM_FLAG):
             return files_fingerprint(self.vision_encoder.files())
 
-    def num_tokens(self, prompt: str, size: tuple[int, int] | None) -> int:
+    def num_tokens(self, prompt: str, sizes: Sequence[Size]) -> int:
         # Counted separately, so that a huge picture does not build a huge string.
-        without_picture = self.vision_encoder.content(prompt, 0)
-        return self.count_tokens(without_picture) + self.count_image_tokens(*size)
+        without_pictures = self.vision_encoder.content(prompt, *[0] * len(sizes))
+        return self.count_tokens(without_pictures) + sum(self.count_image_tokens(*size) for size in sizes)
 
     def batch_length(self, prompt: str) -> int | None:
         return None
@@ -155,14 +155,22 @@ class ReferenceEncoder(Encoder):
     def __init__(self, pipeline: FewStepPipeline, resolution: int | None = None):
         self.pipeline, self.resolution = pipeline, resolution
 
-    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
+    def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        (picture,) = pictures
         return self.pipeline.encode_reference(picture, self.resolution)
 
-    def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
+    def shape(self, prompt: str, sizes: Sequence[Size]) -> tuple[int, ...]:
+        (size,) = sizes
         return 1, *self.pipeline.reference_shape(*size, self.resolution)
 
     def cache_key(self) -> list[Any]:
         return [] if self.resolution is None else [self.resolution]
+
+
+class CondEncoder(ReferenceEncoder):
+    """A picture to edit, at its own size."""
+
+    name, noun = "cond", "pictures to edit"
 
 
 def resolve_vlm(

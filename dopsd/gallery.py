@@ -1,37 +1,34 @@
 """What a run draws and when: preview, validation, rollout, retention, and the story of the whole run."""
 
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker
-from accelerate.utils import broadcast_object_list, gather_object
-from diffusers.training_utils import offload_models
+from accelerate.utils import broadcast_object_list
 from PIL import Image
-from tqdm.auto import tqdm
 
 from .contexts import Contexts
 from .data.order import Sample
-from .data.training_data import Crop
+from .data.requests import Request
+from .drawing import Drawing, DrawingStopped, Result, Studio, Subject
 from .errors import DOPSDError, one_line
 from .history import MetricsLog, read_history
 from .html_report import RunReport, State
 from .memory import reset_peak_memory
-from .model import Context, FewStepPipeline, Model
+from .model import FewStepPipeline, Model
 from .output import naming_file
 from .prior import PriorPrompts
 from .retention import distances, mean_distance
 from .roles import StudentTeacherLoRA
-from .rollout import RolloutStep, rollout, seeded_noise
+from .rollout import RolloutStep, rollout
 from .settings import Settings
-from .sharding import calls_must_match
 from .sheets import Cell, contact_sheet, save_png, stack
 from .stopping import StopRequest
 from .tracking import track
@@ -44,24 +41,6 @@ MAX_STORY_COLUMNS = 4  # besides the base model's
 MAX_STORY_ROWS = 6
 
 Row = tuple[str, list[Image.Image | None]]  # a label, and one image per column
-Subject = tuple[str, int]  # a prompt and a seed
-Result = TypeVar("Result")
-
-
-class DrawingStopped(Exception):
-    """The run was asked to stop."""
-
-
-class DrawingFailed(DOPSDError):
-    """Another process could not draw an image."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """An image and the latents that it was decoded from."""
-
-    latents: torch.Tensor  # for `FewStepPipeline.decode`, one sample, on the CPU
-    image: Image.Image
 
 
 @dataclass(frozen=True)
@@ -81,20 +60,35 @@ class Sheet:
         return contact_sheet(self.title, self.columns, rows, note=self.note, **accents)
 
 
-class Gallery:
-    """Draws with base, student and teacher at the deployed number of steps; writes contact sheets and curves.
+@dataclass(frozen=True)
+class Lesson:
+    """A row of the preview: what base and teacher make of a training picture's caption, from the same noise.
 
-    Every image is what the stock pipeline draws from the same noise with the saved LoRA. Drawing touches neither the
-    weights nor the random generators that training uses.
+    Attributes:
+        label: the caption, or captions.
+        cond_images: the pictures to edit.
+        base, teacher: their drawings.
+        teacher_picture: what the teacher sees, if that is another picture.
+        picture: the training picture; None if there is only a caption.
+    """
+
+    label: str
+    cond_images: list[Image.Image]
+    base: Drawing
+    teacher: Drawing
+    teacher_picture: Image.Image | None
+    picture: Image.Image | None
+
+
+class Gallery(Studio):
+    """Writes contact sheets of what base, student and teacher draw, and curves.
 
     Args:
         settings: resolved.
         accelerator: sheets go to its trackers too.
-        pipeline, roles, contexts: used to draw images.
+        pipeline, roles, contexts, save_dtype, stop: see `Studio`. A resumed run draws a validation that was stopped.
         model: what the teacher sees, and what the report says of it.
-        save_dtype: of the saved LoRA.
         metrics_log: gets retention.
-        stop: if it is set, the rest of a preview or validation is not drawn. A resumed run draws the validation.
         prior: its drawn prompts are shown with the retention prompts.
     """
 
@@ -112,31 +106,37 @@ class Gallery:
         stop: StopRequest,
         prior: PriorPrompts,
     ):
-        self.metrics_log, self.stop = metrics_log, stop
-        self.settings, self.folder = settings.validation, Path(settings.training.output_dir)
+        drawn_with = {"pipeline": pipeline, "roles": roles, "contexts": contexts}
+        super().__init__(settings, accelerator, **drawn_with, save_dtype=save_dtype, stop=stop)
+        self.metrics_log, self.folder = metrics_log, Path(settings.training.output_dir)
         # Without retention prompts there is nothing to compare the extra ones' drift with.
         self.extra_prompts = prior.drawn if self.settings.retention_prompts else {}
         self.num_rollout_steps = settings.distillation.num_rollout_steps
         self.loss_space = settings.distillation.loss_space
         self.last_step = settings.training.max_train_steps
-        self.accelerator, self.pipeline, self.roles, self.contexts = accelerator, pipeline, roles, contexts
-        self.calls_match = calls_must_match(settings.performance, accelerator)
-        self.is_out_of_step = False  # An error now leaves other processes waiting for this one's part of the weights.
         self.data = contexts.data
         self.teacher_context = model.teacher_context(settings)
         self.report = RunReport(settings, model, self.data)
-        self.save_dtype = save_dtype
-        self.base_drawings: dict[Subject, Drawing] = {}  # drawn once, the same on all processes
-        # (step, prompt, seed) -> the student's image, for validation prompts at seed 0 and for retention prompts
-        self.story: dict[tuple[int, str, int], Image.Image] = {}
+        # (step, subject) -> the student's image, for validation prompts at seed 0 and for retention prompts
+        self.story: dict[tuple[int, Subject], Image.Image] = {}
         self.card_images: list[tuple[str, str]] = []  # (prompt, path in the output folder)
-        first_example_of: dict[int, int] = {}  # picture -> example
-        for index, example in enumerate(self.data.examples):
-            first_example_of.setdefault(example.picture, index)
-        self.shown = [
-            Sample(example=index, epoch=0, caption=0, flip=False)
-            for index in sorted(first_example_of.values())[:NUM_PREVIEW_PICTURES]
-        ]
+        self.shown = self.data.shown(NUM_PREVIEW_PICTURES)
+        self.lessons: list[Lesson] = []  # of `shown`, on all processes
+
+    def request(self, prompt: str) -> Request:
+        """A picture of the validation's size, from a prompt alone."""
+        return Request(prompt, (), (self.settings.validation_height, self.settings.validation_width))
+
+    def validation_requests(self) -> list[Request]:
+        return self.data.editing_requests or [self.request(prompt) for prompt in self.settings.validation_prompt]
+
+    def final_request(self) -> Request:
+        """The additional prompt of the last validation; an editor edits what its first prompt edits."""
+        prompt = self.settings.final_validation_prompt
+        return replace(self.validation_requests()[0], prompt=prompt)
+
+    def retention_subjects(self) -> list[Subject]:
+        return [Subject(self.request(prompt), seed) for seed, prompt in enumerate(self.settings.retention_prompts)]
 
     # When to draw
 
@@ -191,91 +191,6 @@ class Gallery:
             details = None if isinstance(error, DOPSDError) else error
             logger.error(f"{what} failed ({one_line(error)}); {after}", exc_info=details)
 
-    # Drawing
-
-    def noise(self, height: int, width: int, seed: int) -> torch.Tensor:
-        """(1, C, h, w) noise: in float32, what a pipeline draws from `torch.Generator().manual_seed(seed)`."""
-        noise = seeded_noise(self.pipeline.latent_shape(height, width), [seed])
-        return noise.to(self.accelerator.device, self.pipeline.latents_dtype)
-
-    def draw(self, context: Context, noise: torch.Tensor) -> Drawing:
-        latents = self.pipeline.sample(context, noise, self.settings.num_inference_steps)
-        return Drawing(latents.cpu(), self.decode(latents)[0])
-
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Decodes with the VAE on the accelerator for the time of the call."""
-        with offload_models(self.pipeline.vae, device=self.accelerator.device, offload=True):
-            return self.pipeline.decode(latents)
-
-    def draw_prompt(self, prompt: str, seed: int) -> Drawing:
-        noise = self.noise(self.settings.validation_height, self.settings.validation_width, seed)
-        return self.draw(self.contexts.student([prompt]), noise)
-
-    def base_drawing(self, prompt: str, seed: int) -> Drawing:
-        with self.roles.base_role():
-            return self.draw_prompt(prompt, seed)
-
-    def student_drawing(self, prompt: str, seed: int) -> Drawing:
-        with self.roles.shipped_role(self.save_dtype):
-            return self.draw_prompt(prompt, seed)
-
-    def share(self, jobs: dict[Hashable, Callable[[], Result]], description: str) -> dict[Hashable, Result]:
-        """Runs the jobs, shared among the processes. Every process gets all results, in the jobs' order.
-
-        If processes share the transformer's weights, each of them runs all of the jobs.
-
-        Raises:
-            DrawingStopped, DrawingFailed, or a job's own error: a process could not run its jobs. All processes raise.
-        """
-        if self.calls_match:
-            return self.run_together(jobs, description)
-        accelerator = self.accelerator
-        own, failure = {}, None
-        bar = tqdm(
-            list(jobs)[accelerator.process_index :: accelerator.num_processes],
-            desc=description,
-            leave=False,
-            disable=not accelerator.is_local_main_process,
-        )
-        try:
-            for key in bar:
-                if self.stop.is_set:
-                    raise DrawingStopped
-                own[key] = jobs[key]()
-        except Exception as error:
-            failure = error
-        reports = gather_object([(own, type(failure) is DrawingStopped, failure and one_line(failure))])
-        if any(is_stopped for _, is_stopped, _ in reports):
-            raise DrawingStopped
-        if failure is not None:
-            raise failure
-        for _, _, problem in reports:
-            if problem is not None:
-                raise DrawingFailed(problem)
-        results = {key: result for part, _, _ in reports for key, result in part.items()}
-        return {key: results[key] for key in jobs}
-
-    def run_together(self, jobs: dict[Hashable, Callable[[], Result]], description: str) -> dict[Hashable, Result]:
-        """Runs all jobs on every process, in step with the others."""
-        results = {}
-        is_quiet = not self.accelerator.is_local_main_process
-        for key in tqdm(list(jobs), desc=description, leave=False, disable=is_quiet):
-            if self.stop.is_set_on_any(self.accelerator):
-                raise DrawingStopped
-            self.is_out_of_step = True
-            results[key] = jobs[key]()
-            self.is_out_of_step = False
-        return results
-
-    def compare(self, subjects: list[Subject], description: str) -> dict[Subject, tuple[Drawing, Drawing]]:
-        """The base's and the student's drawing of each subject, shared among the processes."""
-        new = [subject for subject in subjects if subject not in self.base_drawings]
-        jobs = {("base", subject): partial(self.base_drawing, *subject) for subject in new}
-        jobs |= {("student", subject): partial(self.student_drawing, *subject) for subject in subjects}
-        drawn = self.share(jobs, description)
-        self.base_drawings |= {subject: drawn["base", subject] for subject in new}
-        return {subject: (self.base_drawings[subject], drawn["student", subject]) for subject in subjects}
-
     def write(self, name: str, step: int, *sheets: Sheet) -> None:
         """Writes contact sheets, below each other, as one PNG and to the trackers."""
         image = stack([sheet.draw() for sheet in sheets], 0)
@@ -295,72 +210,122 @@ class Gallery:
 
     def draw_preview(self) -> None:
         """Before the first step: what the teacher draws. The student cannot learn more than that."""
-        jobs = {seed: partial(self.preview_row, seed, sample) for seed, sample in enumerate(self.shown)}
-        rows = list(self.share(jobs, "Preview").values())
+        self.draw_lessons("Preview")
         if not self.accelerator.is_main_process:
             return
-        has_pictures = len(rows[0][1]) == 3
         remedy = (
             "--teacher_context, --teacher_prompt_suffix, --resolution or the pictures"
             if self.contexts.conditioning.teacher_sees_picture
             else "the teacher's captions"
         )
-        sheet = Sheet(
+        sheet = self.lesson_sheet(
             f"Before training, drawn in {self.settings.num_inference_steps} sampling steps",
-            ["base", f"teacher: {self.teacher_context.description}", *(["the picture"] if has_pictures else [])],
-            rows,
             "The student is pulled from the base's column towards the teacher's. If the teacher's does not show "
             f"what you want, training cannot teach it: change {remedy} before you spend hours.",
         )
         self.write("preview", 0, sheet)
 
-    def preview_row(self, seed: int, sample: Sample) -> Row:
-        noise = self.noise(*self.data.bucket(sample), seed)
+    def draw_lessons(self, description: str) -> None:
+        """Draws the rows of the preview, which later validations show again."""
+        jobs = {seed: partial(self.lesson, seed, sample) for seed, sample in enumerate(self.shown)}
+        self.lessons = list(self.share(jobs, description).values())
+
+    def lesson(self, seed: int, sample: Sample) -> Lesson:
         caption, teacher_caption = self.data.caption(sample), self.data.picture(sample).teacher_caption
-        with self.roles.base_role():
-            base = self.draw(self.contexts.student([caption]), noise)
-        with self.roles.teacher_role():
-            teacher = self.draw(self.contexts.teacher([sample]), noise)
-        label = caption if teacher_caption is None else f"{caption} (teacher: {teacher_caption})"
-        picture = self.data.cropped(Crop(sample.example, sample.flip))
-        return label, [base.image, teacher.image, *([] if picture is None else [picture])]
+        crop, teacher_crop = self.data.crop(sample), self.data.teacher_crop(sample)
+        return Lesson(
+            label=caption if teacher_caption is None else f"{caption} (teacher: {teacher_caption})",
+            cond_images=[self.data.pixels(cond_crop) for cond_crop in self.data.cond_crops(sample)],
+            base=self.base_drawing(self.data.request(sample), seed),
+            teacher=self.teacher_drawing(sample, seed),
+            teacher_picture=None if teacher_crop == crop else self.data.pixels(teacher_crop),
+            picture=self.data.pixels(crop),
+        )
+
+    def lesson_sheet(self, title: str, note: str, students: Sequence[Image.Image] = ()) -> Sheet:
+        """The lessons as rows: pictures to edit, base, teacher, student, the pictures that were to be learned.
+
+        Args:
+            students: the student's drawings; without them there is no column for it.
+        """
+        num_cond_images = max(len(lesson.cond_images) for lesson in self.lessons)
+        headings = [*cond_headings(num_cond_images), "base", f"teacher: {self.teacher_context.description}"]
+        headings += ["student"] * bool(students)
+        headings += ["what the teacher sees"] * any(lesson.teacher_picture for lesson in self.lessons)
+        headings += ["the picture"] * any(lesson.picture for lesson in self.lessons)
+        rows = []
+        for index, lesson in enumerate(self.lessons):
+            cells = [*lesson.cond_images, *[None] * (num_cond_images - len(lesson.cond_images))]
+            cells += [lesson.base.image, lesson.teacher.image, *students[index : index + 1]]
+            cells += [picture for picture in (lesson.teacher_picture, lesson.picture) if picture is not None]
+            rows.append((lesson.label, cells))
+        return Sheet(title, headings, rows, note, accent_columns=[headings.index("student")] if students else ())
 
     def draw_validation(self, step: int) -> None:
-        """Three sheets: validation prompts, rollout, and retention prompts, if there are any, with their figure."""
-        prompts = list(self.settings.validation_prompt)
+        """Sheets of the validation prompts, the preview's rows, the rollout, and the retention prompts, if any."""
+        requests = [*self.validation_requests()]
         if step == self.last_step and self.settings.final_validation_prompt:
-            prompts.append(self.settings.final_validation_prompt)
-        asked = [(prompt, seed) for prompt in prompts for seed in range(self.settings.num_validation_images)]
-        retained = [(prompt, seed) for seed, prompt in enumerate(self.settings.retention_prompts)]
+            requests.append(self.final_request())
+        asked = [Subject(request, seed) for request in requests for seed in range(self.settings.num_validation_images)]
+        retained = self.retention_subjects()
         # First all that the processes share, so that an error while writing stays on the main process.
         validation = self.compare(asked, "Validation")
+        if not self.lessons:  # of a resumed run
+            self.draw_lessons("Preview")
+        learned = {
+            seed: partial(self.student_drawing, self.data.request(sample), seed)
+            for seed, sample in enumerate(self.shown)
+        }
+        students = list(self.share(learned, "Lessons").values())
         rollouts = self.share({"rollout": self.rollout_images}, "Rollout")["rollout"]
-        extra = [(prompt, len(retained) + index) for index, prompt in enumerate(self.extra_prompts.values())]
+        extra = [
+            Subject(self.request(prompt), len(retained) + index)
+            for index, prompt in enumerate(self.extra_prompts.values())
+        ]
         retention = self.compare([*retained, *extra], "Retention")
         if self.accelerator.is_main_process:
-            self.write_validation(step, prompts, validation)
+            self.write_validation(step, requests, validation)
+            self.write_lessons(step, students)
             self.write_rollout(step, *rollouts)
             if retention:
                 self.metrics_log.write(step, self.write_retention(step, retention))
 
-    def write_validation(self, step: int, prompts: list[str], drawn: dict[Subject, tuple[Drawing, Drawing]]) -> None:
+    def write_lessons(self, step: int, students: list[Drawing]) -> None:
+        """The preview's rows again, with the student as it would be saved."""
+        sheet = self.lesson_sheet(
+            f"After training step {step}: what was to be learned",
+            "A row starts from the same noise. The student began as the base and is pulled towards the teacher.",
+            [drawing.image for drawing in students],
+        )
+        self.write(f"lessons-{step}", step, sheet)
+
+    def write_validation(
+        self, step: int, requests: list[Request], drawn: dict[Subject, tuple[Drawing, Drawing]]
+    ) -> None:
         """The validation prompts, with the base model and with the student as it would be saved."""
         seeds = range(self.settings.num_validation_images)
+        num_cond_images = max(len(request.cond_images) for request in requests)
         rows: list[Row] = []
-        for prompt in prompts:
-            bases, students = ([drawn[prompt, seed][who].image for seed in seeds] for who in (0, 1))
-            rows += [(f"base: {prompt}", bases), (f"student: {prompt}", students)]
-            self.story[step, prompt, 0] = students[0]
+        for request in requests:
+            bases, students = ([drawn[Subject(request, seed)][who].image for seed in seeds] for who in (0, 1))
+            rows.append((f"base: {request.prompt}", [*self.cond_cells(request, num_cond_images), *bases]))
+            rows.append((f"student: {request.prompt}", [*[None] * num_cond_images, *students]))
+            self.story[step, Subject(request, 0)] = students[0]
             if step == self.last_step:
-                self.keep_for_card(prompt, students[0])
+                self.keep_for_card(request.prompt, students[0])
         sheet = Sheet(
             f"After training step {step}, drawn in {self.settings.num_inference_steps} sampling steps",
-            [f"seed {seed}" for seed in seeds],
+            [*cond_headings(num_cond_images), *(f"seed {seed}" for seed in seeds)],
             rows,
             "A column starts from the same noise. Look for your subject, and for edges as sharp as the base's.",
             accent_rows=range(1, len(rows), 2),
         )
         self.write(f"validation-{step}", step, sheet)
+
+    def cond_cells(self, request: Request, count: int) -> list[Image.Image | None]:
+        """The pictures to edit, filled up with empty cells."""
+        images = [self.data.pixels(crop) for crop in request.cond_images]
+        return images + [None] * (count - len(images))
 
     def keep_for_card(self, prompt: str, image: Image.Image) -> None:
         name = f"images/validation_{len(self.card_images)}.png"
@@ -407,8 +372,8 @@ class Gallery:
     def write_retention(self, step: int, drawn: dict[Subject, tuple[Drawing, Drawing]]) -> dict[str, float]:
         """The retention prompts, which should look as before, and then the extra ones. Returns their figures."""
         num_retained = len(self.settings.retention_prompts)
-        for prompt, seed in list(drawn)[:num_retained]:
-            self.story[step, prompt, seed] = drawn[prompt, seed][1].image
+        for subject in list(drawn)[:num_retained]:
+            self.story[step, subject] = drawn[subject][1].image
         bases, students = zip(*drawn.values(), strict=True)
         latents = [torch.cat([drawing.latents for drawing in drawings]) for drawings in (bases, students)]
         scale = mean_distance(latents[0][:num_retained])
@@ -439,44 +404,55 @@ class Gallery:
 
     def story_sheets(self) -> list[Sheet]:
         """Some of the validations and some of the prompts, so that the story fits a screen's width and is not long."""
-        prompts, retained = story_subjects(self.settings.validation_prompt, self.settings.retention_prompts)
-        steps = evenly_spaced(sorted({step for step, *_ in self.story}), MAX_STORY_COLUMNS)
+        asked, retained = story_subjects(
+            [Subject(request, 0) for request in self.validation_requests()], self.retention_subjects()
+        )
+        steps = evenly_spaced(sorted({step for step, _ in self.story}), MAX_STORY_COLUMNS)
         columns = ["base", *(f"after step {step}" for step in steps)]
 
-        def row(prompt: str, seed: int) -> Row:
-            students = [self.story.get((step, prompt, seed)) for step in steps]
+        def row(subject: Subject) -> Row:
+            students = [self.story.get((step, subject)) for step in steps]
             # A base drawing is missing if the validation that draws it has failed.
-            base = self.base_drawings.get((prompt, seed))
+            base = self.base_drawings.get(subject)
             if base is None and not self.calls_match:
-                base = self.base_drawing(prompt, seed)
-            return prompt, [base and base.image, *students]
+                base = self.base_drawing(*subject)
+            return subject.request.prompt, [base and base.image, *students]
 
+        num_cond_images = max(len(subject.request.cond_images) for subject in asked)
+        asked_rows = [
+            (label, [*self.cond_cells(subject.request, num_cond_images), *images])
+            for subject, (label, images) in zip(asked, map(row, asked), strict=True)
+        ]
         validation = Sheet(
             f"{self.folder.name}: {self.last_step} training steps, drawn in {self.settings.num_inference_steps} "
             "sampling steps",
-            columns,
-            [row(*subject) for subject in prompts],
+            [*cond_headings(num_cond_images), *columns],
+            asked_rows,
             "Validation prompts. Each row starts from the same noise.",
-            accent_columns=[len(steps)],
+            accent_columns=[num_cond_images + len(steps)],
         )
-        crops = [self.data.cropped(Crop(sample.example, sample.flip)) for sample in self.shown]
+        crops = [self.data.pixels(self.data.crop(sample)) for sample in self.shown]
         pictures = [picture for picture in crops if picture is not None]
         training = Sheet("The training pictures", [""] * len(pictures), [("", pictures)], "")
         retention = Sheet(
             "Prompts that have nothing to do with the training",
             columns,
-            [row(*subject) for subject in retained],
+            [row(subject) for subject in retained],
             "These should stay as the base draws them.",
             accent_columns=[len(steps)],
         )
         return [validation, *([training] if pictures else []), *([retention] if retention.rows else [])]
 
 
-def story_subjects(prompts: list[str], retention_prompts: list[str]) -> tuple[list[Subject], list[Subject]]:
+def cond_headings(count: int) -> list[str]:
+    """Of the columns with the pictures to edit."""
+    return ["to edit"] * count if count < 2 else [f"to edit, {number}" for number in range(1, count + 1)]
+
+
+def story_subjects(asked: list[Subject], retained: list[Subject]) -> tuple[list[Subject], list[Subject]]:
     """Validation and retention prompts for at most `MAX_STORY_ROWS` rows, half of them for either if both are many."""
-    retained = [(prompt, seed) for seed, prompt in enumerate(retention_prompts)]
-    retained = evenly_spaced(retained, max(MAX_STORY_ROWS // 2, MAX_STORY_ROWS - len(prompts)))
-    return evenly_spaced([(prompt, 0) for prompt in prompts], MAX_STORY_ROWS - len(retained)), retained
+    retained = evenly_spaced(retained, max(MAX_STORY_ROWS // 2, MAX_STORY_ROWS - len(asked)))
+    return evenly_spaced(asked, MAX_STORY_ROWS - len(retained)), retained
 
 
 def evenly_spaced(items: list[Result], count: int) -> list[Result]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -192,9 +193,10 @@ def log_plan(
     )
     order = data.order
     if order.mean_batch_size < training.train_batch_size:
-        counts = ", ".join(
-            f"{height}x{width}: {len(members)}" for (height, width), members in sorted(order.buckets.items())
-        )
+        counts = Counter()
+        for shape, members in order.members.items():
+            counts[shape.bucket] += len(members)
+        counts = ", ".join(f"{height}x{width}: {count}" for (height, width), count in sorted(counts.items()))
         logger.warning(
             f"--train_batch_size {training.train_batch_size}: batches hold {order.mean_batch_size:.3g} pictures on "
             f"average, because pictures of different sizes are not mixed (height x width: pictures, repeats included: "

@@ -5,7 +5,7 @@ docs/add_a_model.md explains how.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -19,6 +19,9 @@ from .model_card import CardInfo
 from .model_flags import ModelFlags
 from .rollout import Schedule
 from .settings import Settings
+
+
+Size = tuple[int, int]  # (height, width) of a picture in pixels
 
 
 class Context(Protocol):
@@ -76,8 +79,8 @@ class VisionTower(Protocol):
     def num_parameters(self) -> int:
         """Of the tower, without reading its weights."""
 
-    def content(self, prompt: str, num_image_tokens: int) -> str:
-        """The user's message: the picture's tokens, then the prompt."""
+    def content(self, prompt: str, *num_image_tokens: int) -> str:
+        """The user's message: each picture's tokens, then the prompt."""
 
     def load(self, text_encoder: torch.nn.Module) -> None: ...
 
@@ -85,13 +88,14 @@ class VisionTower(Protocol):
 
 
 class Encoder:
-    """Turns a prompt, a picture, or both into one tensor of a context.
+    """Turns a prompt, pictures, or both into one tensor of a context.
 
     Attributes:
         name: identifies the encoder in cache keys, so it is unique among a run's encoders.
         noun: what it encodes, in the plural, for progress bars and log lines.
         component: the model that it needs on the accelerator.
-        reads_prompt, sees_picture: what its encodings depend on.
+        reads_prompt, sees_picture: what its encodings depend on. One that does both sees all of a sample's pictures:
+            those to edit, then the result. One that only sees pictures gets them one by one.
     """
 
     name: ClassVar[str]
@@ -100,13 +104,13 @@ class Encoder:
     reads_prompt: ClassVar[bool] = True
     sees_picture: ClassVar[bool] = False
 
-    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
+    def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """The encoding of one sample, on the component's device."""
         raise NotImplementedError
 
     def encode_batch(self, prompts: list[str]) -> list[torch.Tensor]:
         """The encodings of prompts with equal `batch_length`. Called if it has one, and sees no picture."""
-        return [self.encode(prompt, None) for prompt in prompts]
+        return [self.encode(prompt, ()) for prompt in prompts]
 
     def batch_length(self, prompt: str) -> int | None:
         """Tokens that the text encoder computes for a prompt, with padding; None to encode each prompt by itself.
@@ -116,12 +120,12 @@ class Encoder:
         """
         return None
 
-    def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
-        """Shape of `encode`'s result for a picture of that (height, width) in pixels, without encoding it."""
+    def shape(self, prompt: str, sizes: Sequence[Size]) -> tuple[int, ...]:
+        """Shape of `encode`'s result for pictures of these sizes, without encoding them."""
         raise NotImplementedError
 
-    def num_tokens(self, prompt: str, size: tuple[int, int] | None) -> int:
-        """Tokens of the text with chat template and picture, before truncation. Called if it reads prompts."""
+    def num_tokens(self, prompt: str, sizes: Sequence[Size]) -> int:
+        """Tokens of the text with chat template and pictures, before truncation. Called if it reads prompts."""
         raise NotImplementedError
 
     def cache_key(self) -> list[Any]:
@@ -159,6 +163,8 @@ class Conditioning:
         student, teacher: the encoders whose tensors make up a sample's context. The student's read prompts only.
         stack: a batch's context from its samples' tensors, one tuple per sample, one tensor per encoder.
         student_limit, teacher_limit: longer texts are refused.
+        cond_encoder: encodes the pictures to edit, for both of them; their tensors come after those of the prompts.
+            None if the model cannot edit.
     """
 
     student: tuple[Encoder, ...]
@@ -166,6 +172,7 @@ class Conditioning:
     stack: Callable[[list[tuple[torch.Tensor, ...]]], Context]
     student_limit: TokenLimit
     teacher_limit: TokenLimit
+    cond_encoder: Encoder | None = None
 
     def __post_init__(self) -> None:
         names = [encoder.name for encoder in self.encoders]
@@ -173,7 +180,8 @@ class Conditioning:
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
-        return tuple(dict.fromkeys(self.student + self.teacher))
+        cond = () if self.cond_encoder is None else (self.cond_encoder,)
+        return tuple(dict.fromkeys(self.student + self.teacher + cond))
 
     @property
     def teacher_sees_picture(self) -> bool:

@@ -3,14 +3,17 @@
 This module, and all that it imports, imports no library that takes seconds.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from .settings import ModelSettings, Settings
 from .sizes import SizeLimits
 
 
-EDITING_SUFFIX = " The last image shows the result of this edit: reproduce it exactly."
+# Defaults of a teacher that sees the result of an edit after what is edited.
+EDITING = {"teacher_prompt_suffix": " The last image shows the result of this edit: reproduce it exactly."}
 
 
 @dataclass(frozen=True)
@@ -21,17 +24,22 @@ class TeacherContext:
         description: continues the sentence "the teacher: ...".
         encoders: names of the encoders whose tensors make up the teacher's context.
         prompt_suffix: default of `--teacher_prompt_suffix`.
-        editing_suffix: its default with `--cond_image_column`.
         flags: the flags that only this choice uses, with their defaults. None is resolved later.
+        editing: defaults with `--cond_image_column`, where they differ.
         flag_help: what `--help` adds to some of them.
     """
 
     description: str
     encoders: tuple[str, ...]
     prompt_suffix: str = ""
-    editing_suffix: str = ""
     flags: dict[str, Any] = field(default_factory=dict)
+    editing: dict[str, Any] = field(default_factory=dict)
     flag_help: dict[str, str] = field(default_factory=dict)
+
+    def defaults(self, is_editing: bool) -> dict[str, Any]:
+        """Flag -> default, of all flags of the teacher whose default depends on the choice."""
+        values = {"teacher_prompt_suffix": self.prompt_suffix, **self.flags}
+        return values | self.editing if is_editing else values
 
 
 # The `caption` teacher: it reads more than the student, and needs no picture.
@@ -43,19 +51,24 @@ CAPTION_CONTEXT = TeacherContext(
 
 
 def vlm_context(
-    vlm: str, default_models: dict[int, str], *, min_pixels: int, max_pixels: int, editing_suffix: str = ""
+    vlm: str,
+    default_models: dict[int, str],
+    *,
+    min_pixels: int,
+    max_pixels: int,
+    editing: Mapping[str, Any] = MappingProxyType({}),
 ) -> TeacherContext:
     """The `vlm` teacher, whose text encoder sees the picture through the vision tower of `vlm`.
 
     Args:
-        editing_suffix: see `TeacherContext`.
         default_models: hub ids by the text encoder's hidden size; the default is the one that fits.
         min_pixels, max_pixels: defaults of the flags; pictures are scaled to an area between them.
+        editing: see `TeacherContext`.
     """
     return TeacherContext(
         f"its text encoder sees the picture through {vlm}'s vision tower",
         encoders=("vlm",),
-        editing_suffix=editing_suffix,
+        editing=dict(editing),
         flags={
             "vlm_model_name_or_path": None,
             "vlm_min_pixels": min_pixels,

@@ -82,13 +82,17 @@ def check_captions(contexts: Contexts, teacher: TeacherSettings, teacher_context
         for caption in picture.captions:
             check_prompt(contexts, caption, picture.name, "shorten the caption")
     advice = "shorten the caption or --teacher_prompt_suffix"
-    if teacher.teacher_prompt_suffix and teacher.teacher_prompt_suffix == teacher_context.prompt_suffix:
+    if (
+        teacher.teacher_prompt_suffix
+        and teacher.teacher_prompt_suffix
+        == teacher_context.defaults(contexts.data.is_editing)["teacher_prompt_suffix"]
+    ):
         advice = "replace the default suffix with a shorter --teacher_prompt_suffix, or shorten the caption"
     if any(encoder.reads_prompt and encoder.sees_picture for encoder in contexts.conditioning.teacher):
         advice += ", or lower --vlm_min_pixels and --vlm_max_pixels"
     checked = set()
     for picture, encoding in contexts.all_teacher_encodings():
-        inputs = encoding.encoder, encoding.prompt, contexts.size(encoding)
+        inputs = encoding.encoder, encoding.prompt, encoding.sizes
         if encoding.encoder.reads_prompt and inputs not in checked:
             checked.add(inputs)
             limit = contexts.conditioning.teacher_limit
@@ -103,12 +107,14 @@ def check_prompt(contexts: Contexts, prompt: str, name: str, advice: str) -> Non
 
 
 def check_length(contexts: Contexts, encoding: Encoding, limit: TokenLimit, name: str, advice: str) -> None:
-    count = encoding.encoder.num_tokens(encoding.prompt, contexts.size(encoding))
+    count = encoding.encoder.num_tokens(encoding.prompt, encoding.sizes)
     if count > limit.tokens:
-        picture = "the picture and the chat template" if encoding.crop is not None else "the chat template"
+        others = ["the chat template"]
+        if encoding.pictures:
+            others.insert(0, "the picture" if len(encoding.pictures) == 1 else f"{len(encoding.pictures)} pictures")
         raise InputError(
-            f"{name}: {reprlib.repr(encoding.prompt)} is {count} tokens long with {picture}; the limit is "
-            f"{limit.tokens} ({limit.flag}): {advice}"
+            f"{name}: {reprlib.repr(encoding.prompt)} is {count} tokens long with {' and '.join(others)}; the limit "
+            f"is {limit.tokens} ({limit.flag}): {advice}"
         )
 
 

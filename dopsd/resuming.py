@@ -41,10 +41,12 @@ def resume_contract(
         identities |= encoder.identity()
     values = settings.must_match() | identities
     values["model"] = model_identity(settings.model)
-    values[PICTURES] = {
-        picture.name: content_key(digest, picture.captions, picture.teacher_caption)[:16]
-        for picture, digest in zip(data.pictures, data.digests, strict=True)
-    }
+    shows_other = settings.teacher.teacher_picture == "other"
+    values[PICTURES] = {}
+    for picture, digest, cond_digests in zip(data.pictures, data.digests, data.cond_digests, strict=True):
+        # What a run does not use is left out, as in checkpoints from before it could be used.
+        used = [part for part in (cond_digests, shows_other and picture.group) if part]
+        values[PICTURES][picture.name] = content_key(digest, picture.captions, picture.teacher_caption, *used)[:16]
     held = settings.prior
     values[PRIOR] = [held.prior_loss_weight, held.prior_every, content_key(prior.trained)] if prior.trained else None
     accumulation_steps = settings.training.gradient_accumulation_steps
@@ -212,7 +214,8 @@ def earlier_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def check_resumable(checkpoint: Path, contract: dict[str, Any], max_train_steps: int) -> None:
     """Raises `InputError` if the run's contract differs from the checkpoint's, or it has too few steps."""
     flag, state = f"--resume_from_checkpoint {checkpoint.name}", read_state(checkpoint)
-    saved_contract = earlier_settings(state["settings"]) | state["settings"]
+    earlier = earlier_settings(state["settings"])
+    saved_contract = {name: value for name, value in earlier.items() if name in contract} | state["settings"]
     # An older version did not know all of today's flags.
     new = contract if state["files"] else {}
     names = dict.fromkeys([*saved_contract, *new])

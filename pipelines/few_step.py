@@ -1,5 +1,6 @@
 """What the D-OPSD pipelines have in common: chat texts, sampling from an encoded context, decoding."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,6 +11,9 @@ from dopsd.rollout import few_step_sample
 
 from .chat_template import apply_chat_template
 from .vision_encoder import VisionEncoder
+
+
+Images = PIL.Image.Image | Sequence[PIL.Image.Image]  # of one prompt
 
 
 class FewStepMixin:
@@ -33,9 +37,9 @@ class FewStepMixin:
         return len(self.tokenizer(self.chat_text(content)).input_ids)
 
     def vlm_hidden_states(
-        self, prompt: str, image: PIL.Image.Image, vision_encoder: VisionEncoder, *, pad_to: int | None = None
+        self, prompt: str, images: Images, vision_encoder: VisionEncoder, *, pad_to: int | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """Hidden states of the text encoder for a chat text with the image before the prompt.
+        """Hidden states of the text encoder for a chat text with one or several images before the prompt.
 
         Args:
             vision_encoder: with this pipeline's text encoder loaded into it.
@@ -44,8 +48,10 @@ class FewStepMixin:
         Returns:
             (1, L, D) for the embeddings and each layer.
         """
-        content = vision_encoder.content(prompt, vision_encoder.num_image_tokens(image.height, image.width))
-        return vision_encoder.hidden_states(self.chat_text(content), image, pad_to=pad_to)
+        images = [images] if isinstance(images, PIL.Image.Image) else images
+        counts = (vision_encoder.num_image_tokens(image.height, image.width) for image in images)
+        content = vision_encoder.content(prompt, *counts)
+        return vision_encoder.hidden_states(self.chat_text(content), *images, pad_to=pad_to)
 
     @property
     def token_pixels(self) -> int:

@@ -13,7 +13,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu,
 
 from dopsd.rollout import Schedule
 
-from .few_step import FewStepMixin
+from .few_step import FewStepMixin, Images
 from .published import KLEIN_OUT_LAYERS
 from .vision_encoder import VisionEncoder
 
@@ -108,16 +108,16 @@ class Flux2KleinDOPSDPipeline(FewStepMixin, Flux2KleinPipeline):
     def encode_vlm_teacher(
         self,
         prompts: list[str],
-        images: list[PIL.Image.Image],
+        images: list[Images],
         *,
         vision_encoder: VisionEncoder,
         max_sequence_length: int = 512,
         text_encoder_out_layers: tuple[int, ...] = KLEIN_OUT_LAYERS,
     ) -> KleinContext:
-        """The `vlm` teacher's context c_t = f_mm(y, image): the text encoder sees each image before its prompt.
+        """The `vlm` teacher's context c_t = f_mm(y, image): the text encoder sees images before each prompt.
 
         Args:
-            images: one per prompt, of any size.
+            images: one per prompt, or a list of them per prompt, of any size.
             vision_encoder: with this pipeline's text encoder loaded into it.
             max_sequence_length: length to pad to, as in `encode_student`, because the transformer sees the padding.
                 Must be at least the length of the text with its image.

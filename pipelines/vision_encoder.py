@@ -72,7 +72,7 @@ class PatchProjection(torch.nn.Linear):
 
 
 class VisionEncoder:
-    """Qwen3-VL with the pipeline's text encoder as its language model: hidden states for chat texts with an image.
+    """Qwen3-VL with the pipeline's text encoder as its language model: hidden states for chat texts with images.
 
     The constructor reads the configuration files and the index of the weights, and downloads no weights. Call `load`
     before `hidden_states`.
@@ -223,8 +223,11 @@ class VisionEncoder:
             tower = Qwen3VLVisionModel(self._config.vision_config)
         return sum(parameter.numel() for parameter in tower.parameters())
 
-    def content(self, prompt: str, num_image_tokens: int) -> str:
-        """The user's message, with the image before the prompt, for the pipeline's chat template.
+    def content(self, prompt: str, *num_image_tokens: int) -> str:
+        """The user's message, with the images before the prompt, for the pipeline's chat template.
+
+        Args:
+            num_image_tokens: of each image.
 
         Raises:
             InputError: the prompt contains one of the tokens that mark an image.
@@ -234,7 +237,8 @@ class VisionEncoder:
                 f"{shortened(prompt)}: contains {', '.join(found)}, reserved for the image in the teacher's text; "
                 "remove it from the caption or from the teacher's prompt suffix"
             )
-        return VISION_START + IMAGE_PAD * num_image_tokens + VISION_END + prompt
+        images = (VISION_START + IMAGE_PAD * count + VISION_END for count in num_image_tokens)
+        return "".join(images) + prompt
 
     def load(self, text_encoder: Qwen3Model | Qwen3ForCausalLM) -> None:
         """Loads the vision tower in the text encoder's dtype and on its device, and connects the two.
@@ -298,13 +302,13 @@ class VisionEncoder:
 
     @torch.no_grad()
     def hidden_states(
-        self, chat_text: str, image: PIL.Image.Image | None, *, pad_to: int | None = None
+        self, chat_text: str, *images: PIL.Image.Image, pad_to: int | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """Hidden states for a chat text with an image, or for a text without one.
+        """Hidden states for a chat text with images, or for a text without any.
 
         Args:
-            chat_text: a filled-in chat template. With an image, the user's message comes from `content`.
-            image: of the size for which `num_image_tokens` was called.
+            chat_text: a filled-in chat template. With images, the user's message comes from `content`.
+            images: in the order of the text, of the sizes for which `num_image_tokens` was called.
             pad_to: number of tokens to pad to, at least the length of the text. Padding is masked, and its positions
                 continue after the text's, as in the text encoder. (Qwen3-VL itself gives all padding tokens the same
                 position, which depends on the transformers version; a transformer that sees the padding would notice.)
@@ -319,33 +323,37 @@ class VisionEncoder:
         assert pad_to is None or tokens.input_ids.shape[1] == pad_to
         inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
         options = {"output_hidden_states": True, "use_cache": False}
-        if image is None:
+        if not images:
             return self._model.language_model(**inputs, **options).hidden_states
-        pixels = self._image_processor(image, return_tensors="pt").to(self._model.device)
-        inputs["position_ids"] = self._positions(tokens.input_ids[0], pixels["image_grid_thw"][0])[:, None]
+        pixels = self._image_processor(list(images), return_tensors="pt").to(self._model.device)
+        inputs["position_ids"] = self._positions(tokens.input_ids[0], pixels["image_grid_thw"])[:, None]
         return self._model(**inputs, **pixels, **options).hidden_states
 
-    def _positions(self, input_ids: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """M-RoPE positions of Qwen3-VL for one image in a text.
+    def _positions(self, input_ids: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        """M-RoPE positions of Qwen3-VL for images in a text.
 
-        The image tokens share the time position at which the image starts and count rows and columns from there. The
-        following text continues after the larger of the two. Equals `Qwen3VLModel.get_rope_index` except for padding.
+        The tokens of an image share the time position at which it starts and count rows and columns from there. The
+        text after it continues after the larger of the two. Equals `Qwen3VLModel.get_rope_index` except for padding.
 
         Args:
             input_ids: (L,).
-            grid: (3,), number of patches of the image in time, height and width.
+            grids: (N, 3), number of patches of each image in time, height and width.
 
         Returns:
             (3, L), time, row and column of every token.
         """
         merge = self._config.vision_config.spatial_merge_size
-        rows, columns = (int(count) // merge for count in grid[1:])
-        start = int((input_ids == self._config.image_token_id).nonzero()[0])
-        before, count = torch.arange(start), rows * columns
-        index = torch.arange(count)
-        image = start + torch.stack([torch.zeros_like(index), index // columns, index % columns])
-        after = start + max(rows, columns) + torch.arange(len(input_ids) - start - count)
-        return torch.cat([before.expand(3, -1), image, after.expand(3, -1)], dim=1).to(input_ids.device)
+        is_image = (input_ids == self._config.image_token_id).tolist()
+        parts, place, position = [], 0, 0  # of the next token, in the text and in M-RoPE
+        for rows, columns in (grids[:, 1:] // merge).tolist():
+            start = is_image.index(True, place)
+            parts.append(torch.arange(position, position + start - place).expand(3, -1))
+            position += start - place
+            index = torch.arange(rows * columns)
+            parts.append(position + torch.stack([torch.zeros_like(index), index // columns, index % columns]))
+            place, position = start + rows * columns, position + max(rows, columns)
+        parts.append(torch.arange(position, position + len(input_ids) - place).expand(3, -1))
+        return torch.cat(parts, dim=1).to(input_ids.device)
 
 
 def _mismatch(config: Qwen3VLConfig, text_config: Qwen3Config) -> str | None:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import PIL.Image
 import torch
 from diffusers import ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import (
@@ -13,7 +12,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import (
 
 from dopsd.rollout import Schedule
 
-from .few_step import FewStepMixin
+from .few_step import FewStepMixin, Images
 from .vision_encoder import VisionEncoder
 
 
@@ -65,12 +64,12 @@ class ZImageDOPSDPipeline(FewStepMixin, ZImagePipeline):
         return ZImageContext(tuple(prompt_embeds))
 
     def encode_vlm_teacher(
-        self, prompts: list[str], images: list[PIL.Image.Image], *, vision_encoder: VisionEncoder
+        self, prompts: list[str], images: list[Images], *, vision_encoder: VisionEncoder
     ) -> ZImageContext:
-        """The `vlm` teacher's context c_t = f_mm(y, image): the text encoder sees each image before its prompt.
+        """The `vlm` teacher's context c_t = f_mm(y, image): the text encoder sees images before each prompt.
 
         Args:
-            images: one per prompt, of any size.
+            images: one per prompt, or a list of them per prompt, of any size.
             vision_encoder: with this pipeline's text encoder loaded into it.
 
         Returns:

@@ -1,12 +1,14 @@
 """A third training script, for the toy model in toy_pipeline.py: what docs/add_a_model.md asks for."""
 
+from collections.abc import Sequence
+
 import torch
 from PIL import Image
 from transformers import Qwen3Model
 
 from dopsd.command_line import parse_settings
 from dopsd.encoders import PromptEncoder
-from dopsd.model import Conditioning, Encoder, Model, TokenLimit
+from dopsd.model import Conditioning, Encoder, Model, Size, TokenLimit
 from dopsd.model_card import CardInfo
 from dopsd.model_flags import TeacherContext
 from dopsd.sizes import SizeLimits
@@ -19,10 +21,10 @@ from train_dopsd_flux2 import main
 
 
 class Prompts(PromptEncoder):
-    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
+    def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> torch.Tensor:
         return self.pipeline.encode_prompt(prompt)
 
-    def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
+    def shape(self, prompt: str, sizes: Sequence[Size]) -> tuple[int, ...]:
         return 1, self.width
 
 
@@ -33,11 +35,11 @@ class Colours(Encoder):
     def __init__(self, pipeline: ToyPipeline):
         self.pipeline = pipeline
 
-    def encode(self, prompt: str, picture: Image.Image | None) -> torch.Tensor:
-        return self.pipeline.vae.encode(picture)
+    def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        return self.pipeline.vae.encode(*pictures)
 
-    def shape(self, prompt: str, size: tuple[int, int] | None) -> tuple[int, ...]:
-        return self.pipeline.latent_shape(*size)
+    def shape(self, prompt: str, sizes: Sequence[Size]) -> tuple[int, ...]:
+        return self.pipeline.latent_shape(*sizes[0])
 
 
 # The model's settings and limits

@@ -48,20 +48,20 @@ def make_encoder(path, text_config=None, tokenizer=None, **options):
     )
 
 
-def chat_text(num_image_tokens):
-    image = "<|vision_start|>" + "<|image_pad|>" * num_image_tokens + "<|vision_end|>" if num_image_tokens else ""
-    return f"<|im_start|>user\n{image}{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+def chat_text(*num_image_tokens):
+    images = "".join("<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in num_image_tokens)
+    return f"<|im_start|>user\n{images}{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def features(encoder, image=None, **options):
-    count = encoder.num_image_tokens(image.height, image.width) if image else 0
-    return encoder.hidden_states(chat_text(count), image, **options)
+def features(encoder, *images, **options):
+    counts = (encoder.num_image_tokens(image.height, image.width) for image in images)
+    return encoder.hidden_states(chat_text(*counts), *images, **options)
 
 
 def text_features(text_encoder, pad_to=None):
     """The text encoder's own hidden states, computed like the pipelines do."""
     tokens = byte_tokenizer()(
-        chat_text(0), return_tensors="pt", padding="max_length" if pad_to else False, max_length=pad_to
+        chat_text(), return_tensors="pt", padding="max_length" if pad_to else False, max_length=pad_to
     )
     with torch.no_grad():
         return text_encoder(**tokens, output_hidden_states=True, use_cache=False).hidden_states

@@ -1,7 +1,9 @@
 """Sizes that pictures are trained at, and their crops."""
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets, parse_buckets_string
 from PIL import Image, ImageOps
@@ -9,7 +11,50 @@ from PIL import Image, ImageOps
 from ..errors import InputError
 from ..settings import DataSettings
 from ..sizes import SizeLimits, size_problem
-from .pictures import Picture
+from .pictures import Picture, PictureFile
+
+
+class Framing(NamedTuple):
+    """How a picture is scaled and cropped.
+
+    Attributes:
+        size: (height, width) of the crop in pixels.
+        centering: (x, y) of the crop in the picture, from 0 (left, top) to 1 (right, bottom).
+    """
+
+    size: tuple[int, int]
+    centering: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A picture as an encoder sees it: scaled and cropped, and possibly mirrored.
+
+    Attributes:
+        file: the encoded picture, which `digest` identifies.
+        digest: SHA-256 of the encoded picture; "" for a caption without a picture.
+        framing: size and place of the crop.
+        flip: whether it is mirrored.
+    """
+
+    file: PictureFile = field(compare=False)
+    digest: str
+    framing: Framing
+    flip: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.framing.size
+
+    @property
+    def key(self) -> list[Any]:
+        """What its pixels depend on, for `context_cache.content_key`."""
+        return [self.digest, *self.framing.size, *self.framing.centering, self.flip]
+
+    def apply(self, image: Image.Image) -> Image.Image:
+        """The crop of the decoded picture."""
+        return crop_image(image, self.framing, self.flip)
 
 
 @dataclass(frozen=True)
@@ -21,12 +66,19 @@ class Example:
         repeat: which of the `--repeats` it is, from 0.
         bucket: (height, width) of the crop in pixels.
         centering: (x, y) of the crop in the picture, from 0 (left, top) to 1 (right, bottom).
+        cond_framings: of the pictures to edit. They are cropped like the result if they have its shape, else used
+            whole.
     """
 
     picture: int
     repeat: int
     bucket: tuple[int, int]
     centering: tuple[float, float]
+    cond_framings: tuple[Framing, ...] = ()
+
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.bucket, self.centering)
 
 
 def bucket_for(height: int, width: int, settings: DataSettings, limits: SizeLimits) -> tuple[int, int]:
@@ -42,7 +94,12 @@ def bucket_for(height: int, width: int, settings: DataSettings, limits: SizeLimi
 
 
 def plan_examples(
-    pictures: list[Picture], sizes: list[tuple[int, int]], settings: DataSettings, limits: SizeLimits, seed: int
+    pictures: list[Picture],
+    sizes: list[tuple[int, int]],
+    settings: DataSettings,
+    limits: SizeLimits,
+    seed: int,
+    cond_sizes: Sequence[Sequence[tuple[int, int]]] = (),
 ) -> list[Example]:
     """Makes `--repeats` examples of every picture.
 
@@ -54,23 +111,62 @@ def plan_examples(
         settings: resolution, buckets, repeats and whether to crop at the center.
         limits: sizes that the model can be trained at.
         seed: `--seed`.
+        cond_sizes: (height, width) of each picture's pictures to edit. Default: there are none.
 
     Raises:
-        InputError: a picture would be trained at a size outside the limits.
+        InputError: a picture would be trained at a size outside the limits, or a picture to edit is too small.
     """
     examples = []
-    for index, (picture, (height, width)) in enumerate(zip(pictures, sizes, strict=True)):
+    cond_sizes = cond_sizes or [()] * len(pictures)
+    for index, (picture, size, own_cond_sizes) in enumerate(zip(pictures, sizes, cond_sizes, strict=True)):
+        height, width = size
         bucket = bucket_for(height, width, settings, limits)
         if problem := size_problem(*bucket, limits):
             raise InputError(
                 f"{picture.name}: {height}x{width} pixels fall into the bucket {bucket[0]}x{bucket[1]} at "
                 f"--resolution {settings.resolution}, which is {problem} (change --resolution or the picture)"
             )
+        check_cond_images(picture, own_cond_sizes, limits)
         for repeat in range(settings.repeats):
             rng = random.Random(f"{seed}/crop/{index}/{repeat}")
             position = (0.5, 0.5) if settings.center_crop else (rng.random(), rng.random())
-            examples.append(Example(index, repeat, bucket, _centering(position, (height, width), bucket)))
+            framing = Framing(bucket, _centering(position, size, bucket))
+            cond_framings = tuple(
+                framing if are_aligned(cond_size, size, bucket, limits) else whole(cond_size)
+                for cond_size in own_cond_sizes
+            )
+            examples.append(Example(index, repeat, *framing, cond_framings))
     return examples
+
+
+def check_cond_images(picture: Picture, sizes: Sequence[tuple[int, int]], limits: SizeLimits) -> None:
+    """Raises `InputError` for a picture to edit that is too small for the model."""
+    for cond_image, (height, width) in zip(picture.cond_images, sizes, strict=True):
+        if min(height, width) < limits.min_side:
+            raise InputError(
+                f"{cond_image.name}: is {height}x{width} pixels, but pictures to edit need {limits.min_side} on each "
+                "side; enlarge it, or remove the row"
+            )
+
+
+def are_aligned(
+    cond_size: tuple[int, int], size: tuple[int, int], bucket: tuple[int, int], limits: SizeLimits
+) -> bool:
+    """Whether a picture to edit and the result have the same shape, up to one step between buckets.
+
+    Args:
+        cond_size, size: (height, width) in pixels of the picture to edit and of the result.
+        bucket: that the result is scaled to.
+    """
+    scale = max(side / length for side, length in zip(bucket, size, strict=True))
+    cond_scale = max(side / length for side, length in zip(bucket, cond_size, strict=True))
+    differences = (abs(a * cond_scale - b * scale) for a, b in zip(cond_size, size, strict=True))
+    return max(differences) <= limits.pixels_per_token
+
+
+def whole(size: tuple[int, int]) -> Framing:
+    """All of a picture."""
+    return Framing(size, (0.5, 0.5))
 
 
 def _centering(position: tuple[float, float], size: tuple[int, int], bucket: tuple[int, int]) -> tuple[float, float]:
@@ -81,8 +177,8 @@ def _centering(position: tuple[float, float], size: tuple[int, int], bucket: tup
     return (position[0] if is_cut_in_width else 0.5, position[1] if is_cut_in_height else 0.5)
 
 
-def crop_image(image: Image.Image, example: Example, flip: bool) -> Image.Image:
-    """Scales and crops a picture to the bucket of its example, and mirrors it if `flip` is true."""
-    height, width = example.bucket
-    image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=example.centering)
+def crop_image(image: Image.Image, framing: Framing, flip: bool) -> Image.Image:
+    """Scales and crops a picture, and mirrors it if `flip` is true."""
+    height, width = framing.size
+    image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=framing.centering)
     return ImageOps.mirror(image) if flip else image

@@ -5,13 +5,21 @@ can compute any batch by itself, and a resumed run needs no generator state.
 """
 
 import hashlib
+import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from ..errors import InputError
 from .buckets import Example
 from .pictures import Picture
+
+
+# A teacher that reads picture and caption together needs an encoding for each pair of them; this bounds the cache.
+MAX_PARTNERS = 4
 
 
 @dataclass(frozen=True)
@@ -23,19 +31,35 @@ class Sample:
         epoch: the epoch, from 0.
         caption: index into the picture's captions.
         flip: whether the crop is mirrored.
+        partner: the example whose picture the teacher sees; None for the sample's own.
     """
 
     example: int
     epoch: int
     caption: int
     flip: bool
+    partner: int | None = None
+
+
+class BatchShape(NamedTuple):
+    """What the examples of a micro-batch have in common. Sizes are (height, width) in pixels.
+
+    Attributes:
+        bucket: of the training pictures.
+        cond_sizes: of the pictures to edit.
+        partner_bucket: of the pictures that the teacher sees instead; None if it sees the training pictures.
+    """
+
+    bucket: tuple[int, int]
+    cond_sizes: tuple[tuple[int, int], ...] = ()
+    partner_bucket: tuple[int, int] | None = None
 
 
 class SampleOrder:
     """An endless sequence of micro-batches.
 
-    Each epoch contains every example once, in a new order. The examples of a micro-batch have the same bucket, so the
-    last one of a bucket may be smaller than the others.
+    Each epoch contains every example once, in a new order. The examples of a micro-batch have the same shape, so the
+    last one of a shape may be smaller than the others.
 
     Args:
         pictures: the pictures, which say how many captions there are to draw from.
@@ -43,24 +67,39 @@ class SampleOrder:
         batch_size: largest number of samples in a micro-batch.
         random_flip: whether to mirror half of the samples, chosen at random.
         seed: `--seed`.
+        shows_other: whether the teacher sees another picture of the same group, see `find_partners`.
 
     Attributes:
         num_batches: number of micro-batches per epoch.
         mean_batch_size: samples per micro-batch, at most `batch_size`.
-        buckets: (height, width) in pixels -> indices of the examples of that size.
+        members: shape -> indices of the examples of that shape.
+        partners: for each example, the examples whose pictures its teacher may see instead; empty if it sees its own.
     """
 
     def __init__(
-        self, pictures: list[Picture], examples: list[Example], *, batch_size: int, random_flip: bool, seed: int
+        self,
+        pictures: list[Picture],
+        examples: list[Example],
+        *,
+        batch_size: int,
+        random_flip: bool,
+        seed: int,
+        shows_other: bool = False,
     ):
         self.batch_size = batch_size
         self.random_flip = random_flip
         self.seed = seed
         self.caption_counts = [len(pictures[example.picture].captions) for example in examples]
-        self.buckets: dict[tuple[int, int], list[int]] = {}
+        self.partners: list[tuple[int, ...]] = [()] * len(examples)
+        if shows_other:
+            self.partners = find_partners(pictures, examples, have_one_size=batch_size > 1, seed=seed)
+        self.members: dict[BatchShape, list[int]] = {}
         for index, example in enumerate(examples):
-            self.buckets.setdefault(example.bucket, []).append(index)
-        self.num_batches = sum(math.ceil(len(members) / batch_size) for members in self.buckets.values())
+            sizes = {examples[partner].bucket for partner in self.partners[index]}
+            partner_bucket = sizes.pop() if len(sizes) == 1 else None
+            shape = BatchShape(example.bucket, tuple(one.size for one in example.cond_framings), partner_bucket)
+            self.members.setdefault(shape, []).append(index)
+        self.num_batches = sum(math.ceil(len(members) / batch_size) for members in self.members.values())
         self.mean_batch_size = len(examples) / self.num_batches
         # Batches of the most recently requested epoch.
         self._epoch = -1
@@ -76,7 +115,7 @@ class SampleOrder:
     def _shuffled_batches(self, epoch: int) -> list[list[int]]:
         rng = random.Random(f"{self.seed}/order/{epoch}")
         batches = []
-        for members in self.buckets.values():
+        for members in self.members.values():
             shuffled = rng.sample(members, len(members))
             batches += [shuffled[i : i + self.batch_size] for i in range(0, len(shuffled), self.batch_size)]
         rng.shuffle(batches)
@@ -86,7 +125,60 @@ class SampleOrder:
         place = f"{epoch}/{example}"
         caption = random.Random(f"{self.seed}/caption/{place}").randrange(self.caption_counts[example])
         flip = self.random_flip and random.Random(f"{self.seed}/flip/{place}").random() < 0.5
-        return Sample(example, epoch, caption, flip)
+        partners, partner = self.partners[example], None
+        if partners:
+            partner = random.Random(f"{self.seed}/teacher's picture/{place}").choice(partners)
+        return Sample(example, epoch, caption, flip, partner)
+
+    def variants(self, example: int) -> Iterator[Sample]:
+        """Every sample that an example may become, as of epoch 0."""
+        flips = (False, True) if self.random_flip else (False,)
+        captions = range(self.caption_counts[example])
+        for flip, caption, partner in itertools.product(flips, captions, self.partners[example] or (None,)):
+            yield Sample(example, 0, caption, flip, partner)
+
+    def num_alike(self, example: int) -> int:
+        """How many examples have the same shape."""
+        return next(len(members) for members in self.members.values() if example in members)
+
+
+def find_partners(
+    pictures: Sequence[Picture], examples: Sequence[Example], *, have_one_size: bool, seed: int
+) -> list[tuple[int, ...]]:
+    """For each example, examples of at most `MAX_PARTNERS` other pictures of its group, drawn by the seed.
+
+    Args:
+        have_one_size: whether all partners of an example have the same bucket, so that the teacher's pictures can be
+            stacked: the example's own if another picture has it, else the most frequent one.
+
+    Raises:
+        InputError: a picture is the only one of its group.
+    """
+    examples_of: dict[int, list[int]] = {}
+    for index, example in enumerate(examples):
+        examples_of.setdefault(example.picture, []).append(index)
+    groups: dict[str, list[int]] = {}
+    for index, picture in enumerate(pictures):
+        groups.setdefault(picture.group, []).append(index)
+    partners = []
+    for index, example in enumerate(examples):
+        picture = pictures[example.picture]
+        others = [other for other in groups[picture.group] if other != example.picture]
+        if not others:
+            group = f"the group {picture.group!r}" if picture.group else "its folder"
+            raise InputError(
+                f"--teacher_picture other: {picture.name} is the only picture of {group}; add another picture of the "
+                "same subject, or drop the flag"
+            )
+        if have_one_size:
+            bucket_of = {other: examples[examples_of[other][0]].bucket for other in others}
+            (most_frequent, _), *_ = Counter(bucket_of.values()).most_common(1)
+            chosen = example.bucket if example.bucket in bucket_of.values() else most_frequent
+            others = [other for other in others if bucket_of[other] == chosen]
+        rng = random.Random(f"{seed}/partners/{index}")
+        drawn = rng.sample(others, min(MAX_PARTNERS, len(others)))
+        partners.append(tuple(examples_of[other][example.repeat] for other in drawn))
+    return partners
 
 
 def micro_batches(

@@ -5,28 +5,25 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from PIL import Image
 
 from ..errors import InputError
 from ..settings import Settings
 from ..sharing import failing_together, share_on_each_machine
 from ..sizes import SizeLimits
-from .buckets import Example, crop_image, plan_examples
+from ..text import printable
+from .buckets import Crop, Example, plan_examples
 from .images import check_pictures, read_image, warn_of_profiles
 from .order import Sample, SampleOrder
 from .pictures import Picture
+from .requests import Request, editing_requests
 from .sources import read_pictures
 
 
+logger = get_logger(__name__)
+
 NUM_DEFAULT_VALIDATION_PROMPTS = 2
-
-
-@dataclass(frozen=True)
-class Crop:
-    """The crop of one example, possibly mirrored."""
-
-    example: int  # index into the examples
-    flip: bool
 
 
 @dataclass
@@ -38,13 +35,25 @@ class TrainingData:
         digests: SHA-256 of each picture's file; "" for captions without a picture.
         examples: each repeat of each picture, with its bucket and crop.
         order: the micro-batches of the run.
+        cond_digests: SHA-256 of each picture's pictures to edit.
+        editing_requests: what an editor is validated on.
     """
 
     pictures: list[Picture]
     digests: list[str]
     examples: list[Example]
     order: SampleOrder
-    _last_image: tuple[int, Image.Image] | None = field(default=None, repr=False)  # decoded last, with its index
+    cond_digests: list[tuple[str, ...]] = field(default_factory=list)
+    editing_requests: list[Request] = field(default_factory=list)
+    _last_image: tuple[str, Image.Image] | None = field(default=None, repr=False)  # decoded last, with its digest
+
+    def __post_init__(self) -> None:
+        self.cond_digests = self.cond_digests or [()] * len(self.pictures)
+
+    @property
+    def is_editing(self) -> bool:
+        """Whether the pictures are results of edits."""
+        return any(picture.cond_images for picture in self.pictures)
 
     @property
     def captions(self) -> list[str]:
@@ -55,24 +64,56 @@ class TrainingData:
         """Pictures per optimizer step over all processes, on average."""
         return self.order.mean_batch_size * settings.training.gradient_accumulation_steps * num_processes
 
-    def picture(self, sample: Sample | Crop) -> Picture:
+    def picture(self, sample: Sample) -> Picture:
         return self.pictures[self.examples[sample.example].picture]
 
     def caption(self, sample: Sample) -> str:
         return self.picture(sample).captions[sample.caption]
 
-    def bucket(self, sample: Sample | Crop) -> tuple[int, int]:
+    def bucket(self, sample: Sample) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.examples[sample.example].bucket
 
-    def cropped(self, crop: Crop) -> Image.Image | None:
-        """The crop's pixels at its bucket's size; None if the caption has no picture."""
-        example = self.examples[crop.example]
-        if self.pictures[example.picture].source is None:
+    def shown(self, count: int) -> list[Sample]:
+        """A sample of each of the first `count` pictures, for sheets."""
+        firsts: dict[int, int] = {}  # picture -> example
+        for index, example in enumerate(self.examples):
+            firsts.setdefault(example.picture, index)
+        return [next(self.order.variants(index)) for index in sorted(firsts.values())[:count]]
+
+    def request(self, sample: Sample) -> Request:
+        """What the student is asked for."""
+        return Request(self.caption(sample), self.cond_crops(sample), self.bucket(sample))
+
+    # A sample's pictures
+
+    def crop(self, sample: Sample) -> Crop:
+        """The training picture."""
+        return self._crop(sample.example, sample.flip)
+
+    def teacher_crop(self, sample: Sample) -> Crop:
+        """The picture that the teacher sees besides those to edit."""
+        return self._crop(sample.example if sample.partner is None else sample.partner, sample.flip)
+
+    def cond_crops(self, sample: Sample) -> tuple[Crop, ...]:
+        """The pictures to edit."""
+        example = self.examples[sample.example]
+        if not example.cond_framings:
+            return ()
+        files, digests = self.pictures[example.picture].cond_images, self.cond_digests[example.picture]
+        return tuple(Crop(*one, sample.flip) for one in zip(files, digests, example.cond_framings, strict=True))
+
+    def _crop(self, index: int, flip: bool) -> Crop:
+        example = self.examples[index]
+        return Crop(self.pictures[example.picture].file, self.digests[example.picture], example.framing, flip)
+
+    def pixels(self, crop: Crop) -> Image.Image | None:
+        """The crop's pixels; None if the caption has no picture."""
+        if crop.file.source is None:
             return None
-        if self._last_image is None or self._last_image[0] != example.picture:
-            self._last_image = example.picture, read_image(self.pictures[example.picture])
-        return crop_image(self._last_image[1], example, crop.flip)
+        if self._last_image is None or self._last_image[0] != crop.digest:
+            self._last_image = crop.digest, read_image(crop.file)
+        return crop.apply(self._last_image[1])
 
 
 def load_training_data(settings: Settings, limits: SizeLimits, accelerator: Accelerator) -> TrainingData:
@@ -93,23 +134,62 @@ def load_training_data(settings: Settings, limits: SizeLimits, accelerator: Acce
             teacher_caption_column=settings.teacher.teacher_caption_column,
             cache_dir=settings.model.cache_dir,
         )
+    # Several pictures may be edited versions of the same one, which is read once.
+    cond_files = list(dict.fromkeys(file for picture in pictures for file in picture.cond_images))
+    files = [*(picture.file for picture in pictures), *cond_files]
     check = partial(check_pictures, resolution=data.resolution, disable_progress=not accelerator.is_local_main_process)
-    checked, *others = share_on_each_machine(check, pictures, accelerator)
+    checked, *others = share_on_each_machine(check, files, accelerator)
     if any(other != checked for other in others):
         source = f"--instance_data_dir {data.instance_data_dir}"
         if data.instance_data_dir is None:
             source = f"--dataset_name {data.dataset_name}"
         raise InputError(f"{source}: the pictures differ between the machines of this run; copy the same ones to each")
-    warn_of_profiles(pictures, checked)
-    examples = plan_examples(pictures, [picture.size for picture in checked], data, limits, training.seed)
+    warn_of_profiles(files, checked)
+    checked_of = dict(zip(cond_files, checked[len(pictures) :], strict=True))
+    cond_images = [[checked_of[file] for file in picture.cond_images] for picture in pictures]
+    examples = plan_examples(
+        pictures,
+        [picture.size for picture in checked[: len(pictures)]],
+        data,
+        limits,
+        training.seed,
+        [[one.size for one in own] for own in cond_images],
+    )
+    warn_of_misaligned(pictures, examples)
     order = SampleOrder(
         pictures,
         examples,
         batch_size=training.train_batch_size,
         random_flip=data.random_flip,
         seed=training.seed,
+        shows_other=settings.teacher.teacher_picture == "other",
     )
-    return TrainingData(pictures, [picture.digest for picture in checked], examples, order)
+    digests = [picture.digest for picture in checked[: len(pictures)]]
+    read = TrainingData(pictures, digests, examples, order, [tuple(one.digest for one in own) for own in cond_images])
+    if read.is_editing and settings.validation.validation_steps > 0:
+        with failing_together():
+            trained = [read.request(sample) for sample in read.shown(len(pictures))]
+            read.editing_requests = editing_requests(settings.validation, trained, limits)
+    return read
+
+
+def warn_of_misaligned(pictures: list[Picture], examples: list[Example]) -> None:
+    """Warns once of all pictures that have another shape than what they are edited from."""
+    misaligned = {
+        example.picture: example
+        for example in examples
+        if example.cond_framings and example.framing not in example.cond_framings
+    }
+    if not misaligned:
+        return
+    index, example = next(iter(misaligned.items()))
+    (height, width), (cond_height, cond_width) = example.bucket, example.cond_framings[0].size
+    num_pairs = sum(bool(picture.cond_images) for picture in pictures)
+    logger.warning(
+        f"{printable(pictures[index].name)}: the picture to edit is {cond_height}x{cond_width} pixels and has another "
+        f"shape than the result, {height}x{width} in training; so it is in {len(misaligned)} of {num_pairs} pairs. "
+        "From such pairs the model may learn to zoom or to shift: crop both pictures alike"
+    )
 
 
 def resolve_data_defaults(settings: Settings, data: TrainingData, num_processes: int) -> Settings:
@@ -119,7 +199,7 @@ def resolve_data_defaults(settings: Settings, data: TrainingData, num_processes:
     if num_steps is None:
         batches_per_step = num_processes * training.gradient_accumulation_steps
         num_steps = math.ceil(training.num_train_epochs * data.order.num_batches / batches_per_step)
-    return settings.replace(
-        max_train_steps=num_steps,
-        validation_prompt=validation.validation_prompt or data.captions[:NUM_DEFAULT_VALIDATION_PROMPTS],
-    )
+    prompts = validation.validation_prompt or data.captions[:NUM_DEFAULT_VALIDATION_PROMPTS]
+    if data.editing_requests:
+        prompts = [request.prompt for request in data.editing_requests]
+    return settings.replace(max_train_steps=num_steps, validation_prompt=prompts)

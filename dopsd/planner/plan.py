@@ -226,9 +226,7 @@ class Planner:
         }:
             own = [encoding for encoding in run.encodings if encoding.encoder is encoder]
             if encoder.sees_picture:  # one at a time
-                lengths = [
-                    math.prod(encoder.shape(one.prompt, run.contexts.size(one))) // encoder.width for one in own
-                ]
+                lengths = [math.prod(encoder.shape(one.prompt, one.sizes)) // encoder.width for one in own]
                 shape = 1, max(lengths), False
             else:
                 sizes = [(len(batch), encoder.batch_length(batch[0].prompt)) for batch in batches(own)]
@@ -241,7 +239,7 @@ class Planner:
                 {"weights": text_bytes + tower_bytes, "activations": largest + dequantized},
             )
         ]
-        sizes = {run.contexts.size(one) for one in run.encodings if one.encoder.component == "vae"}
+        sizes = {size for one in run.encodings if one.encoder.component == "vae" for size in one.sizes}
         if sizes:
             peak = self.picture(max(sizes, key=math.prod), dtype).peak
             phases.append(Phase("encoding: VAE", {"weights": vae_bytes, "activations": peak}))

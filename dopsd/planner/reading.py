@@ -1,5 +1,6 @@
 """What a plan is made from: flags, pictures, captions and the checkpoint's small files. Reads no weights."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -79,49 +80,49 @@ class PlannedRun:
     @cached_property
     def largest_sample(self) -> Sample:
         """The sample with most tokens: of its picture, of the student's context and of the teacher's."""
-        samples = [
-            Sample(index, 0, caption, False)
-            for index, example in enumerate(self.data.examples)
-            for caption in range(len(self.data.pictures[example.picture].captions))
-        ]
-        return max(samples, key=self.num_tokens)
+        return max(self.contexts.all_samples(), key=self.num_tokens)
+
+    def student_encodings(self, sample: Sample) -> tuple[Encoding, ...]:
+        return self.contexts.student_encodings(self.data.caption(sample), self.data.cond_crops(sample))
 
     def num_tokens(self, sample: Sample) -> int:
         height, width = self.data.bucket(sample)
-        side, contexts = self.model.sizes.pixels_per_token, self.contexts
-        encodings = contexts.student_encodings(self.data.caption(sample)) + contexts.teacher_encodings(sample)
-        texts = sum(
-            encoding.encoder.num_tokens(encoding.prompt, contexts.size(encoding))
-            for encoding in encodings
-            if encoding.encoder.reads_prompt
-        )
-        return 2 * height * width // side**2 + texts
+        side = self.model.sizes.pixels_per_token
+        num_pixels, num_texts = 2 * height * width, 0
+        for encoding in self.student_encodings(sample) + self.contexts.teacher_encodings(sample):
+            if encoding.encoder.reads_prompt:
+                num_texts += encoding.encoder.num_tokens(encoding.prompt, encoding.sizes)
+            else:
+                num_pixels += sum(map(math.prod, encoding.sizes))
+        return num_pixels // side**2 + num_texts
 
     def batch(self, settings: Settings) -> Batch:
         """The largest micro-batch with other settings; a lower resolution shrinks pictures in proportion."""
-        sample, contexts = self.largest_sample, self.contexts
+        sample, contexts, order = self.largest_sample, self.contexts, self.data.order
         bucket = self.data.bucket(sample)
         side, ratio = self.model.sizes.pixels_per_token, settings.data.resolution / self.settings.data.resolution
         size = bucket if ratio == 1 else tuple(max(side, round(length * ratio / side) * side) for length in bucket)
-        student = contexts.student_encodings(self.data.caption(sample))
+
+        def shapes(encodings: tuple[Encoding, ...]) -> tuple[Shape, ...]:
+            return tuple(
+                encoding.encoder.shape(encoding.prompt, [size if one == bucket else one for one in encoding.sizes])
+                for encoding in encodings
+            )
+
         prior = max(self.prior.trained, key=self.prompt_length, default=None)
         if not settings.prior.with_prior_preservation:
             prior = None
         return Batch(
             size,
-            min(settings.training.train_batch_size, len(self.data.order.buckets[bucket])),
-            student=shapes(student, size),
-            teacher=shapes(contexts.teacher_encodings(sample), size),
-            prior=None if prior is None else shapes(contexts.student_encodings(prior), size),
+            min(settings.training.train_batch_size, order.num_alike(sample.example)),
+            student=shapes(self.student_encodings(sample)),
+            teacher=shapes(contexts.teacher_encodings(sample)),
+            prior=None if prior is None else shapes(contexts.student_encodings(prior)),
         )
 
     def prompt_length(self, prompt: str) -> int:
         encodings = self.contexts.student_encodings(prompt)
-        return sum(encoding.encoder.num_tokens(prompt, None) for encoding in encodings)
-
-
-def shapes(encodings: tuple[Encoding, ...], size: tuple[int, int]) -> tuple[Shape, ...]:
-    return tuple(encoding.encoder.shape(encoding.prompt, size) for encoding in encodings)
+        return sum(encoding.encoder.num_tokens(prompt, ()) for encoding in encodings)
 
 
 def checkpoint_folder(settings: Settings) -> Path:

@@ -10,10 +10,11 @@ from transformers import AutoConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLVisionModel
 
 from dopsd.contexts import Contexts, Encoding, summarize
-from dopsd.data.buckets import Example, crop_image
+from dopsd.data.buckets import Crop, Example, crop_image
 from dopsd.data.images import read_image
-from dopsd.data.order import Sample
-from dopsd.data.training_data import Crop
+from dopsd.data.order import Sample, SampleOrder
+from dopsd.data.pictures import Picture, PictureFile
+from dopsd.data.training_data import TrainingData
 from dopsd.errors import InputError
 from models import EVERY_CONTEXT, ONE_MODEL, SLOW
 from short_runs import context_tensors, one_process, same_tensors
@@ -58,7 +59,7 @@ def test_cached_contexts_are_what_the_pipeline_encodes(model, prepare, tmp_path)
     run.fill_cache(tmp_path / "cache", one_process())
     student, teacher = run.contexts.load([Sample(example=1, epoch=0, caption=0, flip=True)])
     pipeline = model.script.MODEL.pipeline_class.from_pretrained(model.path)
-    picture = ImageOps.mirror(crop_image(read_image(run.data.pictures[1]), run.data.examples[1], flip=False))
+    picture = ImageOps.mirror(crop_image(read_image(run.data.pictures[1]), run.data.examples[1].framing, flip=False))
     expected = pipeline.encode_student(["a ball"], max_sequence_length=80)
     assert same_tensors(context_tensors(student), context_tensors(expected))
     assert same_tensors(context_tensors(teacher), context_tensors(model.teacher_context(picture)))
@@ -186,7 +187,7 @@ class NotFinite:
     reads_prompt = True
     sees_picture = False
 
-    def encode(self, prompt, picture):
+    def encode(self, prompt, pictures):
         return torch.tensor([1.0, float("inf")])
 
 
@@ -195,28 +196,20 @@ class NotFinite:
     [(torch.float16, "use --mixed_precision bf16 or no"), (torch.bfloat16, "check the checkpoint's weights")],
 )
 def test_an_encoding_that_is_not_finite_is_refused(dtype, advice):
-    data = SimpleNamespace(cropped=lambda crop: None, picture=lambda crop: SimpleNamespace(name="7.png"))
+    data = SimpleNamespace(pixels=lambda crop: None)
     pipeline = SimpleNamespace(vae=SimpleNamespace(dtype=dtype))
     contexts = Contexts(pipeline, None, data, teacher_prompt_suffix="", load_text_encoder=None, device=None)
     with pytest.raises(InputError, match=f"^'a ball': its encoding is not finite; {advice}$"):
         contexts.encode(Encoding(NotFinite(), "a ball"))
     with pytest.raises(InputError, match=f"^7.png: its encoding is not finite; {advice}$"):
-        contexts.encode(Encoding(NotFinite(), "a ball", Crop(0, False)))
+        contexts.encode(Encoding(NotFinite(), "a ball", (Crop(PictureFile("7.png", None), "", None),)))
 
 
 def test_the_teachers_prompt_is_the_caption_with_the_suffix():
-    pictures = [
-        SimpleNamespace(captions=("a ball", "a disc"), teacher_caption=None),
-        SimpleNamespace(captions=("a box",), teacher_caption="a large box"),
-    ]
+    pictures = [Picture("0.png", ("a ball", "a disc"), None), Picture("1.png", ("a box",), None, "a large box")]
     examples = [Example(number, 0, (64, 64), (0.5, 0.5)) for number in (0, 1)]
-    data = SimpleNamespace(
-        pictures=pictures,
-        examples=examples,
-        order=SimpleNamespace(random_flip=True),
-        picture=lambda sample: pictures[sample.example],
-        caption=lambda sample: pictures[sample.example].captions[sample.caption],
-    )
+    order = SampleOrder(pictures, examples, batch_size=1, random_flip=True, seed=0)
+    data = TrainingData(pictures, ["0", "1"], examples, order)
     reader = SimpleNamespace(reads_prompt=True, sees_picture=False)
     watcher = SimpleNamespace(reads_prompt=False, sees_picture=True)
     conditioning = SimpleNamespace(teacher=(reader, watcher))
@@ -230,5 +223,5 @@ def test_the_teachers_prompt_is_the_caption_with_the_suffix():
         "a large box!",
         "a large box!",
     ]
-    crops = {encoding.crop for encoding in needed if encoding.encoder is watcher}
-    assert crops == {Crop(example, flip) for example in (0, 1) for flip in (False, True)}
+    crops = {crop for encoding in needed if encoding.encoder is watcher for crop in encoding.pictures}
+    assert {(crop.digest, crop.flip) for crop in crops} == {(name, flip) for name in "01" for flip in (False, True)}

@@ -78,4 +78,4 @@ def test_the_caption_teacher_encodes_prompts_only(prepare, photos, tmp_path):
     )
     encodings = [encoding for _, encoding in run.contexts.all_teacher_encodings()]
     assert [encoding.prompt for encoding in encodings] == [row["long"] for row in rows]
-    assert all(encoding.crop is None and encoding.encoder.component == "text_encoder" for encoding in encodings)
+    assert all(encoding.pictures == () and encoding.encoder.component == "text_encoder" for encoding in encodings)

@@ -13,14 +13,9 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from command_line import LORA_FILE, same_weights, succeed
-from dopsd.gallery import (
-    Drawing,
-    DrawingFailed,
-    DrawingStopped,
-    Gallery,
-    evenly_spaced,
-    story_subjects,
-)
+from dopsd.data.requests import Request
+from dopsd.drawing import Drawing, DrawingFailed, DrawingStopped, Subject
+from dopsd.gallery import Gallery, evenly_spaced, story_subjects
 from dopsd.history import read_history
 from dopsd.settings import RETENTION_PROMPTS, ValidationSettings
 from dopsd.sheets import CELLS_OF_FIVE, SCREEN_PIXELS
@@ -33,6 +28,10 @@ def bare_gallery(**attributes) -> Gallery:
     gallery = object.__new__(Gallery)
     vars(gallery).update({"calls_match": False, "is_out_of_step": False} | attributes)
     return gallery
+
+
+def subject(prompt: str, seed: int) -> Subject:
+    return Subject(Request(prompt, (), (64, 64)), seed)
 
 
 DRAWN = {
@@ -184,18 +183,20 @@ def test_images_have_the_validation_size(train, tmp_path, model):
 )
 def test_a_story_of_many_prompts_shows_some_of_each_kind(num_validation, num_retention, shown, retained):
     asked, kept = [f"v {n}" for n in range(num_validation)], [f"r {n}" for n in range(num_retention)]
-    validation, retention = story_subjects(asked, kept)
-    assert validation == [(f"v {n}", 0) for n in shown]
-    assert retention == [(f"r {n}", n) for n in retained]
+    assert story_subjects(asked, kept) == ([f"v {n}" for n in shown], [f"r {n}" for n in retained])
 
 
 def test_a_long_story_fits_a_screens_width_and_its_last_column_stands_out():
     prompts, retained, steps = [f"v {n}" for n in range(9)], [f"r {n}" for n in range(40)], range(250, 3001, 250)
-    subjects = [*((prompt, 0) for prompt in prompts), *((prompt, seed) for seed, prompt in enumerate(retained))]
+    subjects = [subject(prompt, 0) for prompt in prompts]
+    subjects += [subject(prompt, seed) for seed, prompt in enumerate(retained)]
     picture = Image.new("RGB", (1024, 1024))
     gallery = bare_gallery()
-    gallery.settings = ValidationSettings(validation_prompt=prompts, retention_prompts=retained)
-    gallery.story = {(step, *subject): picture for step in steps for subject in subjects}
+    gallery.settings = ValidationSettings(
+        validation_prompt=prompts, retention_prompts=retained, validation_height=64, validation_width=64
+    )
+    gallery.data = SimpleNamespace(editing_requests=[])
+    gallery.story = {(step, subject): picture for step in steps for subject in subjects}
     gallery.base_drawings = {subject: Drawing(None, picture) for subject in subjects}
     gallery.folder, gallery.last_step, gallery.shown = Path("corgi"), 3000, []
     sheets = gallery.story_sheets()
@@ -236,7 +237,7 @@ def test_a_run_whose_retention_prompts_do_not_fit_measures_no_retention(train, t
     log = succeed(train(**flags, trigger_word=["ball=box"])).log
     assert "so retention is not measured" in log and " failed (" not in log
     assert {path.name for path in tmp_path.glob("run/*.png")} == {
-        *("preview.png", "validation-2.png", "rollout-2.png", "story.png", "curves.png")
+        *("preview.png", "validation-2.png", "lessons-2.png", "rollout-2.png", "story.png", "curves.png")
     }
     assert not [key for line in read_history(tmp_path / "run") for key in line if "retention" in key]
 
@@ -249,7 +250,7 @@ def test_the_retention_sheet_says_which_prompts_its_figure_leaves_out(extra):
     gallery.write = lambda name, step, sheet: sheets.append(sheet)
     picture = Image.new("RGB", (64, 64))
     bases = [Drawing(torch.full((1, 1), float(number)), picture) for number in range(2 + len(extra))]
-    figures = gallery.write_retention(3, {(f"p{n}", n): (base, base) for n, base in enumerate(bases)})
+    figures = gallery.write_retention(3, {subject(f"p{n}", n): (base, base) for n, base in enumerate(bases)})
     assert figures == {"retention": 0} | {f"retention/{name}": 0 for name in extra}
     (sheet,) = sheets
     assert sheet.accent_rows == [1] and [label for label, _ in sheet.rows] == ["base", "student"]
@@ -323,7 +324,7 @@ def share(jobs, process: int, others: list, stop=NO_STOP):
         reports.extend(own)
         return others + own if process else own + others
 
-    with patch("dopsd.gallery.gather_object", gather):
+    with patch("dopsd.drawing.gather_object", gather):
         return Gallery.share(gallery, jobs, "Drawing"), reports
 
 

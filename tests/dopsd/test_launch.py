@@ -256,8 +256,10 @@ def test_batches_that_buckets_keep_small_are_a_warning_with_the_real_numbers(pre
     flags = {"instance_data_dir": tmp_path, "resolution": 128, "use_aspect_ratio_buckets": True, "train_batch_size": 4}
     run, text = plan(prepare, caplog, **flags, gradient_accumulation_steps=3)
     assert "--train_batch_size 4: batches hold 1.33 pictures on average" in text
-    counts = sorted(len(members) for members in run.data.order.buckets.values())
-    assert counts == [1, 1, 2] and all(f"{h}x{w}: {len(m)}" in text for (h, w), m in run.data.order.buckets.items())
+    counts = sorted(len(members) for members in run.data.order.members.values())
+    assert counts == [1, 1, 2] and all(
+        f"{shape.bucket[0]}x{shape.bucket[1]}: {len(m)}" in text for shape, m in run.data.order.members.items()
+    )
     # 4 pictures in 3 batches, 3 x 2 batches per step: not 4 x 3 x 2 pictures.
     assert run.data.pictures_per_step(run.settings, num_processes=2) == 8
     assert "Pictures per step over all processes: 8;" in text

@@ -97,7 +97,7 @@ def test_without_an_image_the_vlm_teacher_equals_the_student_including_padding(p
     student = pipeline.encode_student([PROMPT], max_sequence_length=LENGTH).prompt_embeds[0]
     text = pipeline.chat_text(PROMPT)
     for rope, is_same in (("text_encoder", True), ("vlm", False)):
-        layers = vision_encoder(rope=rope).hidden_states(text, None, pad_to=LENGTH)
+        layers = vision_encoder(rope=rope).hidden_states(text, pad_to=LENGTH)
         assert torch.equal(torch.cat([layers[layer][0] for layer in (9, 18, 27)], dim=-1), student) == is_same
 
 

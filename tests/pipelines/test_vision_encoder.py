@@ -67,16 +67,16 @@ def patches(image):
     return torch.from_numpy(np.stack(rows))
 
 
-def whole_features(model, image, pad_to=None):
+def whole_features(model, *images, pad_to=None):
     """Hidden states of the whole model, with positions of padding that continue after the text's.
 
     By itself, it gives all padding tokens the same position.
     """
     tokenizer = byte_tokenizer()
-    ids = tokenizer(chat_text(image.width * image.height // 32**2)).input_ids
+    ids = tokenizer(chat_text(*(image.width * image.height // 32**2 for image in images))).input_ids
     padding = [0] * (pad_to - len(ids) if pad_to else 0)
     input_ids = torch.tensor([ids + [tokenizer.pad_token_id for _ in padding]])
-    grid = torch.tensor([[1, image.height // 16, image.width // 16]])
+    grid = torch.tensor([[1, image.height // 16, image.width // 16] for image in images])
     positions = None
     if padding:
         own = {"input_ids": input_ids[:, : len(ids)], "image_grid_thw": grid}
@@ -91,7 +91,7 @@ def whole_features(model, image, pad_to=None):
             attention_mask=torch.tensor([[1] * len(ids) + padding]),
             position_ids=positions,
             mm_token_type_ids=(input_ids == tokenizer.get_vocab()["<|image_pad|>"]).int(),
-            pixel_values=patches(image),
+            pixel_values=torch.cat([*map(patches, images)]),
             image_grid_thw=grid,
             output_hidden_states=True,
             use_cache=False,
@@ -101,17 +101,17 @@ def whole_features(model, image, pad_to=None):
 @pytest.mark.parametrize("rope", ["vlm", "text_encoder"])
 @pytest.mark.parametrize("vlm_tied", [True, False])
 @pytest.mark.parametrize(("kind", "tied"), [(Qwen3ForCausalLM, True), (Qwen3ForCausalLM, False), (Qwen3Model, True)])
-def test_features_with_an_image_equal_those_of_the_whole_model(vlm_paths, make_picture, kind, tied, vlm_tied, rope):
+def test_features_with_images_equal_those_of_the_whole_model(vlm_paths, make_picture, kind, tied, vlm_tied, rope):
     text_encoder = make_text_encoder(kind, tie_word_embeddings=tied)
     encoder = make_encoder(vlm_paths[vlm_tied], rope=rope)
     encoder.load(text_encoder)
     whole = whole_model(vlm_paths[vlm_tied], text_encoder, rope)
-    for size in (WIDE, TALL):
-        image = make_picture(1, *size)
-        for pad_to in (None, 100):
-            found = features(encoder, image, pad_to=pad_to)
+    wide, tall = make_picture(1, *WIDE), make_picture(2, *TALL)
+    for images in ([wide], [tall], [wide, tall], [tall, wide, tall]):
+        for pad_to in (None, 110):
+            found = features(encoder, *images, pad_to=pad_to)
             assert len(found) == 6 and found[0].shape[2] == 32 and (pad_to is None or found[0].shape[1] == pad_to)
-            assert equal(found, whole_features(whole, image, pad_to))
+            assert equal(found, whole_features(whole, *images, pad_to=pad_to))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -145,7 +145,8 @@ def test_dtype_and_attention_are_those_of_the_text_encoder(vlm_path, make_pictur
     encoder.load(text_encoder)
     found = features(encoder, make_picture(1, *WIDE), pad_to=80)
     assert {tensor.dtype for tensor in (*found, *encoder._model.parameters())} == {dtype}
-    assert equal(found, whole_features(whole_model(vlm_path, text_encoder, "vlm", dtype), make_picture(1, *WIDE), 80))
+    whole = whole_model(vlm_path, text_encoder, "vlm", dtype)
+    assert equal(found, whole_features(whole, make_picture(1, *WIDE), pad_to=80))
 
 
 @pytest.mark.parametrize("pad_to", [None, 100])

@@ -166,7 +166,7 @@ def test_without_an_image_the_teacher_with_the_text_encoders_rope_equals_the_stu
     text = pipeline.chat_text(PROMPT)
     (student,) = pipeline.encode_student([PROMPT], max_sequence_length=LENGTH).prompt_embeds
     for rope, is_same in (("text_encoder", True), ("vlm", False)):
-        features = vision_encoder(pipeline, vlm_path, rope=rope).hidden_states(text, None)[-2][0]
+        features = vision_encoder(pipeline, vlm_path, rope=rope).hidden_states(text)[-2][0]
         assert torch.allclose(features, student, atol=1e-5) == is_same
 
 

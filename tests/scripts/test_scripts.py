@@ -96,7 +96,7 @@ def test_the_number_of_steps_is_the_published_runs_unless_another_or_epochs_are_
 
     def steps(*arguments):
         settings = parse(kind, *arguments)
-        data = SimpleNamespace(order=SimpleNamespace(num_batches=5), captions=["a ball"])
+        data = SimpleNamespace(order=SimpleNamespace(num_batches=5), captions=["a ball"], editing_requests=[])
         return resolve_data_defaults(settings, data, num_processes=2).training.max_train_steps
 
     published = DEFAULTS[kind]["max_train_steps"]

@@ -6,7 +6,7 @@ from PIL import Image
 
 from data_helpers import BLUE, LIMITS, assert_names, error_of, some_pictures
 from dopsd.data import buckets
-from dopsd.data.buckets import Example, crop_image
+from dopsd.data.buckets import Example, Framing, crop_image
 from dopsd.settings import DataSettings
 from dopsd.sizes import SizeLimits, size_problem
 from dopsd.sizes import check_geometry as geometry
@@ -161,19 +161,19 @@ def striped(width, height, axis):
 @pytest.mark.parametrize(("centering", "first"), [((0.0, 0.5), 0), ((1.0, 0.5), 96), ((0.5, 0.0), 48)])
 def test_crop_of_a_wide_picture(centering, first):
     example = Example(0, 0, (64, 64), centering)
-    cropped = crop_image(striped(160, 64, axis=1), example, flip=False)
+    cropped = crop_image(striped(160, 64, axis=1), example.framing, flip=False)
     assert cropped.size == (64, 64)
     assert np.asarray(cropped)[10, :, 0].tolist() == list(range(first, first + 64))
-    mirrored = crop_image(striped(160, 64, axis=1), example, flip=True)
+    mirrored = crop_image(striped(160, 64, axis=1), example.framing, flip=True)
     assert np.asarray(mirrored)[10, :, 0].tolist() == list(range(first, first + 64))[::-1]
 
 
 @pytest.mark.parametrize(("centering", "first"), [((0.5, 0.0), 0), ((0.5, 1.0), 96)])
 def test_crop_of_a_tall_picture(centering, first):
-    cropped = crop_image(striped(64, 160, axis=0), Example(0, 0, (64, 64), centering), flip=False)
+    cropped = crop_image(striped(64, 160, axis=0), Framing((64, 64), centering), flip=False)
     assert np.asarray(cropped)[:, 10, 0].tolist() == list(range(first, first + 64))
 
 
 def test_crop_scales_to_the_bucket():
-    cropped = crop_image(Image.new("RGB", (333, 77), BLUE), Example(0, 0, (96, 160), (0.3, 0.9)), flip=False)
+    cropped = crop_image(Image.new("RGB", (333, 77), BLUE), Framing((96, 160), (0.3, 0.9)), flip=False)
     assert cropped.size == (160, 96) and cropped.getpixel((80, 48)) == BLUE
