@@ -102,7 +102,8 @@ class DataSettings:
     cond_image_column: MayDiffer[list[str] | None] = flag(
         None,
         "Column with the pictures to edit: the caption is then an instruction, and the training picture its result. A "
-        "cell holds one picture or a list of them; several columns follow each other. Default: none, no editing.",
+        "cell holds one picture or a list of them; several columns follow each other. X reads X_file_name too. "
+        "Default: none, no editing.",
     )
     group_column: MayDiffer[str | None] = flag(
         None,

@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from ..errors import InputError
 from ..settings import DataSettings
 from ..text import text_problem
-from .pictures import DatasetCell, Picture, is_picture
+from .pictures import DatasetCell, Picture, PictureFile, is_picture
 
 
 logger = get_logger(__name__)
@@ -39,7 +39,14 @@ class CaptionColumns:
         return list(dict.fromkeys([*self.student, *([] if self.teacher is None else [self.teacher])]))
 
     def picture(
-        self, row: Mapping[str, Any], *, place: str, source: Path | DatasetCell | None, name: str | None = None
+        self,
+        row: Mapping[str, Any],
+        *,
+        place: str,
+        source: Path | DatasetCell | None,
+        name: str | None = None,
+        cond_images: tuple[PictureFile, ...] = (),
+        group: str = "",
     ) -> Picture:
         """The picture of a row, with its captions.
 
@@ -48,13 +55,15 @@ class CaptionColumns:
             place: the row in error messages, such as "metadata.jsonl line 3".
             source: the encoded picture, if there is one.
             name: the picture's name. Default: `place`.
+            cond_images: the pictures to edit.
+            group: the picture's group.
 
         Raises:
             InputError: a caption is missing, empty or not text.
         """
         captions = tuple(_caption(row, column, place) for column in self.student) or (self.prompt,)
         teacher_caption = None if self.teacher is None else _caption(row, self.teacher, place)
-        return Picture(name or place, captions, source, teacher_caption)
+        return Picture(name or place, captions, source, teacher_caption, cond_images, group)
 
 
 def find_caption_columns(

@@ -11,12 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pyarrow.compute as pc
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..errors import InputError
 from .files import FolderFiles, is_inside, warn_of_links_out
-from .pictures import DatasetCell
+from .pictures import DatasetCell, PictureFile
 
 
 # Data sets whose paths `datasets` has found itself. In the others, such as Parquet, the table's author wrote them.
@@ -37,49 +38,66 @@ def check_data_files(data_files: dict[str, list[str]] | None, folder: Path) -> N
             )
 
 
-def picture_sources(
-    dataset: datasets.Dataset, name: str, column: str, cache_dir: str | None
-) -> list[Path | DatasetCell]:
-    """The encoded picture of each row.
+def picture_files(
+    columns: list[datasets.Dataset], name: str, cache_dir: str | None
+) -> list[list[tuple[PictureFile, ...]]]:
+    """The encoded pictures in each row of each column: one, or those of its list.
 
     Args:
-        dataset: the column of undecoded pictures, with cells of the form {"bytes": ..., "path": ...}.
+        columns: data sets of one column each. A cell is {"bytes": ..., "path": ...}, or a list of those.
         name: `--dataset_name`.
-        column: name of the column.
         cache_dir: folder for downloaded data sets. Default: the cache of `datasets`.
 
     Raises:
-        InputError: a cell names an address, or a file that is not part of the data set.
+        InputError: a cell names an address, or a file that is not part of the data set, or is a list of nothing.
     """
     folder = Path(name) if Path(name).is_dir() else None
-    if dataset.builder_name in FOLDER_BUILDERS:
-        check = FoundPaths(folder, [HF_HUB_CACHE, cache_dir or datasets.config.HF_DATASETS_CACHE])
-    else:
-        check = WrittenPaths(folder)
-    sources, files = [], {}
-    for row, path in enumerate(_named_paths(dataset, column)):
-        place = f"row {row} of {name}"
-        source = None
-        if path is not None:
-            source = check.file(path)
-            if source is None and not check.is_in_archive(path):
-                raise InputError(
-                    f"{place}, column {column!r}: {path!r} is not a file of the data set; put the pictures into its "
-                    "folder, or into the column itself"
-                )
-        if source is not None:
-            files[place] = source
-        sources.append(source or DatasetCell(dataset, row, column))
+    caches = [HF_HUB_CACHE, cache_dir or datasets.config.HF_DATASETS_CACHE]
+    checks = {True: FoundPaths(folder, caches), False: WrittenPaths(folder)}
+    found, files = [], {}
+    for dataset in columns:
+        check = checks[dataset.builder_name in FOLDER_BUILDERS]
+        (column,) = dataset.column_names
+        cells = dataset.with_format("arrow")
+        rows = []
+        for row, paths in enumerate(_named_paths(cells[:][column])):
+            place = f"row {row} of {name}, column {column!r}"
+            if isinstance(paths, list):
+                if not paths:
+                    raise InputError(f"{place}: is an empty list; put a picture to edit into it, or remove the row")
+                pictures = [
+                    (f"{place}, item {item + 1} of {len(paths)}", path, DatasetCell(cells, row, column, item))
+                    for item, path in enumerate(paths)
+                ]
+            else:
+                pictures = [(place, paths, DatasetCell(cells, row, column))]
+            rows.append(tuple(_picture_file(*picture, check) for picture in pictures))
+        found.append(rows)
+        files |= {file.name: file.source for row in rows for file in row if isinstance(file.source, Path)}
     if folder is not None:
         warn_of_links_out(folder, files)
-    return sources
+    return found
 
 
-def _named_paths(dataset: datasets.Dataset, column: str) -> list[str | None]:
-    """The path in each cell that names a picture instead of containing it."""
-    cells = dataset.with_format("arrow")[:][column]
-    is_named = pc.is_null(pc.struct_field(cells, "bytes"))
-    return pc.if_else(is_named, pc.struct_field(cells, "path"), None).to_pylist()
+def _picture_file(place: str, path: str | None, cell: DatasetCell, check: "WrittenPaths") -> PictureFile:
+    """The picture in a cell, which names a path or contains it."""
+    file = None if path is None else check.file(path)
+    if path is not None and file is None and not check.is_in_archive(path):
+        raise InputError(
+            f"{place}: {path!r} is not a file of the data set; put the pictures into its folder, or into the column "
+            "itself"
+        )
+    return PictureFile(place, file or cell)
+
+
+def _named_paths(cells: pyarrow.ChunkedArray) -> list[str | None] | list[list[str | None]]:
+    """The path in each cell, or in each item of it, that names a picture instead of containing it."""
+    if pyarrow.types.is_struct(cells.type):
+        is_named = pc.is_null(pc.struct_field(cells, "bytes"))
+        return pc.if_else(is_named, pc.struct_field(cells, "path"), None).to_pylist()
+    paths = iter(_named_paths(pc.list_flatten(cells)))
+    lengths = pc.fill_null(pc.list_value_length(cells), 0).to_pylist()
+    return [list(itertools.islice(paths, length)) for length in lengths]
 
 
 class WrittenPaths:

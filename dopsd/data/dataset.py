@@ -1,18 +1,21 @@
 """Pictures and captions from `--dataset_name`, read by `datasets`."""
 
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 
 from ..errors import InputError, first_line
 from ..settings import DataSettings
 from .captions import check_column, find_caption_columns, may_hold_captions, quoted
-from .cells import check_data_files, picture_sources
+from .cells import check_data_files, picture_files
+from .columns import find_picture_columns
 from .files import visible_files
-from .pictures import Picture, is_picture
+from .pictures import DatasetCell, Picture, PictureFile, is_picture
 
 
 NUM_ROWS_OF_TEXT = 10  # as many are read to see whether a column holds captions
@@ -28,18 +31,42 @@ def read_dataset(settings: DataSettings, teacher_caption_column: str | None, cac
     captions_only = teacher_caption_column is not None and image_column == "image" and "image" not in columns
     if not captions_only:
         check_column("--image_column", image_column, columns, name)
-    text_columns = [column for column in columns if column != image_column and _is_text_column(dataset, column)]
+    also = find_picture_columns(columns, name, settings, image_column)
+    no_captions = (image_column, *also.cond_images, also.group)
+    text_columns = [column for column in columns if column not in no_captions and _is_text_column(dataset, column)]
     captions = find_caption_columns(columns, text_columns, name, settings, teacher_caption_column)
+    target = None if captions_only else image_column
+    targets, cond_images = _pictures(dataset, name, target, also.cond_images, cache_dir)
     # Without any column, `datasets` would report no rows.
-    rows = dataset.select_columns(captions.names) if captions.names else [{}] * len(dataset)
-    if captions_only:
-        sources = [None] * len(dataset)
-    else:
-        sources = picture_sources(_undecoded_images(dataset, name, image_column), name, image_column, cache_dir)
+    read = list(dict.fromkeys([*captions.names, *([] if also.group is None else [also.group])]))
+    rows = dataset.select_columns(read) if read else [{}] * len(dataset)
+    places = [f"row {index} of {name}" for index in range(len(dataset))]
     return [
-        captions.picture(row, place=f"row {index} of {name}", source=source)
-        for index, (row, source) in enumerate(zip(rows, sources, strict=True))
+        captions.picture(row, place=place, source=source, cond_images=cond, group=also.group_of(row, place, ""))
+        for row, place, source, cond in zip(rows, places, targets, cond_images, strict=True)
     ]
+
+
+def _pictures(
+    dataset: datasets.Dataset,
+    name: str,
+    image_column: str | None,
+    cond_columns: tuple[str, ...],
+    cache_dir: str | None,
+) -> tuple[list[Path | DatasetCell | None], list[tuple[PictureFile, ...]]]:
+    """(target, pictures to edit) of all rows. There are no targets without `image_column`."""
+    columns = [] if image_column is None else [_undecoded_images(dataset, name, image_column)]
+    columns += [_undecoded_sources(dataset, name, column) for column in cond_columns]
+    if columns and dataset.builder_name == "imagefolder" and Path(name).is_dir():
+        _check_none_left_out(dataset, Path(name))
+    files = picture_files(columns, name, cache_dir)
+    targets = [None] * len(dataset)
+    if image_column is not None:
+        targets = [file.source for (file,) in files.pop(0)]
+    cond_images = [
+        tuple(itertools.chain.from_iterable(column[row] for column in files)) for row in range(len(dataset))
+    ]
+    return targets, cond_images
 
 
 def _load_train_split(name: str, config_name: str | None, cache_dir: str | None) -> datasets.Dataset:
@@ -77,22 +104,32 @@ def _is_text_column(dataset: datasets.Dataset, column: str) -> bool:
     return may_hold_captions(dataset.select_columns([column])[:NUM_ROWS_OF_TEXT][column])
 
 
-def _undecoded_images(dataset: datasets.Dataset, name: str, image_column: str) -> datasets.Dataset:
-    """The image column alone, with cells of the form {"bytes": ..., "path": ...}.
+def _undecoded_images(dataset: datasets.Dataset, name: str, column: str) -> datasets.Dataset:
+    """The column of `--image_column` alone, with cells of the form {"bytes": ..., "path": ...}.
 
     Cells are not decoded by `datasets`, so that `images.read_image` treats the pictures of all sources alike. Columns
     of paths or of bytes work too.
     """
+    return _cast(dataset, datasets.Image(decode=False), f"--image_column {column}", name, column)
+
+
+def _undecoded_sources(dataset: datasets.Dataset, name: str, column: str) -> datasets.Dataset:
+    """A column of `--cond_image_column` alone. Cells are as above, or lists of those."""
+    feature, image = dataset.features[column], datasets.Image(decode=False)
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        if isinstance(feature.feature, datasets.Image):  # it has this form, and a cast would copy all pictures
+            return dataset.select_columns([column])
+        image = datasets.List(image)
+    return _cast(dataset, image, f"--cond_image_column {column}", name, column)
+
+
+def _cast(dataset: datasets.Dataset, feature: Any, flag: str, name: str, column: str) -> datasets.Dataset:
     try:
-        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+        return dataset.select_columns([column]).cast_column(column, feature)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise InputError(
-            f"--image_column {image_column}: this column of {name} contains no pictures ({first_line(error)}); choose "
-            "another one"
+            f"{flag}: this column of {name} contains no pictures ({first_line(error)}); choose another one"
         ) from error
-    if dataset.builder_name == "imagefolder" and Path(name).is_dir():
-        _check_none_left_out(dataset, Path(name))
-    return dataset.select_columns([image_column])
 
 
 def _check_none_left_out(dataset: datasets.Dataset, folder: Path) -> None:

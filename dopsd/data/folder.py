@@ -1,5 +1,6 @@
 """Pictures and captions from `--instance_data_dir`."""
 
+import posixpath
 from pathlib import Path
 
 from accelerate.logging import get_logger
@@ -54,9 +55,14 @@ def read_folder(settings: DataSettings, teacher_caption_column: str | None) -> l
             captions = dict.fromkeys(pictures, (_prompt(settings, texts),))
             _warn_of_ignored_texts(texts)
             ignored = sorted({*ignored} - {*texts})
-        found = [Picture(name, captions[name], files.paths[name]) for name in pictures]
+        found = [Picture(name, captions[name], files.paths[name], group=posixpath.dirname(name)) for name in pictures]
     _warn_of_ignored_files(ignored)
-    read = {picture.name: picture.source for picture in found if picture.source is not None}
+    read = {
+        file.name: file.source
+        for picture in found
+        for file in (picture.file, *picture.cond_images)
+        if file.source is not None
+    }
     warn_of_links_out(folder, read | {name: files.paths[name] for name in (*text_of.values(), metadata) if name})
     return found
 
@@ -119,6 +125,8 @@ def _refuse_column_flags(settings: DataSettings, teacher_caption_column: str | N
     for flag, is_given in (
         ("--caption_column", bool(settings.caption_column)),
         ("--image_column", settings.image_column != "image"),
+        ("--cond_image_column", settings.cond_image_column is not None),
+        ("--group_column", settings.group_column is not None),
         ("--teacher_caption_column", teacher_caption_column is not None),
     ):
         if is_given:

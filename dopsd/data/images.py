@@ -16,7 +16,7 @@ from ..errors import InputError, first_line
 from ..text import printable
 from .color import ProfileError, to_srgb
 from .files import read_regular_file
-from .pictures import Picture
+from .pictures import Picture, PictureFile
 
 
 logger = get_logger(__name__)
@@ -55,12 +55,12 @@ class Decoded(NamedTuple):
     profile_problem: str | None
 
 
-def read_image(picture: Picture) -> Image.Image:
+def read_image(picture: Picture | PictureFile) -> Image.Image:
     """Decodes a picture to 8-bit RGB; see `decode`."""
     return decode(picture).image
 
 
-def decode(picture: Picture) -> Decoded:
+def decode(picture: Picture | PictureFile) -> Decoded:
     """Decodes a picture to 8-bit RGB.
 
     The first frame is read, turned upright as its EXIF data say, converted to sRGB if it has a color profile, and put
@@ -102,7 +102,7 @@ def _reason_and_advice(error: Exception) -> str:
     return f"{first_line(error)}); {CONVERT}"
 
 
-def source_bytes(picture: Picture) -> bytes:
+def source_bytes(picture: Picture | PictureFile) -> bytes:
     """The encoded picture.
 
     Raises:
@@ -111,13 +111,16 @@ def source_bytes(picture: Picture) -> bytes:
     """
     if isinstance(picture.source, Path):
         return read_regular_file(picture.source)
-    dataset, row, column = picture.source
-    cell = dataset[row][column] or {"bytes": None, "path": None}
+    dataset, row, column, item = picture.source
+    cell = dataset[row][column][0].as_py()
+    if item is not None:
+        cell = cell[item]
+    cell = cell or {"bytes": None, "path": None}
     if cell["bytes"] is not None:
         return cell["bytes"]
     if cell["path"] is None:
         raise SourceError(f"column {column!r} is empty")
-    with fsspec.open(cell["path"], "rb") as file:  # in an archive: zip://..., checked by `cells.picture_sources`
+    with fsspec.open(cell["path"], "rb") as file:  # in an archive: zip://..., checked by `cells.picture_files`
         return file.read()
 
 

@@ -9,6 +9,7 @@ import io
 import json
 import posixpath
 import reprlib
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Any
 from ..errors import InputError
 from ..settings import DataSettings
 from .captions import CaptionColumns, find_caption_columns, is_text, may_hold_captions, quoted
+from .columns import PictureColumns, find_picture_columns, is_path_column, path_column
 from .files import FolderFiles, read_text
-from .pictures import Picture
+from .pictures import Picture, PictureFile
 
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -68,8 +70,8 @@ def metadata_pictures(
 ) -> list[Picture]:
     """The pictures that a metadata file lists, sorted by path.
 
-    A folder without pictures is only read for the teacher's captions. If there is no column of paths either, the
-    captions are returned without pictures, in row order.
+    The teacher's captions need no training pictures. If a folder has no column of their paths, and no pictures but
+    those to edit, the captions are returned without pictures, in row order.
 
     Args:
         files: the folder's files.
@@ -83,63 +85,105 @@ def metadata_pictures(
     """
     rows = read_rows(files.paths[metadata], metadata)
     columns = list(dict.fromkeys(column for row in rows for column in row.values))
-    path_column = "file_name" if settings.image_column == "image" else f"{settings.image_column}_file_name"
+    target = path_column(settings.image_column)
+    also = find_picture_columns(columns, metadata, settings, target)
     text_columns = [
         column
         for column in columns
-        if not _is_path_column(column) and may_hold_captions(row.values.get(column) for row in rows)
+        if not is_path_column(column)
+        and column not in (*also.cond_images, also.group)
+        and may_hold_captions(row.values.get(column) for row in rows)
     ]
     captions = find_caption_columns(columns, text_columns, metadata, settings, teacher_caption_column)
-    if path_column in columns:
-        found = _listed_pictures(files, rows, path_column, captions)
-        _check_every_picture_has_a_row(files, pictures, rows, metadata)
-        return sorted(found, key=lambda picture: picture.name)
-    if not pictures:
-        return [captions.picture(row.values, place=row.place, source=None) for row in rows]
-    raise InputError(
-        f"{metadata}: --image_column {settings.image_column} needs the column {path_column!r}, but there are only "
-        f"{quoted(columns)}; add the column, or pass --image_column X to read the column X_file_name"
-    )
+    needs_no_targets = teacher_caption_column is not None and also.cond_images and settings.image_column == "image"
+    if target in columns:
+        found = sorted(_listed_pictures(files, rows, target, captions, also), key=lambda picture: picture.name)
+    elif not pictures or needs_no_targets:
+        found = [
+            captions.picture(
+                row.values, place=row.place, source=None, cond_images=_cond_images(files, row, also.cond_images)
+            )
+            for row in rows
+        ]
+    else:
+        raise InputError(
+            f"{metadata}: --image_column {settings.image_column} needs the column {target!r}, but there are only "
+            f"{quoted(columns)}; add the column, or pass --image_column X to read the column X_file_name"
+        )
+    _check_every_picture_has_a_row(files, pictures, rows, metadata, also.cond_images)
+    return found
 
 
-def _is_path_column(column: str) -> bool:
-    return column == "file_name" or column.endswith("_file_name")
-
-
-def _listed_pictures(files: FolderFiles, rows: list[Row], path_column: str, captions: CaptionColumns) -> list[Picture]:
+def _listed_pictures(
+    files: FolderFiles, rows: list[Row], target: str, captions: CaptionColumns, also: PictureColumns
+) -> list[Picture]:
     pictures = []
     line_of: dict[str, int] = {}
     for row in rows:
-        value, place = row.values.get(path_column), f"{row.place}, column {path_column!r}"
-        if not is_text(value):
-            raise InputError(
-                f"{place}: expected the path of a picture, got {reprlib.repr(value)}; write the path there"
-            )
-        name = files.find(value, place)
+        name = _find_picture(files, row.values.get(target), f"{row.place}, column {target!r}")
         if name in line_of:
-            raise InputError(
-                f"{row.place}: {name} is already listed in line {line_of[name]}; put several captions of one picture "
-                "into several columns"
-            )
+            advice = "put several captions of one picture into several columns"
+            if also.cond_images:
+                advice = "give each row a file of its own"
+            raise InputError(f"{row.place}: {name} is already listed in line {line_of[name]}; {advice}")
         line_of[name] = row.line
-        pictures.append(captions.picture(row.values, place=row.place, source=files.path(name), name=name))
+        pictures.append(
+            captions.picture(
+                row.values,
+                place=row.place,
+                source=files.path(name),
+                name=name,
+                cond_images=_cond_images(files, row, also.cond_images),
+                group=also.group_of(row.values, row.place, posixpath.dirname(name)),
+            )
+        )
     return pictures
 
 
-def _check_every_picture_has_a_row(files: FolderFiles, pictures: list[str], rows: list[Row], metadata: str) -> None:
+def _find_picture(files: FolderFiles, written: object, place: str) -> str:
+    """The name of the file that a value in a column of paths means."""
+    if not is_text(written):
+        raise InputError(f"{place}: expected the path of a picture, got {reprlib.repr(written)}; write the path there")
+    return files.find(written, place)
+
+
+def _cond_images(files: FolderFiles, row: Row, cond_columns: tuple[str, ...]) -> tuple[PictureFile, ...]:
+    """The pictures to edit of a row. A value is a path, or a list of paths."""
+    found = []
+    for column in cond_columns:
+        value, place = row.values.get(column), f"{row.place}, column {column!r}"
+        if value == []:
+            raise InputError(f"{place}: is an empty list; write the path of a picture to edit into it")
+        if isinstance(value, list):
+            places = [f"{place}, item {number} of {len(value)}" for number in range(1, len(value) + 1)]
+        else:
+            value, places = [value], [place]
+        names = [_find_picture(files, written, item) for written, item in zip(value, places, strict=True)]
+        found += [PictureFile(name, files.path(name)) for name in names]
+    return tuple(found)
+
+
+def _check_every_picture_has_a_row(
+    files: FolderFiles, pictures: list[str], rows: list[Row], metadata: str, cond_columns: tuple[str, ...]
+) -> None:
     # Editing pairs have several columns of paths, so a picture may be in any of them.
     with_row = set()
     for row in rows:
-        for column, value in row.values.items():
-            if _is_path_column(column) and isinstance(value, str):
-                with suppress(InputError):  # only the paths in --image_column's column must exist
-                    with_row.add(files.find(value, row.place))
+        for path in _written_paths(row, cond_columns):
+            with suppress(InputError):  # only the paths in the columns that are read must exist
+                with_row.add(files.find(path, row.place))
     without_row = [name for name in pictures if name not in with_row]
     if without_row:
         raise InputError(
             f"{without_row[0]}: has no row in {metadata} ({len(without_row)} of {len(pictures)} pictures have none); "
             "add the row, or move the picture elsewhere"
         )
+
+
+def _written_paths(row: Row, cond_columns: tuple[str, ...]) -> Iterator[str]:
+    for column, value in row.values.items():
+        if is_path_column(column) or column in cond_columns:
+            yield from (path for path in (value if isinstance(value, list) else [value]) if isinstance(path, str))
 
 
 def read_rows(path: Path, metadata: str) -> list[Row]:

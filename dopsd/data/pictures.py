@@ -11,11 +11,19 @@ from PIL import Image
 
 
 class DatasetCell(NamedTuple):
-    """A cell of a data set that holds an encoded picture."""
+    """A cell of a data set that holds an encoded picture, or an item of a cell that holds a list of them.
+
+    Attributes:
+        dataset: the data set, in Arrow's format, which decodes no picture.
+        row: the row, from 0.
+        column: the column.
+        item: the place in the list, from 0; None if the cell is a picture.
+    """
 
     dataset: datasets.Dataset
     row: int
     column: str
+    item: int | None = None
 
 
 @dataclass(frozen=True)

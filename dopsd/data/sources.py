@@ -10,19 +10,21 @@ from .pictures import Picture
 def read_pictures(
     settings: DataSettings, *, teacher_caption_column: str | None, cache_dir: str | None
 ) -> list[Picture]:
-    """Lists the pictures of `--instance_data_dir` or `--dataset_name` with their captions. Decodes no picture.
+    """Lists the pictures of `--instance_data_dir` or `--dataset_name` with their captions and the pictures to edit.
+
+    Decodes no picture.
 
     Args:
         settings: where the pictures are and which columns to read.
-        teacher_caption_column: column with the teacher's captions. If it is given, captions need no pictures.
+        teacher_caption_column: column with the teacher's captions. If it is given, captions need no training pictures.
         cache_dir: folder for downloaded data sets. Default: the cache of `datasets`.
 
     Returns:
         The pictures of a folder sorted by path, those of a data set in row order.
 
     Raises:
-        InputError: a picture has no caption or a caption no picture, a file is malformed, or the flags do not fit
-            the data.
+        InputError: a picture has no caption or a caption no picture, a picture to edit is missing, a file is
+            malformed, or the flags do not fit the data.
     """
     if (settings.instance_data_dir is None) == (settings.dataset_name is None):
         raise InputError(

@@ -11,6 +11,7 @@ from . import (  # noqa: F401
     model_checkpoints,
     moments,
     output_folders,
+    pairs,
     pictures,
     run_checkpoints,
 )
