@@ -308,8 +308,9 @@ class Gallery(Studio):
         rows: list[Row] = []
         for request in requests:
             bases, students = ([drawn[Subject(request, seed)][who].image for seed in seeds] for who in (0, 1))
-            rows.append((f"base: {request.prompt}", [*self.cond_cells(request, num_cond_images), *bases]))
-            rows.append((f"student: {request.prompt}", [*[None] * num_cond_images, *students]))
+            cond_cells = self.cond_cells(request, num_cond_images)
+            rows.append((f"base: {request.prompt}", [*cond_cells, *bases]))
+            rows.append((f"student: {request.prompt}", [*cond_cells, *students]))
             self.story[step, Subject(request, 0)] = students[0]
             if step == self.last_step:
                 self.keep_for_card(request.prompt, students[0])
