@@ -66,6 +66,7 @@ class KleinFlags(ModelFlags):
             "and details, the same background, the same composition.",
             flags={"teacher_resolution": None},
             editing=EDITING,
+            other_suffix=" Show the subject of the reference image: the same identity, shape, colours and details.",
         ),
         "vlm": vlm_context(
             "Qwen3-VL",

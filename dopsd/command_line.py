@@ -119,6 +119,7 @@ def _describe_teacher_contexts(action_of: dict, contexts: dict[str, TeacherConte
         for name, context in contexts.items()
         for suffix, pairs in (
             (context.prompt_suffix, ""),
+            (context.other_suffix, " and --teacher_picture other"),
             (context.editing.get("teacher_prompt_suffix"), " and --cond_image_column"),
         )
         if suffix
@@ -286,7 +287,10 @@ def resolve_teacher(settings: Settings, model: ModelFlags) -> Settings:
             f"--teacher_context {settings.teacher.teacher_context}: name the column of the teacher's captions with "
             "--teacher_caption_column"
         )
-    defaults = context.defaults(settings.data.cond_image_column is not None)
+    defaults = context.defaults(
+        is_editing=settings.data.cond_image_column is not None,
+        shows_other=settings.teacher.teacher_picture == "other",
+    )
     settings = settings.replace(**{name: default for name, default in defaults.items() if flags[name] is None})
     teacher = settings.teacher
     if (teacher.vlm_min_pixels or 0) > (teacher.vlm_max_pixels or 0):

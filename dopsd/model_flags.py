@@ -26,6 +26,7 @@ class TeacherContext:
         prompt_suffix: default of `--teacher_prompt_suffix`.
         flags: the flags that only this choice uses, with their defaults. None is resolved later.
         editing: defaults with `--cond_image_column`, where they differ.
+        other_suffix: default of `--teacher_prompt_suffix` with `--teacher_picture other`; None if it is the same.
         flag_help: what `--help` adds to some of them.
     """
 
@@ -34,11 +35,13 @@ class TeacherContext:
     prompt_suffix: str = ""
     flags: dict[str, Any] = field(default_factory=dict)
     editing: dict[str, Any] = field(default_factory=dict)
+    other_suffix: str | None = None
     flag_help: dict[str, str] = field(default_factory=dict)
 
-    def defaults(self, is_editing: bool) -> dict[str, Any]:
+    def defaults(self, *, is_editing: bool, shows_other: bool) -> dict[str, Any]:
         """Flag -> default, of all flags of the teacher whose default depends on the choice."""
-        values = {"teacher_prompt_suffix": self.prompt_suffix, **self.flags}
+        is_other = shows_other and self.other_suffix is not None
+        values = {"teacher_prompt_suffix": self.other_suffix if is_other else self.prompt_suffix, **self.flags}
         return values | self.editing if is_editing else values
 
 

@@ -82,11 +82,9 @@ def check_captions(contexts: Contexts, teacher: TeacherSettings, teacher_context
         for caption in picture.captions:
             check_prompt(contexts, caption, picture.name, "shorten the caption")
     advice = "shorten the caption or --teacher_prompt_suffix"
-    if (
-        teacher.teacher_prompt_suffix
-        and teacher.teacher_prompt_suffix
-        == teacher_context.defaults(contexts.data.is_editing)["teacher_prompt_suffix"]
-    ):
+    choices = {"is_editing": contexts.data.is_editing, "shows_other": teacher.teacher_picture == "other"}
+    default_suffix = teacher_context.defaults(**choices)["teacher_prompt_suffix"]
+    if teacher.teacher_prompt_suffix and teacher.teacher_prompt_suffix == default_suffix:
         advice = "replace the default suffix with a shorter --teacher_prompt_suffix, or shorten the caption"
     if any(encoder.reads_prompt and encoder.sees_picture for encoder in contexts.conditioning.teacher):
         advice += ", or lower --vlm_min_pixels and --vlm_max_pixels"

@@ -1,0 +1,97 @@
+"""The other pictures that a teacher sees with `--teacher_picture other`."""
+
+from collections import Counter
+
+import pytest
+
+from data_helpers import some_pictures
+from dopsd.data.buckets import Example
+from dopsd.data.order import MAX_PARTNERS, SampleOrder, find_partners
+from dopsd.data.pictures import Picture
+from dopsd.errors import InputError
+
+
+SQUARE, WIDE = (64, 64), (64, 96)
+
+
+def pictures_of(groups: str) -> list[Picture]:
+    return [Picture(f"{index}.png", ("x",), None, group=group) for index, group in enumerate(groups)]
+
+
+def examples_of(buckets: list[tuple[int, int]], repeats: int = 1) -> list[Example]:
+    return [
+        Example(index, repeat, bucket, (0.5, 0.5)) for index, bucket in enumerate(buckets) for repeat in range(repeats)
+    ]
+
+
+def test_partners_are_other_pictures_of_the_group_in_the_same_repeat():
+    pictures, examples = pictures_of("aababb"), examples_of([SQUARE] * 6, repeats=2)
+    partners = find_partners(pictures, examples, have_one_size=False, seed=0)
+    for example, found in zip(examples, partners, strict=True):
+        others = {examples[partner].picture for partner in found}
+        own = pictures[example.picture].group
+        expected = {index for index, picture in enumerate(pictures) if picture.group == own} - {example.picture}
+        assert others == expected and {examples[partner].repeat for partner in found} == {example.repeat}
+
+
+def test_their_number_does_not_grow_with_the_group():
+    pictures, examples = some_pictures(40, ("x",)), examples_of([SQUARE] * 40)
+    partners = find_partners(pictures, examples, have_one_size=False, seed=0)
+    assert {len({*found}) for found in partners} == {MAX_PARTNERS}
+    assert len({partner for found in partners for partner in found}) > 30
+    assert partners == find_partners(pictures, examples, have_one_size=False, seed=0)
+    assert partners != find_partners(pictures, examples, have_one_size=False, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "expected"),
+    [
+        ([SQUARE, SQUARE, WIDE, WIDE], [{SQUARE}, {SQUARE}, {WIDE}, {WIDE}]),
+        ([SQUARE, SQUARE, SQUARE, WIDE], [{SQUARE}] * 4),
+        ([SQUARE, WIDE], [{WIDE}, {SQUARE}]),
+    ],
+)
+def test_partners_of_a_batch_can_be_stacked(buckets, expected):
+    examples = examples_of(buckets)
+    partners = find_partners(pictures_of("a" * len(buckets)), examples, have_one_size=True, seed=0)
+    assert [{examples[partner].bucket for partner in found} for found in partners] == expected
+    order = SampleOrder(
+        pictures_of("a" * len(buckets)), examples, batch_size=2, random_flip=False, seed=0, shows_other=True
+    )
+    for place in range(4 * order.num_batches):
+        batch = order.batch(place)
+        assert len({examples[sample.example].bucket for sample in batch}) == 1
+        assert len({examples[sample.partner].bucket for sample in batch}) == 1
+
+
+def test_every_partner_is_drawn_and_nothing_else_of_the_order_changes():
+    pictures, examples = some_pictures(5, ("x", "y")), examples_of([SQUARE] * 5)
+    settings = {"batch_size": 1, "random_flip": True, "seed": 3}
+    own = SampleOrder(pictures, examples, **settings)
+    other = SampleOrder(pictures, examples, **settings, shows_other=True)
+    drawn = Counter()
+    for place in range(1000):
+        (sample,), (expected,) = other.batch(place), own.batch(place)
+        assert expected.partner is None and sample.partner != sample.example
+        assert (sample.example, sample.epoch, sample.caption, sample.flip) == (
+            *(expected.example, expected.epoch, expected.caption, expected.flip),
+        )
+        drawn[sample.example, sample.partner] += 1
+    assert len(drawn) == 5 * 4 and min(drawn.values()) > 20
+    variants = [*other.variants(2)]
+    assert len(variants) == 2 * 2 * 4 and len({*variants}) == 16  # flips, captions, partners
+    assert [*own.variants(2)] == [sample for sample in own.variants(2) if sample.partner is None]
+
+
+@pytest.mark.parametrize(
+    ("groups", "line"),
+    [
+        ("a", "--teacher_picture other: 0.png is the only picture of the group 'a'; add another picture of the same "),
+        (" b", "--teacher_picture other: 0.png is the only picture of the group ' '; add another picture of the "),
+        ("aab", "--teacher_picture other: 2.png is the only picture of the group 'b'; add another picture of the "),
+    ],
+)
+def test_a_group_of_one_is_one_line(groups, line):
+    with pytest.raises(InputError) as caught:
+        find_partners(pictures_of(groups), examples_of([SQUARE] * len(groups)), have_one_size=False, seed=0)
+    assert str(caught.value).startswith(line) and str(caught.value).endswith("subject, or drop the flag")
