@@ -66,9 +66,9 @@ class KleinFlags(ModelFlags):
             "and details, the same background, the same composition.",
             flags={"teacher_resolution": None},
             editing=EDITING,
-            other_suffix=" Show the subject of the reference image, with the same identity, shape, colours and markings, "
-            "in the scene that the text describes. Do not copy the background, pose or composition of the reference "
-            "image.",
+            other_suffix=" Show the subject of the reference image, with the same identity, shape, colours and "
+            "markings, in the scene that the text describes. Do not copy the background, pose or composition of the "
+            "reference image.",
         ),
         "vlm": vlm_context(
             "Qwen3-VL",
