@@ -67,15 +67,10 @@ def read_images(names: str, area: int, limits: SizeLimits) -> tuple[tuple[Crop, 
         InputError: a picture cannot be read or is too small.
     """
     crops = []
-    for name in [names] if Path(names).is_file() else names.split(","):
-        path = Path(name.strip())
-        try:
-            exists = path.is_file()
-        except (OSError, ValueError):
-            exists = False
-        if not exists:
-            raise InputError(f"--validation_image {name.strip()}: there is no such file; check the path")
-        file = PictureFile(f"--validation_image {name.strip()}", path)
+    for name in [names] if is_file(names) else map(str.strip, names.split(",")):
+        if not is_file(name):
+            raise InputError(f"--validation_image {name}: there is no such file; check the path")
+        file = PictureFile(f"--validation_image {name}", Path(name))
         image, digest, _ = decode(file)
         if min(image.size) < limits.min_side:
             raise InputError(
@@ -86,6 +81,14 @@ def read_images(names: str, area: int, limits: SizeLimits) -> tuple[tuple[Crop, 
     size = shrunk_to(crops[0].size, area, limits)
     first = Crop(crops[0].file, crops[0].digest, whole(size))
     return (first, *crops[1:]), size
+
+
+def is_file(name: str) -> bool:
+    """Whether there is such a file; False for a name that no file can have."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def shrunk_to(size: tuple[int, int], area: int, limits: SizeLimits) -> tuple[int, int]:
