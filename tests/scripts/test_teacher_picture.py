@@ -8,7 +8,7 @@ from PIL import Image
 
 from command_line import assert_close_weights, same_weights, succeed
 from dopsd.context_cache import ContextCache
-from models import EVERY_CONTEXT, ONE_MODEL, SLOW, both_models, with_exhaustive
+from models import EVERY_CONTEXT, ONE_MODEL, both_models
 from short_runs import one_process, same_tensors
 
 
@@ -102,8 +102,8 @@ def test_flags_that_do_not_go_together_are_one_line(train, flags, line):
     assert train(**flags).error.endswith(f"error: {line}")
 
 
-@SLOW
-@with_exhaustive("flux2", "zimage")
+@pytest.mark.exhaustive
+@both_models(quick="flux2")
 def test_two_processes_give_the_lora_of_one(torchrun, command, arguments, tmp_path):
     flags = {**OTHER, "learning_rate": 1e-3, "max_train_steps": 3, "train_batch_size": 2}
     flags |= {"context_cache_dir": tmp_path / "cache"}
