@@ -16,6 +16,11 @@ from .vision_encoder import VisionEncoder
 Images = PIL.Image.Image | Sequence[PIL.Image.Image]  # of one prompt
 
 
+def image_list(images: Images) -> Sequence[PIL.Image.Image]:
+    """One prompt's images as a list."""
+    return [images] if isinstance(images, PIL.Image.Image) else images
+
+
 class FewStepMixin:
     """Mixin for a stock few-step pipeline with a Qwen3 text encoder.
 
@@ -48,7 +53,7 @@ class FewStepMixin:
         Returns:
             (1, L, D) for the embeddings and each layer.
         """
-        images = [images] if isinstance(images, PIL.Image.Image) else images
+        images = image_list(images)
         counts = (vision_encoder.num_image_tokens(image.height, image.width) for image in images)
         content = vision_encoder.content(prompt, *counts)
         return vision_encoder.hidden_states(self.chat_text(content), *images, pad_to=pad_to)

@@ -13,7 +13,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu,
 
 from dopsd.rollout import Schedule
 
-from .few_step import FewStepMixin, Images
+from .few_step import FewStepMixin, Images, image_list
 from .published import KLEIN_OUT_LAYERS
 from .vision_encoder import VisionEncoder
 
@@ -29,8 +29,8 @@ class KleinContext:
 
     Attributes:
         prompt_embeds: (B, L, D), several text encoder layers concatenated in D, padded to L tokens.
-        references: patchified, normalised latents of the reference images, each (B, C, H / 16, W / 16). Empty for the
-            student; contains the target image for the `edit` teacher.
+        references: patchified, normalised latents of the reference images, each (B, C, H / 16, W / 16). Those to edit
+            come first; the last one of the `edit` teacher is the target image.
     """
 
     prompt_embeds: torch.Tensor
@@ -84,7 +84,7 @@ class Flux2KleinDOPSDPipeline(FewStepMixin, Flux2KleinPipeline):
     def encode_edit_teacher(
         self,
         prompts: list[str],
-        images: list[PIL.Image.Image],
+        images: list[Images],
         *,
         prompt_suffix: str = "",
         max_sequence_length: int = 512,
@@ -93,17 +93,19 @@ class Flux2KleinDOPSDPipeline(FewStepMixin, Flux2KleinPipeline):
         """The `edit` teacher's context c_t = f_mm(y, image): prompts with a suffix, and each image as a reference.
 
         Args:
-            images: one per prompt, all of the same size, because their tokens share positions.
+            images: one per prompt, or a list of them per prompt: those to edit, then the result. All prompts have as
+                many, of the same sizes in the same order, because their tokens share positions.
 
         Returns:
-            prompt_embeds as from `encode_student`, and one reference.
+            prompt_embeds as from `encode_student`, and the references.
         """
         context = self.encode_student(
             [prompt + prompt_suffix for prompt in prompts],
             max_sequence_length=max_sequence_length,
             text_encoder_out_layers=text_encoder_out_layers,
         )
-        return context.with_references(torch.cat([self.encode_reference(image) for image in images]))
+        samples = ([*map(self.encode_reference, image_list(image))] for image in images)
+        return context.with_references(*map(torch.cat, zip(*samples, strict=True)))
 
     def encode_vlm_teacher(
         self,

@@ -60,6 +60,17 @@ def test_edit_teacher_equals_the_stock_pipeline_with_image(pipeline, klein_path,
     assert torch.equal(pipeline.sample(context, noise, 4), expected)
 
 
+def test_edit_teacher_takes_several_pictures_per_prompt(pipeline, make_picture):
+    pictures = [[make_picture(number, 96, 64), make_picture(number + 5)] for number in range(2)]
+    context = pipeline.encode_edit_teacher(["a", "b"], pictures, max_sequence_length=LENGTH)
+    assert [reference.shape[2:] for reference in context.references] == [(4, 6), (4, 4)]
+    for index, own in enumerate(pictures):
+        for reference, picture in zip(context.references, own, strict=True):
+            assert torch.equal(reference[index : index + 1], pipeline.encode_reference(picture))
+    with pytest.raises(ValueError):
+        pipeline.encode_edit_teacher(["a", "b"], [pictures[0], pictures[1][:1]], max_sequence_length=LENGTH)
+
+
 @pytest.fixture
 def vision_encoder(pipeline, vlm_folder):
     def make(**settings):
