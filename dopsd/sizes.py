@@ -60,10 +60,27 @@ def size_problem(height: int, width: int, limits: SizeLimits) -> str | None:
         return f"too small; use at least {limits.min_side} pixels per side"
     if height % limits.pixels_per_token or width % limits.pixels_per_token:
         return f"not divisible into image tokens; use multiples of {limits.pixels_per_token} pixels"
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        return f"too long and narrow; use an aspect ratio of at most {MAX_ASPECT_RATIO}:1"
+    if problem := ratio_problem(height, width):
+        return problem
     tokens = (height // limits.pixels_per_token) * (width // limits.pixels_per_token)
     if tokens > limits.max_tokens:
         side = math.isqrt(limits.max_tokens) * limits.pixels_per_token
         return f"too large ({tokens} image tokens, the limit is {limits.max_tokens}); use at most {side}x{side} pixels"
     return None
+
+
+def ratio_problem(height: int, width: int) -> str | None:
+    """Why a picture's shape cannot be used and what to do, or None if it can. The text continues a sentence."""
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        return f"too long and narrow; use an aspect ratio of at most {MAX_ASPECT_RATIO}:1"
+    return None
+
+
+def cond_image_problem(height: int, width: int, limits: SizeLimits) -> str | None:
+    """Why a picture of this size in pixels cannot be edited and what to do, or None if it can.
+
+    It need not be divisible into image tokens, and may be large: pipelines crop and shrink it.
+    """
+    if min(height, width) < limits.min_side:
+        return f"too small to edit; use at least {limits.min_side} pixels per side"
+    return ratio_problem(height, width)

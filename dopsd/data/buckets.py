@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from ..errors import InputError
 from ..settings import DataSettings
-from ..sizes import SizeLimits, size_problem
+from ..sizes import SizeLimits, cond_image_problem, size_problem
 from .pictures import Picture, PictureFile
 
 
@@ -114,7 +114,8 @@ def plan_examples(
         cond_sizes: (height, width) of each picture's pictures to edit. Default: there are none.
 
     Raises:
-        InputError: a picture would be trained at a size outside the limits, or a picture to edit is too small.
+        InputError: a picture would be trained at a size outside the limits, or a picture to edit has one that the
+            model does not take.
     """
     examples = []
     cond_sizes = cond_sizes or [()] * len(pictures)
@@ -140,13 +141,10 @@ def plan_examples(
 
 
 def check_cond_images(picture: Picture, sizes: Sequence[tuple[int, int]], limits: SizeLimits) -> None:
-    """Raises `InputError` for a picture to edit that is too small for the model."""
+    """Raises `InputError` for a picture to edit whose size the model does not take."""
     for cond_image, (height, width) in zip(picture.cond_images, sizes, strict=True):
-        if min(height, width) < limits.min_side:
-            raise InputError(
-                f"{cond_image.name}: is {height}x{width} pixels, but pictures to edit need {limits.min_side} on each "
-                "side; enlarge it, or remove the row"
-            )
+        if problem := cond_image_problem(height, width, limits):
+            raise InputError(f"{cond_image.name}: {height}x{width} pixels are {problem}, or remove the row")
 
 
 def are_aligned(

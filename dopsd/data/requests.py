@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 
 from ..errors import InputError
 from ..settings import ValidationSettings
-from ..sizes import SizeLimits
+from ..sizes import SizeLimits, cond_image_problem
 from .buckets import Crop, whole
 from .images import decode
 from .pictures import PictureFile
@@ -39,7 +40,7 @@ def editing_requests(settings: ValidationSettings, trained: list[Request], limit
         trained: a request of each training pair.
 
     Raises:
-        InputError: a picture cannot be read, is too small, or there are not as many as prompts.
+        InputError: a picture cannot be read or edited, or there are not as many as prompts.
     """
     prompts, images = settings.validation_prompt, settings.validation_image
     if images is None:
@@ -64,31 +65,20 @@ def read_images(names: str, area: int, limits: SizeLimits) -> tuple[tuple[Crop, 
     The result has the first picture's shape and at most `area` pixels. The first picture is scaled to its size.
 
     Raises:
-        InputError: a picture cannot be read or is too small.
+        InputError: a picture cannot be read, or has a size that the model does not take.
     """
     crops = []
-    for name in [names] if is_file(names) else map(str.strip, names.split(",")):
-        if not is_file(name):
+    for name in [names] if isfile(names) else map(str.strip, names.split(",")):
+        if not isfile(name):
             raise InputError(f"--validation_image {name}: there is no such file; check the path")
         file = PictureFile(f"--validation_image {name}", Path(name))
         image, digest, _ = decode(file)
-        if min(image.size) < limits.min_side:
-            raise InputError(
-                f"{file.name}: is {image.height}x{image.width} pixels; pictures to edit need {limits.min_side} on "
-                "each side"
-            )
+        if problem := cond_image_problem(image.height, image.width, limits):
+            raise InputError(f"{file.name}: {image.height}x{image.width} pixels are {problem}")
         crops.append(Crop(file, digest, whole((image.height, image.width))))
     size = shrunk_to(crops[0].size, area, limits)
     first = Crop(crops[0].file, crops[0].digest, whole(size))
     return (first, *crops[1:]), size
-
-
-def is_file(name: str) -> bool:
-    """Whether there is such a file; False for a name that no file can have."""
-    try:
-        return Path(name).is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def shrunk_to(size: tuple[int, int], area: int, limits: SizeLimits) -> tuple[int, int]:

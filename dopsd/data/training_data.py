@@ -14,7 +14,7 @@ from ..sharing import failing_together, share_on_each_machine
 from ..sizes import SizeLimits
 from ..text import printable
 from .buckets import Crop, Example, plan_examples
-from .images import check_pictures, read_image, warn_of_profiles
+from .images import CheckedPicture, check_pictures, read_image, warn_of_profiles
 from .order import Sample, SampleOrder
 from .pictures import Picture
 from .requests import Request, editing_requests
@@ -149,7 +149,7 @@ def load_training_data(settings: Settings, limits: SizeLimits, accelerator: Acce
     cond_images = [[checked_of[file] for file in picture.cond_images] for picture in pictures]
     examples = plan_examples(
         pictures,
-        [picture.size for picture in checked[: len(pictures)]],
+        [shape_of(*pair) for pair in zip(pictures, checked[: len(pictures)], cond_images, strict=True)],
         data,
         limits,
         training.seed,
@@ -171,6 +171,11 @@ def load_training_data(settings: Settings, limits: SizeLimits, accelerator: Acce
             trained = [read.request(sample) for sample in read.shown(len(pictures))]
             read.editing_requests = editing_requests(settings.validation, trained, limits)
     return read
+
+
+def shape_of(picture: Picture, checked: CheckedPicture, cond_images: list[CheckedPicture]) -> tuple[int, int]:
+    """(height, width) in pixels of a picture; if there is only an instruction, those of the picture to edit."""
+    return cond_images[0].size if picture.source is None and cond_images else checked.size
 
 
 def warn_of_misaligned(pictures: list[Picture], examples: list[Example]) -> None:
