@@ -23,13 +23,14 @@ from .history import MetricsLog, read_history
 from .html_report import RunReport, State
 from .memory import reset_peak_memory
 from .model import FewStepPipeline, Model
+from .model_card import CardImage
 from .output import naming_file
 from .prior import PriorPrompts
 from .retention import distances, mean_distance
 from .roles import StudentTeacherLoRA
 from .rollout import RolloutStep, rollout
 from .settings import Settings
-from .sheets import Cell, contact_sheet, save_png, stack
+from .sheets import Cell, beside, contact_sheet, save_png, stack
 from .stopping import StopRequest
 from .tracking import track
 
@@ -39,6 +40,7 @@ logger = get_logger(__name__)
 NUM_PREVIEW_PICTURES = 4
 MAX_STORY_COLUMNS = 4  # besides the base model's
 MAX_STORY_ROWS = 6
+CARD_GAP = 8  # pixels
 
 Row = tuple[str, list[Image.Image | None]]  # a label, and one image per column
 
@@ -119,7 +121,7 @@ class Gallery(Studio):
         self.report = RunReport(settings, model, self.data)
         # (step, subject) -> the student's image, for validation prompts at seed 0 and for retention prompts
         self.story: dict[tuple[int, Subject], Image.Image] = {}
-        self.card_images: list[tuple[str, str]] = []  # (prompt, path in the output folder)
+        self.card_images: list[CardImage] = []
         self.shown = self.data.shown(NUM_PREVIEW_PICTURES)
         self.lessons: list[Lesson] = []  # of `shown`, on all processes
 
@@ -310,10 +312,10 @@ class Gallery(Studio):
             bases, students = ([drawn[Subject(request, seed)][who].image for seed in seeds] for who in (0, 1))
             cond_cells = self.cond_cells(request, num_cond_images)
             rows.append((f"base: {request.prompt}", [*cond_cells, *bases]))
-            rows.append((f"student: {request.prompt}", [*cond_cells, *students]))
+            rows.append((f"student: {request.prompt}", [*[None] * num_cond_images, *students]))
             self.story[step, Subject(request, 0)] = students[0]
             if step == self.last_step:
-                self.keep_for_card(request.prompt, students[0])
+                self.keep_for_card(request.prompt, cond_cells, students[0])
         sheet = Sheet(
             f"After training step {step}, drawn in {self.settings.num_inference_steps} sampling steps",
             [*cond_headings(num_cond_images), *(f"seed {seed}" for seed in seeds)],
@@ -328,12 +330,15 @@ class Gallery(Studio):
         images = [self.data.pixels(crop) for crop in request.cond_images]
         return images + [None] * (count - len(images))
 
-    def keep_for_card(self, prompt: str, image: Image.Image) -> None:
+    def keep_for_card(self, prompt: str, cond_images: list[Image.Image | None], image: Image.Image) -> None:
+        """Saves what the student has drawn, beside the pictures that it has edited."""
+        shown = [one for one in cond_images if one is not None]
+        equally_high = [one.resize((round(one.width * image.height / one.height), image.height)) for one in shown]
         name = f"images/validation_{len(self.card_images)}.png"
         with naming_file(self.folder / name):
             (self.folder / "images").mkdir(exist_ok=True)
-            save_png(image, self.folder / name)
-        self.card_images.append((prompt, name))
+            save_png(beside([*equally_high, image], CARD_GAP), self.folder / name)
+        self.card_images.append(CardImage(prompt, name, len(shown)))
 
     def rollout_images(self) -> tuple[list[str], list[Image.Image], list[Image.Image]]:
         """Of each state that the student visits: a heading, and the clean images that student and teacher predict."""

@@ -29,7 +29,7 @@ from .errors import InputError
 from .files import read_regular_file
 from .history import read_history
 from .model import Model
-from .model_card import PACKAGES, formatted, public_name, shown_settings, usage
+from .model_card import PACKAGES, CardImage, formatted, public_name, shown_settings, usage
 from .output import LORA_FILE, list_checkpoints, naming_file, numbered_sheets, replacing
 from .settings import Settings
 from .sheets import RETENTION_CURVES, plot_curves
@@ -272,6 +272,7 @@ class RunReport:
         self.folder = Path(settings.training.output_dir)
         self.read_sheet = SheetReader(self.folder)
         self.num_pictures, self.num_captions = sum(map(bool, data.digests)), len(data.pictures)
+        self.editing_requests = data.editing_requests
 
     def write_curves(self) -> None:
         """Plots what is logged so far, if there is anything. Raises `OutputError` if curves.png cannot be written."""
@@ -432,12 +433,14 @@ class RunReport:
         else:
             note = "There is no LoRA yet."
         settings = self.settings.flat()
+        asked = [CardImage(request.prompt, "", len(request.cond_images)) for request in self.editing_requests]
+        asked = asked or [CardImage(prompt, "") for prompt in settings["validation_prompt"] or []]
         *_, example = usage(
             self.model.card,
             f"path/to/{folder}",
             settings["pretrained_model_name_or_path"],
             settings["instance_prompt"],
-            [(prompt, "") for prompt in settings["validation_prompt"] or []],
+            asked,
             settings,
         )
         code = "\n".join(example.splitlines()[1:-1])  # without Markdown's fence

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
@@ -20,15 +20,30 @@ logger = get_logger(__name__)
 CARD_FILE = "README.md"
 
 PAPER = "https://arxiv.org/abs/2605.05204"
-TAGS = ("text-to-image", "diffusers", "diffusers-training", "lora", "d-opsd", "template:sd-lora")
+TASK, EDITING_TASK = "text-to-image", "image-to-image"  # the Hub's names
+TAGS = ("diffusers", "diffusers-training", "lora", "d-opsd", "template:sd-lora")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub")
 
 # Left out of the card: secrets, local paths, and settings that do not affect the weights.
 HIDDEN_PREFIXES = ("hub_", "push_")
 HIDDEN_SUFFIXES = ("_dir", "_path", "_token")
-HIDDEN_SETTINGS = ("resume_from_checkpoint", "report_to", "local_rank", "preview_only")
+HIDDEN_SETTINGS = ("resume_from_checkpoint", "report_to", "local_rank", "preview_only", "validation_image")
 # Of a path, only the last part is shown.
 PATH_OR_HUB_ID = ("dataset_name", "init_lora", "prior_prompts", "vlm_model_name_or_path")
+
+
+class CardImage(NamedTuple):
+    """A picture on the card.
+
+    Attributes:
+        prompt: the prompt, or the instruction.
+        path: relative to the output folder, such as "images/validation_0.png".
+        num_cond_images: how many pictures are edited, which are on its left.
+    """
+
+    prompt: str
+    path: str
+    num_cond_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,9 +105,7 @@ class CardInfo:
         return next(known, None)
 
 
-def write_run_card(
-    settings: Settings, info: CardInfo, gallery: list[tuple[str, str]], retention: float | None
-) -> None:
+def write_run_card(settings: Settings, info: CardInfo, gallery: list[CardImage], retention: float | None) -> None:
     """Writes the model card of a finished run, unless its output folder has a README.md that is not such a card.
 
     Args:
@@ -133,7 +146,7 @@ def write_card(
     repo_id: str,
     base_model: str,
     instance_prompt: str | None,
-    gallery: list[tuple[str, str]],
+    gallery: list[CardImage],
     settings: dict[str, Any],
     retention: float | None,
 ) -> Path:
@@ -145,7 +158,7 @@ def write_card(
         repo_id: the repository that the card is for. If it has no account, the card's example says ACCOUNT instead.
         base_model: hub id, or a folder, of which only the last part is shown.
         instance_prompt: caption of all training pictures, if they share one.
-        gallery: (prompt, path of the image relative to the folder, such as "images/validation_0.png").
+        gallery: what the LoRA draws.
         settings: flag without dashes -> value. Must contain `num_inference_steps` and the size of validation images.
             Left out are None, False unless it is on by default, hub flags, tokens, folders and paths.
         retention: last measured retention, as defined in `measured`, or None.
@@ -153,15 +166,15 @@ def write_card(
     Returns:
         The path of the card.
     """
-    license = info.license_of(base_model)
+    license, task = info.license_of(base_model), EDITING_TASK if is_editor(settings) else TASK
     data = ModelCardData(
         base_model=base_model if is_hub_id(base_model) else None,
         base_model_relation="adapter" if is_hub_id(base_model) else None,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=[*TAGS, *info.tags],
+        pipeline_tag=task,
+        tags=[task, *TAGS, *info.tags],
         instance_prompt=instance_prompt,
-        widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None,
+        widget=[{"text": image.prompt, "output": {"url": image.path}} for image in gallery] or None,
         **(license.metadata(base_model) if license else {"license": "other"}),
     )
     text = "\n\n".join(
@@ -190,11 +203,17 @@ def public_name(model: str) -> str:
     return model if is_hub_id(model) else Path(model).resolve().name
 
 
+def is_editor(settings: dict[str, Any]) -> bool:
+    """Whether the LoRA edits pictures."""
+    return settings.get("cond_image_column") is not None
+
+
 def introduction(repo_id: str, base_model: str, instance_prompt: str | None, settings: dict[str, Any]) -> list[str]:
     prompt = [f"Trained with the prompt: {escape(instance_prompt)}"] if instance_prompt else []
+    purpose = ", which edits pictures," if is_editor(settings) else ","
     return [
         f"# {escape(repo_id.rpartition('/')[2])}",
-        f"A LoRA for {link_to(base_model)}, trained by on-policy self-distillation (D-OPSD, "
+        f"A LoRA for {link_to(base_model)}{purpose} trained by on-policy self-distillation (D-OPSD, "
         f"[arXiv 2605.05204]({PAPER})): on what the model itself draws in few steps, so that it goes on drawing in "
         f"{settings['num_inference_steps']}.",
         *prompt,
@@ -207,11 +226,13 @@ def link_to(base_model: str) -> str:
     return f"[{name}](https://huggingface.co/{base_model})" if is_hub_id(base_model) else name
 
 
-def pictures(folder: Path, gallery: list[tuple[str, str]]) -> list[str]:
+def pictures(folder: Path, gallery: list[CardImage]) -> list[str]:
     """The Hub replaces `<Gallery />` with the images of the card's metadata."""
     shown = [("The run on one sheet", "story.png"), ("Loss, cosine and retention over steps", "curves.png")]
+    is_edit = any(image.num_cond_images for image in gallery)
     return [
         *(["<Gallery />"] if gallery else []),
+        *(["On the left what is edited, on the right the result."] if is_edit else []),
         *(f"![{title}]({name})" for title, name in shown if (folder / name).is_file()),
     ]
 
@@ -221,26 +242,32 @@ def usage(
     repo_id: str,
     base_model: str,
     instance_prompt: str | None,
-    gallery: list[tuple[str, str]],
+    gallery: list[CardImage],
     settings: dict[str, Any],
 ) -> list[str]:
-    """Example code that loads the LoRA and generates an image."""
-    prompt = instance_prompt or next((prompt for prompt, _ in gallery), "your prompt")
+    """Example code that loads the LoRA and generates an image, or edits one."""
+    first = next(iter(gallery), None)
+    prompt = instance_prompt or (first.prompt if first else "your prompt")
     source = base_model if is_hub_id(base_model) else f"path/to/{public_name(base_model)}"
     target = repo_id if "/" in repo_id else f"ACCOUNT/{repo_id}"
     defaults = info.sampling_defaults
     values = {name: settings.get(name, default) for name, default in defaults.items()}
+    imports = []
+    subject = [f"    height={settings['validation_height']},", f"    width={settings['validation_width']},"]
+    if is_editor(settings):  # the result has the size of the first picture
+        imports = ["from diffusers.utils import load_image"]
+        subject = [f"    image={loaded_images(first.num_cond_images if first else 0)},"]
     lines = [
         "```python",
         "import torch",
         f"from diffusers import {info.pipeline}",
+        *imports,
         "",
         f'pipe = {info.pipeline}.from_pretrained({quoted(source)}, dtype=torch.bfloat16).to("cuda")',
         f"pipe.load_lora_weights({quoted(target)})",
         "image = pipe(",
         f"    prompt={quoted(prompt)},",
-        f"    height={settings['validation_height']},",
-        f"    width={settings['validation_width']},",
+        *subject,
         f"    num_inference_steps={settings['num_inference_steps']},",
         f"    guidance_scale={info.guidance_scale},",
         *(f"    {name}={value}," for name, value in values.items() if value != defaults[name]),
@@ -249,6 +276,13 @@ def usage(
         "```",
     ]
     return ["## Use it", "\n".join(lines)]
+
+
+def loaded_images(count: int) -> str:
+    """Code for the `image` argument that loads several pictures to edit, or one if their number is not known."""
+    if count < 2:
+        return 'load_image("to_edit.png")'
+    return "[" + ", ".join(f'load_image("to_edit_{number}.png")' for number in range(1, count + 1)) + "]"
 
 
 def quoted(text: str) -> str:

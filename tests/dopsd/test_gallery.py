@@ -1,12 +1,10 @@
 """The contact sheets of whole runs, compared with pictures that the stock pipeline draws, and retention."""
 
 import re
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -20,6 +18,7 @@ from dopsd.history import read_history
 from dopsd.settings import RETENTION_PROMPTS, ValidationSettings
 from dopsd.sheets import CELLS_OF_FIVE, SCREEN_PIXELS
 from models import EVERY_CONTEXT, ONE_MODEL, SLOW, both_models, every_context
+from reading_sheets import are_in_a_column, are_in_a_row, place
 from short_runs import one_process
 
 
@@ -40,41 +39,6 @@ DRAWN = {
     "max_train_steps": 4,
     "validation_prompt": ["a ball", "a box"],
 }
-
-
-# Reading sheets
-
-
-@lru_cache(maxsize=2)
-def pixels_of(sheet: Path) -> np.ndarray:
-    with Image.open(sheet) as opened:
-        return np.asarray(opened.convert("RGB"))
-
-
-def place(sheet: Path, image: Image.Image, cell_pixels: int = 320) -> tuple[int, int] | None:
-    """(top, left) of exactly this picture on a contact sheet, enlarged by an integer factor, or None."""
-    factor = cell_pixels // max(image.size)
-    enlarged = np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
-    pixels = pixels_of(sheet)
-    height, width, _ = enlarged.shape
-    corners = (pixels[: -height + 1, : -width + 1] == enlarged[0, 0]).all(axis=2)
-    corners &= (pixels[height - 1 :, width - 1 :] == enlarged[-1, -1]).all(axis=2)
-    for top, left in np.argwhere(corners):
-        if np.array_equal(pixels[top : top + height, left : left + width], enlarged):
-            return int(top), int(left)
-    return None
-
-
-def are_in_a_row(sheet: Path, *images: Image.Image, cell_pixels: int = 320) -> bool:
-    """Whether all are on the sheet, at one height, from left to right."""
-    places = [place(sheet, image, cell_pixels) for image in images]
-    return None not in places and len({top for top, _ in places}) == 1 and places == sorted(places)
-
-
-def are_in_a_column(sheet: Path, *images: Image.Image) -> bool:
-    """Whether all are on the sheet, below each other from top to bottom."""
-    places = [place(sheet, image) for image in images]
-    return None not in places and len({left for _, left in places}) == 1 and places == sorted(places)
 
 
 # Sheets

@@ -15,6 +15,7 @@ from browser import CHROMIUM, browsing
 from command_line import LORA_FILE, same_weights, succeed
 from dopsd import html_report
 from dopsd.command_line import parse_settings
+from dopsd.data.requests import Request
 from dopsd.errors import OutputError
 from dopsd.html_report import RunReport, duration, own_settings
 from models import ONE_MODEL, SLOW
@@ -49,7 +50,9 @@ def make_settings(folder: Path, **flags):
 
 
 def make_report(folder: Path, num_pictures: int = 4, **flags) -> RunReport:
-    data = SimpleNamespace(digests=["0"] * num_pictures + [""], pictures=[None] * (num_pictures + 1))
+    data = SimpleNamespace(
+        digests=["0"] * num_pictures + [""], pictures=[None] * (num_pictures + 1), editing_requests=[]
+    )
     return RunReport(make_settings(folder, **flags), MODEL, data)
 
 
@@ -159,6 +162,16 @@ def test_the_example_loads_the_newest_lora(tmp_path):
     (tmp_path / LORA_FILE).touch()
     check("in progress", "/checkpoint-10", "The newest LoRA is that of checkpoint-10.")  # goes on from a finished run
     check("finished", "", f"The LoRA is {LORA_FILE}, beside this page.")
+
+
+def test_the_example_of_an_editor_edits_as_it_is_validated(tmp_path):
+    report = make_report(tmp_path, cond_image_column="source", validation_steps=0)
+    report.write_page(8, "in progress")
+    assert 'prompt="a ball",\n    image=load_image("to_edit.png"),' in read(tmp_path).text
+    report.editing_requests = [Request("paint it", ("a picture", "another"), (64, 64))]
+    report.write_page(8, "in progress")
+    images = '[load_image("to_edit_1.png"), load_image("to_edit_2.png")]'
+    assert f'prompt="paint it",\n    image={images},' in read(tmp_path).text
 
 
 # Pictures

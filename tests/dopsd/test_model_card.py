@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 import train_dopsd_flux2
 import train_dopsd_zimage
 from dopsd.command_line import parse_settings
-from dopsd.model_card import escape, write_card, write_run_card
+from dopsd.model_card import CardImage, escape, write_card, write_run_card
 from loopback_hub import TOKEN
 
 
@@ -46,7 +46,7 @@ def write(folder: Path, **changed) -> ModelCard:
         "repo_id": "someone/corgi",
         "base_model": KLEIN_4B,
         "instance_prompt": "a photo of sks corgi",
-        "gallery": [("a corgi on the moon", "images/validation_0.png")],
+        "gallery": [CardImage("a corgi on the moon", "images/validation_0.png")],
         "settings": {"num_inference_steps": 4, "max_sequence_length": 512, "learning_rate": 2e-5},
         "retention": 0.1234,
     }
@@ -198,11 +198,11 @@ def test_secrets_and_paths_are_not_on_the_card(tmp_path):
 
 @pytest.mark.parametrize("prompt", DIFFICULT_PROMPTS)
 def test_any_prompt_is_kept_and_cannot_break_the_card(tmp_path, prompt):
-    gallery = [(prompt, "images/validation_0.png"), ("a: b", "images/validation_1.png")]
+    gallery = [CardImage(prompt, "images/validation_0.png"), CardImage("a: b", "images/validation_1.png")]
     settings = {"num_inference_steps": 4, "validation_prompt": [prompt], "teacher_prompt_suffix": prompt, "rank": 8}
     card = write(tmp_path, instance_prompt=prompt, gallery=gallery, settings=settings)
     assert card.data.instance_prompt == prompt
-    assert [(entry["text"], entry["output"]["url"]) for entry in card.data.widget] == gallery
+    assert [CardImage(entry["text"], entry["output"]["url"]) for entry in card.data.widget] == gallery
     assert card.data.license == "apache-2.0"
     assert [line for line in card.text.splitlines() if line.startswith("#")] == [
         "# corgi",
@@ -222,10 +222,13 @@ def example(card: ModelCard) -> ast.Module:
     return ast.parse(re.search(r"^```python\n(.*?)^```$", card.text, re.MULTILINE | re.DOTALL)[1])
 
 
-def pipe_arguments(card: ModelCard) -> dict:
+def pipe_call(card: ModelCard) -> ast.Call:
     calls = [node for node in ast.walk(example(card)) if isinstance(node, ast.Call)]
-    call = next(call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "pipe")
-    return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    return next(call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "pipe")
+
+
+def pipe_arguments(card: ModelCard) -> dict:
+    return {keyword.arg: ast.literal_eval(keyword.value) for keyword in pipe_call(card).keywords}
 
 
 def prompt_of(card: ModelCard) -> str:
@@ -247,6 +250,34 @@ def test_the_example_passes_what_differs_from_the_defaults(tmp_path):
     assert f'from_pretrained("{KLEIN_4B}", dtype=torch.bfloat16)' in card.text
     assert 'load_lora_weights("someone/corgi")' in card.text
     assert 'load_lora_weights("ACCOUNT/corgi")' in write(tmp_path, repo_id="corgi").text
+
+
+EDITOR = {"num_inference_steps": 4, "cond_image_column": ["source"], "validation_image": ["/private/a.png"]}
+
+
+@pytest.mark.parametrize(
+    ("num_cond_images", "image"),
+    [
+        (1, 'load_image("to_edit.png")'),
+        (2, '[load_image("to_edit_1.png"), load_image("to_edit_2.png")]'),
+        (None, None),
+    ],
+)
+def test_the_card_of_an_editor_says_so_and_edits(tmp_path, num_cond_images, image):
+    gallery = [CardImage("make it blue", "images/validation_0.png", num_cond_images)] if num_cond_images else []
+    card = write(tmp_path, instance_prompt=None, gallery=gallery, settings=EDITOR)
+    assert card.data.pipeline_tag == card.data.tags[0] == "image-to-image"
+    assert "text-to-image" not in str(card) and "private" not in str(card)
+    assert ", which edits pictures, trained by on-policy" in card.text
+    assert ("On the left what is edited, on the right the result." in card.text) == bool(gallery)
+    assert r'| `--cond_image_column` | \["source"\] |' in card.text
+    assert "from diffusers.utils import load_image\n" in card.text
+    expected = {"prompt": repr("make it blue" if gallery else "your prompt"), "num_inference_steps": "4"}
+    expected |= {"image": (image or 'load_image("to_edit.png")').replace('"', "'"), "guidance_scale": "1.0"}
+    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in pipe_call(card).keywords}
+    assert keywords == expected
+    other = write(tmp_path)
+    assert "edit" not in other.text and "load_image" not in other.text
 
 
 @pytest.mark.parametrize("script", [train_dopsd_flux2, train_dopsd_zimage])
