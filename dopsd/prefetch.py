@@ -104,9 +104,13 @@ class InputReader:
         seeds = [noise_seed(self.seed, sample) for sample in batch.samples]
         inputs = [RolloutInputs(size, self._noise(size, seeds), *self._contexts.load(batch.samples))]
         if batch.has_prior:
-            prompts = self.prior.draw(self.seed, batch.place, len(batch.samples))
+            is_editing, count = self.data.is_editing, len(batch.samples)
+            prompts = self.prior.draw(self.seed, batch.place, count, have_one_kind=is_editing)
+            cond_images = None
+            if is_editing and not self.prior.is_unrelated(prompts[0]):
+                cond_images = [self.data.cond_crops(sample) for sample in batch.samples]
             seeds = [place_seed(self.seed, "prior noise", f"{batch.place}/{index}") for index in range(len(prompts))]
-            inputs.append(RolloutInputs(size, self._noise(size, seeds), self._contexts.student(prompts)))
+            inputs.append(RolloutInputs(size, self._noise(size, seeds), self._contexts.student(prompts, cond_images)))
         return [one.pin_memory() for one in inputs] if self._pins else inputs
 
     def _noise(self, size: tuple[int, int], seeds: list[int]) -> torch.Tensor:

@@ -7,6 +7,9 @@ only where something is forgotten. The idea of preserving a prior is DreamBooth'
 Prompts that have nothing to do with the pictures do not suffice: a model that is held on known words only answers to
 any unknown word with what it has learned. So the captions without the new word, and with other made-up words in its
 place, are held as well.
+
+An editor is held on two kinds: on unrelated prompts without a picture, and on instructions (`--class_prompt`, captions
+without the new word or with another one) for the pictures to edit of the micro-batch.
 """
 
 import random
@@ -54,6 +57,7 @@ class PriorPrompts:
         unrelated: what the model should go on knowing.
         without_word: captions without the new word, or with its class in its place.
         other_words: captions with other made-up words in its place.
+        instructions: of `--class_prompt`, for an editor.
         held_out: an unrelated prompt that is only drawn: shows whether the protection reaches other prompts.
         wrong_word: a caption with a made-up word, which is only drawn.
         no_word: a caption without its new word, which is only drawn, if the captions allow it.
@@ -62,13 +66,14 @@ class PriorPrompts:
     unrelated: tuple[str, ...] = ()
     without_word: tuple[str, ...] = ()
     other_words: tuple[str, ...] = ()
+    instructions: tuple[str, ...] = ()
     held_out: str | None = None
     wrong_word: str | None = None
     no_word: str | None = None
 
     @property
     def trained(self) -> list[str]:
-        return list(dict.fromkeys([*self.unrelated, *self.without_word, *self.other_words]))
+        return list(dict.fromkeys([*self.unrelated, *self.without_word, *self.other_words, *self.instructions]))
 
     @property
     def drawn(self) -> dict[str, str]:
@@ -79,16 +84,18 @@ class PriorPrompts:
     def is_unrelated(self, prompt: str) -> bool:
         return prompt in self.unrelated or prompt == self.held_out
 
-    def draw(self, seed: int, place: int, count: int) -> list[str]:
+    def draw(self, seed: int, place: int, count: int, *, have_one_kind: bool = False) -> list[str]:
         """The prompts of one micro-batch. Half of them have other made-up words, if there are such prompts.
 
         Args:
             seed: `--seed`.
             place: the micro-batch's index in the run.
+            have_one_kind: whether they are of one kind, so that all or none are held with pictures to edit.
         """
         rng = random.Random(f"{seed}/prior/{place}")
-        kinds = [kind for kind in (self.unrelated, self.without_word) if kind]
+        kinds = [kind for kind in (self.unrelated, self.without_word, self.instructions) if kind]
         kinds = [*kinds, *[self.other_words] * max(1, len(kinds))] if self.other_words else kinds
+        kinds = [rng.choice(kinds)] if have_one_kind else kinds
         return [rng.choice(rng.choice(kinds)) for _ in range(count)]
 
 
@@ -136,12 +143,13 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
             "--trigger_word: not given; if the captions have a new word, name it, or every other unknown word may "
             "draw what is learned"
         )
-    prompts = replace(made, **unrelated_prompts(prior, fits))
+    prompts = replace(made, **given_prompts(prior, fits, is_editing=settings.data.cond_image_column is not None))
     known = {caption.casefold() for caption in captions}
     clashing = [
         prompt
         for prompt in [*prompts.trained, *filter(None, [prompts.held_out])]
-        if prompt.casefold() in known or (prompts.is_unrelated(prompt) and any(word.is_in(prompt) for word in words))
+        if prompt.casefold() in known
+        or (source(prompt, prior, prompts) != "--trigger_word" and any(word.is_in(prompt) for word in words))
     ]
     if clashing:
         logger.warning(
@@ -197,8 +205,8 @@ def without(prompts: PriorPrompts, is_unwanted: Callable[[str], bool]) -> PriorP
     return PriorPrompts(**changed)
 
 
-def unrelated_prompts(settings: PriorSettings, fits: Callable[[str], bool]) -> dict:
-    """The fields `unrelated` and `held_out` of `PriorPrompts`: the file's last prompt is held out.
+def given_prompts(settings: PriorSettings, fits: Callable[[str], bool], *, is_editing: bool) -> dict:
+    """The fields `unrelated`, `instructions` and `held_out` of `PriorPrompts`: the file's last prompt is held out.
 
     The package's own prompts are left out if they do not fit.
 
@@ -221,7 +229,9 @@ def unrelated_prompts(settings: PriorSettings, fits: Callable[[str], bool]) -> d
             raise InputError(f"{flag}: {reprlib.repr(too_long[0])} is longer than the text limit; shorten it")
     held_out = next((prompt for prompt in reversed(listed) if prompt not in own), None) if len(listed) > 1 else None
     unrelated = dict.fromkeys(prompt for prompt in [*own, *listed] if prompt != held_out)
-    return {"unrelated": tuple(unrelated), "held_out": held_out}
+    instructions = tuple(dict.fromkeys(own)) if is_editing else ()
+    unrelated = tuple(prompt for prompt in unrelated if prompt not in instructions)
+    return {"unrelated": unrelated, "instructions": instructions, "held_out": held_out}
 
 
 def read_prompts(path: str | None) -> list[str]:

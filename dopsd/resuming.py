@@ -25,7 +25,7 @@ from .sharing import failing_together
 logger = get_logger(__name__)
 
 PICTURES, PRIOR, TRAINED_STATES = "pictures and captions", "prior preservation", "--num_trained_states"
-TEACHER_PICTURE = "--teacher_picture"
+TEACHER_PICTURE, COND_IMAGES = "--teacher_picture", "pictures to edit"
 CHANGED_DEFAULTS = (TRAINED_STATES, PRIOR)  # earlier versions trained on all states, without a prior
 
 TRAINER_FILE, STATE_FILE = "trainer_state.pt", "state.json"
@@ -41,14 +41,18 @@ def resume_contract(
         identities |= encoder.identity()
     values = settings.must_match() | identities
     values["model"] = model_identity(settings.model)
+    # What a run does not use is left out, as in checkpoints from before it could be used.
     shows_other = settings.teacher.teacher_picture == "other"
     values[PICTURES] = {}
-    for picture, digest, cond_digests in zip(data.pictures, data.digests, data.cond_digests, strict=True):
-        # What a run does not use is left out, as in checkpoints from before it could be used.
-        used = [part for part in (cond_digests, shows_other and picture.group) if part]
+    for picture, digest in zip(data.pictures, data.digests, strict=True):
+        used = [picture.group] if shows_other and picture.group else []
         values[PICTURES][picture.name] = content_key(digest, picture.captions, picture.teacher_caption, *used)[:16]
+    if data.is_editing:
+        rows = zip(data.pictures, data.cond_digests, strict=True)
+        values[COND_IMAGES] = {picture.name: content_key(digests)[:16] for picture, digests in rows}
     held = settings.prior
-    values[PRIOR] = [held.prior_loss_weight, held.prior_every, content_key(prior.trained)] if prior.trained else None
+    held_prompts = content_key(prior.trained, *[prior.instructions] * bool(prior.instructions))
+    values[PRIOR] = [held.prior_loss_weight, held.prior_every, held_prompts] if prior.trained else None
     accumulation_steps = settings.training.gradient_accumulation_steps
     values["processes x --gradient_accumulation_steps"] = num_processes * accumulation_steps
     return json.loads(json.dumps(values))
@@ -208,7 +212,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def earlier_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The values that settings which came later had in effect in a checkpoint's run, if it does not name them."""
-    return {TRAINED_STATES: settings.get("--num_rollout_steps"), PRIOR: None, TEACHER_PICTURE: "target"}
+    trained_states = settings.get("--num_rollout_steps")
+    return {TRAINED_STATES: trained_states, PRIOR: None, TEACHER_PICTURE: "target", COND_IMAGES: None}
 
 
 def check_resumable(checkpoint: Path, contract: dict[str, Any], max_train_steps: int) -> None:
@@ -236,19 +241,22 @@ def difference(names: list[str], saved: dict[str, Any], now: dict[str, Any]) -> 
     If its default has changed, the others whose defaults have changed are named too: one correction then suffices.
     """
     name = names[0]
-    if name == PICTURES and saved.get(name) and now.get(name):
+    if name in (PICTURES, COND_IMAGES) and saved.get(name) and now.get(name):
         before, after = saved[name], now[name]
         changed = sorted(
             picture for picture in before.keys() | after.keys() if before.get(picture) != after.get(picture)
         )
-        return (
-            f"{changed[0]} or its caption was added, changed or removed (pictures affected: {len(changed)}); undo that"
-        )
+        what = "or its caption was added, changed or removed"
+        if name == COND_IMAGES:
+            what = "has other pictures to edit than before"
+        return f"{changed[0]} {what} (pictures affected: {len(changed)}); undo that"
     told = [other for other in names if other in CHANGED_DEFAULTS] if name in CHANGED_DEFAULTS else [name]
     return ", and ".join(setting_was(name, saved.get(name), now.get(name)) for name in told) + "; pass the same"
 
 
 def setting_was(name: str, saved: Any, now: Any) -> str:
+    if name == COND_IMAGES:
+        return f"it had {'pictures' if saved else 'no pictures'} to edit (--cond_image_column)"
     if name != PRIOR:
         return f"its {name} was {saved}, now it is {now}"
     if saved is None:

@@ -208,7 +208,9 @@ class PriorSettings:
     prior_loss_weight: MayDiffer[NotNegative] = flag(1.0, "Weight of the loss of prior preservation.")
     prior_every: MayDiffer[Count] = flag(1, "Compute this loss only in every N-th step.")
     class_prompt: MayDiffer[list[str] | None] = flag(
-        None, "Prompts to hold in addition, such as 'a photo of a dog'. Default: none."
+        None,
+        "Prompts to hold in addition, such as 'a photo of a dog'. With --cond_image_column, instructions for the "
+        "pictures to edit. Default: none.",
     )
     prior_prompts: MayDiffer[str | None] = flag(
         None,

@@ -134,12 +134,12 @@ class ToyContexts:
     def __init__(self, batches: list[list[Sample]], sizes: dict[int, tuple[int, int]] | None = None):
         self.sizes = sizes or {}
         order = SimpleNamespace(batch=lambda place: batches[place % len(batches)])
-        self.data = SimpleNamespace(bucket=self.size, order=order)
+        self.data = SimpleNamespace(bucket=self.size, order=order, is_editing=False)
 
     def size(self, sample: Sample) -> tuple[int, int]:
         return self.sizes.get(sample.example, SIZE)
 
-    def student(self, prompts: list[str]) -> ToyContext:
+    def student(self, prompts: list[str], cond_images: None = None) -> ToyContext:
         return ToyContext(seeded_noise((16,), [zlib.crc32(prompt.encode()) for prompt in prompts]))
 
     def load(self, samples: list[Sample]) -> tuple[ToyContext, ToyContext]:

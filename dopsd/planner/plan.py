@@ -239,7 +239,7 @@ class Planner:
                 {"weights": text_bytes + tower_bytes, "activations": largest + dequantized},
             )
         ]
-        sizes = {size for one in run.encodings if one.encoder.component == "vae" for size in one.sizes}
+        sizes = {run.encoded_size(one) for one in run.encodings if one.encoder.component == "vae"}
         if sizes:
             peak = self.picture(max(sizes, key=math.prod), dtype).peak
             phases.append(Phase("encoding: VAE", {"weights": vae_bytes, "activations": peak}))

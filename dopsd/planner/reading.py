@@ -86,15 +86,25 @@ class PlannedRun:
         return self.contexts.student_encodings(self.data.caption(sample), self.data.cond_crops(sample))
 
     def num_tokens(self, sample: Sample) -> int:
-        height, width = self.data.bucket(sample)
-        side = self.model.sizes.pixels_per_token
-        num_pixels, num_texts = 2 * height * width, 0
-        for encoding in self.student_encodings(sample) + self.contexts.teacher_encodings(sample):
+        """In the transformer, of student and teacher together."""
+        side, size = self.model.sizes.pixels_per_token, self.data.bucket(sample)
+        encodings = self.student_encodings(sample) + self.contexts.teacher_encodings(sample)
+        return 2 * math.prod(size) // side**2 + self.num_context_tokens(encodings)
+
+    def num_context_tokens(self, encodings: tuple[Encoding, ...]) -> int:
+        num_pixels, num_texts = 0, 0
+        for encoding in encodings:
             if encoding.encoder.reads_prompt:
                 num_texts += encoding.encoder.num_tokens(encoding.prompt, encoding.sizes)
             else:
-                num_pixels += sum(map(math.prod, encoding.sizes))
-        return num_pixels // side**2 + num_texts
+                num_pixels += math.prod(self.encoded_size(encoding))
+        return num_pixels // self.model.sizes.pixels_per_token**2 + num_texts
+
+    def encoded_size(self, encoding: Encoding) -> tuple[int, int]:
+        """(height, width) in pixels at which a picture is encoded: large ones are shrunk."""
+        rows, columns = encoding.encoder.shape(encoding.prompt, encoding.sizes)[-2:]
+        side = self.model.sizes.pixels_per_token
+        return rows * side, columns * side
 
     def batch(self, settings: Settings) -> Batch:
         """The largest micro-batch with other settings; a lower resolution shrinks pictures in proportion."""
@@ -109,20 +119,21 @@ class PlannedRun:
                 for encoding in encodings
             )
 
-        prior = max(self.prior.trained, key=self.prompt_length, default=None)
-        if not settings.prior.with_prior_preservation:
-            prior = None
+        prior = None
+        if settings.prior.with_prior_preservation:
+            prior = max(map(self.held_encodings, self.prior.trained), key=self.num_context_tokens, default=None)
         return Batch(
             size,
             min(settings.training.train_batch_size, order.num_alike(sample.example)),
             student=shapes(self.student_encodings(sample)),
             teacher=shapes(contexts.teacher_encodings(sample)),
-            prior=None if prior is None else shapes(contexts.student_encodings(prior)),
+            prior=None if prior is None else shapes(prior),
         )
 
-    def prompt_length(self, prompt: str) -> int:
-        encodings = self.contexts.student_encodings(prompt)
-        return sum(encoding.encoder.num_tokens(prompt, ()) for encoding in encodings)
+    def held_encodings(self, prompt: str) -> tuple[Encoding, ...]:
+        """Of a prompt of prior preservation; an editor's instructions are held with pictures to edit."""
+        cond_images = () if self.prior.is_unrelated(prompt) else self.data.cond_crops(self.largest_sample)
+        return self.contexts.student_encodings(prompt, cond_images)
 
 
 def checkpoint_folder(settings: Settings) -> Path:

@@ -30,6 +30,7 @@ from dopsd.planner.plan import Planner, max_passed_states, mean_passed_states, o
 from dopsd.planner.reading import read_run
 from dopsd.planner.report import report
 from dopsd.sharding import repeated_blocks
+from editing_pairs import write_pairs
 from models import ONE_MODEL, every_context
 from pipelines.published_shapes import KLEIN_9B
 from short_runs import as_arguments, short_run
@@ -215,6 +216,39 @@ def test_moving_weights_takes_time(planner):
     assert "GB/s (PCIe 4.0 x16), added to the time" in report(offloaded, card, {}, "a model")
     overlapping = replace(offloaded, overlaps=True)
     assert overlapping.seconds_per_step(card) == max(kept.seconds_per_step(card), offloaded.moving_seconds)
+
+
+# Editing pairs
+
+
+@ONE_MODEL
+def test_a_plan_counts_the_pictures_to_edit_of_student_and_teacher(planner, make_picture, tmp_path):
+    flags = {"resolution": 128, "num_trained_states": 1, "validation_steps": 2}
+    pairs = [((128, 128), [(128, 128)]), ((128, 128), [(128, 128), (64, 96)])]
+    editing = planner(**write_pairs(tmp_path / "pairs", make_picture, *pairs), **flags)
+    edited, plain = editing.plan(), planner(**flags).plan()
+    assert [shape[-2:] for shape in edited.batch.student[1:]] == [(8, 8), (4, 6)]
+    assert [shape[-2:] for shape in edited.batch.teacher[1:]] == [(8, 8), (4, 6), (8, 8)]
+    assert edited.mean_flops > 1.5 * plain.mean_flops
+    assert phase(edited, "training").peak > phase(plain, "training").peak
+    for name, class_prompt, held in (
+        ("texts", None, edited.batch.student[:1]),
+        ("edits", "red", edited.batch.student),
+    ):
+        pairs_again = write_pairs(tmp_path / name, make_picture, *pairs)
+        run = planner(**pairs_again, **flags, with_prior_preservation=True, class_prompt=class_prompt).run
+        assert run.batch(run.settings).prior == held
+
+
+@ONE_MODEL
+def test_a_large_picture_to_edit_is_planned_at_the_size_that_it_is_shrunk_to(planner, make_picture, tmp_path):
+    flags = [write_pairs(tmp_path / str(side), make_picture, ((64, 64), [(side, side // 2)])) for side in (1440, 2000)]
+    runs = [planner(**one).run for one in flags]
+    sizes = [{run.encoded_size(one) for one in run.encodings if one.encoder.name == "cond"} for run in runs]
+    assert sizes == [{(1440, 720)}, {(1440, 720)}]
+    plans = [planner(**one).plan() for one in flags]
+    assert phase(plans[0], "encoding: VAE").peak == phase(plans[1], "encoding: VAE").peak
+    assert runs[0].num_tokens(runs[0].largest_sample) == runs[1].num_tokens(runs[1].largest_sample)
 
 
 # Operations

@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 
 import pytest
 
@@ -231,3 +232,39 @@ def test_a_held_out_prompt_with_the_trigger_word_is_not_drawn(tmp_path, caplog):
 def test_retention_prompts_that_are_not_drawn_may_be_held(caplog):
     make(trigger_word=["sks"], class_prompt=[RETENTION_PROMPTS[0]], validation_steps=0)
     assert "is held by prior preservation" not in caplog.text
+
+
+# Editing
+
+
+def test_an_editors_micro_batch_holds_prompts_of_one_kind():
+    kinds = {
+        "unrelated": ("a", "b"),
+        "without_word": ("c", "d"),
+        "other_words": ("e", "f"),
+        "instructions": ("g", "h"),
+    }
+    prompts, drawn = PriorPrompts(**kinds), Counter()
+    for place in range(400):
+        batch = {*prompts.draw(0, place, 4, have_one_kind=True)}
+        drawn += Counter(name for name, kind in kinds.items() if batch <= {*kind})
+        mixed = prompts.draw(0, place, 4)
+        assert len(batch) <= 2 and len(mixed) == 4
+    assert sum(drawn.values()) == 400 and 160 < drawn.pop("other_words") < 240
+    assert all(40 < count < 100 for count in drawn.values()) and len(drawn) == 3
+
+
+@pytest.mark.parametrize("is_editing", [False, True])
+def test_class_prompts_of_an_editor_are_instructions(is_editing, caplog):
+    flags = {
+        "class_prompt": ["erase it", "make it sks", "paint it"],
+        "cond_image_column": ["source"] * is_editing or None,
+    }
+    prompts = make(["sks it", "paint it"], trigger_word=["sks"], **flags)
+    assert prompts.instructions == (("erase it",) if is_editing else ())
+    assert ("erase it" in prompts.unrelated) != is_editing and "erase it" in prompts.trained
+    assert not {"make it sks", "paint it"} & {*prompts.trained}
+    assert (
+        "--class_prompt: 'make it sks' is what is to be learned, so it is not held (prompts affected: 2)"
+        in caplog.text
+    )
