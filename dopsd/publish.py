@@ -32,7 +32,8 @@ def published_files(folder: Path) -> list[str]:
     """Paths of the files that `publish` uploads, relative to the folder.
 
     These are the weights, the card, the sheets and the images of the gallery; of numbered sheets only the last one.
-    Note that preview.png and story.png show training pictures. So does report.html, which is not published.
+    Note that preview.png and story.png show training pictures, and the gallery of an editor those to edit. So does
+    report.html, which is not published.
     """
     names = [name for name in (LORA_FILE, CARD_FILE, *SHEETS) if (folder / name).is_file()]
     for kind in NUMBERED_SHEETS:
