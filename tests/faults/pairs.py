@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pyarrow
+from PIL import Image
 
 from .captions import COLUMNS, ODD_BYTES, rows, write_lines
 from .cases import Case, kind
@@ -91,6 +92,18 @@ def damaged_source(scene: Scene) -> Case:
     else:
         path.write_bytes(ODD_BYTES[what])
     return case(scene, f"a source: {what}", must=must)
+
+
+@kind
+def source_sizes(scene: Scene) -> Case:
+    """Pictures to edit that are too small or too long, or have another shape than the result."""
+    rng, (photos, table) = scene.rng, write_pairs(scene)
+    write_rows(photos, table)
+    is_good = rng.random() < 0.4
+    good, bad = [(64, 64), (65, 127), (64, 512), (1000, 1100)], [(1, 1), (63, 64), (64, 63), (64, 513), (4000, 64)]
+    height, width = rng.choice(good if is_good else bad)
+    Image.new("RGB", (width, height), "teal").save(photos / "source-1.png")
+    return case(scene, f"a source of {height}x{width} pixels", must="train" if is_good else "refuse")
 
 
 @kind
@@ -192,5 +205,7 @@ def validation_images(scene: Scene) -> Case:
     )
     is_good = rng.random() < 0.3
     flags = {"validation_steps": 2, "num_validation_images": 1, "validation_image": list(good if is_good else values)}
+    if len(flags["validation_image"]) == 7:  # without prompts, each picture is edited as a pair is
+        flags["validation_prompt"] = ["make it red", "erase it"]
     must = "train" if is_good else "refuse"
     return case(scene, f"--validation_image {flags['validation_image']!r:.80}", flags=flags, must=must)
