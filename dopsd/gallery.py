@@ -137,6 +137,13 @@ class Gallery(Studio):
         prompt = self.settings.final_validation_prompt
         return replace(self.validation_requests()[0], prompt=prompt)
 
+    def extra_request(self, name: str, prompt: str) -> Request:
+        """One of the prompts that are drawn with the retention prompts: an editor's are instructions, but for one."""
+        request = self.request(prompt)
+        if self.data.is_editing and name != "held_out":
+            request = replace(request, cond_images=self.validation_requests()[0].cond_images)
+        return request
+
     def retention_subjects(self) -> list[Subject]:
         return [Subject(self.request(prompt), seed) for seed, prompt in enumerate(self.settings.retention_prompts)]
 
@@ -281,8 +288,8 @@ class Gallery(Studio):
         students = list(self.share(learned, "Lessons").values())
         rollouts = self.share({"rollout": self.rollout_images}, "Rollout")["rollout"]
         extra = [
-            Subject(self.request(prompt), len(retained) + index)
-            for index, prompt in enumerate(self.extra_prompts.values())
+            Subject(self.extra_request(name, prompt), len(retained) + index)
+            for index, (name, prompt) in enumerate(self.extra_prompts.items())
         ]
         retention = self.compare([*retained, *extra], "Retention")
         if self.accelerator.is_main_process:

@@ -8,8 +8,8 @@ Prompts that have nothing to do with the pictures do not suffice: a model that i
 any unknown word with what it has learned. So the captions without the new word, and with other made-up words in its
 place, are held as well.
 
-An editor is held on two kinds: on unrelated prompts without a picture, and on instructions (`--class_prompt`, captions
-without the new word or with another one) for the pictures to edit of the micro-batch.
+An editor is held on two kinds: on unrelated prompts without a picture, and on instructions (`--class_prompt` or the
+package's own, captions without the new word or with another one) for the pictures to edit of the micro-batch.
 """
 
 import random
@@ -57,10 +57,11 @@ class PriorPrompts:
         unrelated: what the model should go on knowing.
         without_word: captions without the new word, or with its class in its place.
         other_words: captions with other made-up words in its place.
-        instructions: of `--class_prompt`, for an editor.
+        instructions: for an editor, of `--class_prompt` or the package's own.
         held_out: an unrelated prompt that is only drawn: shows whether the protection reaches other prompts.
         wrong_word: a caption with a made-up word, which is only drawn.
         no_word: a caption without its new word, which is only drawn, if the captions allow it.
+        other_edit: for an editor, an instruction that is only drawn.
     """
 
     unrelated: tuple[str, ...] = ()
@@ -70,6 +71,7 @@ class PriorPrompts:
     held_out: str | None = None
     wrong_word: str | None = None
     no_word: str | None = None
+    other_edit: str | None = None
 
     @property
     def trained(self) -> list[str]:
@@ -78,8 +80,8 @@ class PriorPrompts:
     @property
     def drawn(self) -> dict[str, str]:
         """Name -> prompt of those that are drawn with the retention prompts."""
-        drawn = {"held_out": self.held_out, "wrong_word": self.wrong_word, "no_word": self.no_word}
-        return {name: prompt for name, prompt in drawn.items() if prompt is not None}
+        names = ("held_out", "wrong_word", "no_word", "other_edit")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def is_unrelated(self, prompt: str) -> bool:
         return prompt in self.unrelated or prompt == self.held_out
@@ -126,8 +128,11 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
     words = [TriggerWord.parse(argument) for argument in prior.trigger_word or []]
     all_made = word_prompts(words, captions, settings.training.seed)
     made = without(all_made, lambda prompt: not fits(prompt))
+    is_editing = settings.data.cond_image_column is not None
+    *default_instructions, other_edit = package_prompts("prior_instructions.txt")
+    drawn = {"other_edit": other_edit if is_editing and fits(other_edit) else None}
     if not prior.with_prior_preservation:
-        return PriorPrompts(wrong_word=made.wrong_word, no_word=made.no_word)
+        return PriorPrompts(wrong_word=made.wrong_word, no_word=made.no_word, **drawn)
     if num_long := len(all_made.other_words) - len(made.other_words):
         logger.warning(
             f"--trigger_word: {num_long} of the {len(all_made.other_words)} captions with made-up words are longer "
@@ -143,7 +148,8 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
             "--trigger_word: not given; if the captions have a new word, name it, or every other unknown word may "
             "draw what is learned"
         )
-    prompts = replace(made, **given_prompts(prior, fits, is_editing=settings.data.cond_image_column is not None))
+    given = given_prompts(prior, fits, default_instructions if is_editing else None)
+    prompts = replace(made, **given, **drawn)
     known = {caption.casefold() for caption in captions}
     clashing = [
         prompt
@@ -177,6 +183,8 @@ def source(prompt: str, settings: PriorSettings, prompts: PriorPrompts) -> str:
     """The flag that a prompt to be held is from, or that replaces it."""
     if prompt in (settings.class_prompt or []):
         return "--class_prompt"
+    if prompt in prompts.instructions:
+        return "--class_prompt, one of the default instructions"
     if not prompts.is_unrelated(prompt):
         return "--trigger_word"
     return "--prior_prompts" + (", one of the default prompts" if settings.prior_prompts is None else "")
@@ -205,10 +213,15 @@ def without(prompts: PriorPrompts, is_unwanted: Callable[[str], bool]) -> PriorP
     return PriorPrompts(**changed)
 
 
-def given_prompts(settings: PriorSettings, fits: Callable[[str], bool], *, is_editing: bool) -> dict:
+def given_prompts(
+    settings: PriorSettings, fits: Callable[[str], bool], default_instructions: list[str] | None
+) -> dict:
     """The fields `unrelated`, `instructions` and `held_out` of `PriorPrompts`: the file's last prompt is held out.
 
     The package's own prompts are left out if they do not fit.
+
+    Args:
+        default_instructions: for an editor without `--class_prompt`. None if no editor is trained.
 
     Raises:
         InputError: a prompt that the user has given does not fit.
@@ -229,9 +242,22 @@ def given_prompts(settings: PriorSettings, fits: Callable[[str], bool], *, is_ed
             raise InputError(f"{flag}: {reprlib.repr(too_long[0])} is longer than the text limit; shorten it")
     held_out = next((prompt for prompt in reversed(listed) if prompt not in own), None) if len(listed) > 1 else None
     unrelated = dict.fromkeys(prompt for prompt in [*own, *listed] if prompt != held_out)
-    instructions = tuple(dict.fromkeys(own)) if is_editing else ()
+    instructions = ()
+    if default_instructions is not None:
+        instructions = tuple(dict.fromkeys(own or filter(fits, default_instructions)))
     unrelated = tuple(prompt for prompt in unrelated if prompt not in instructions)
     return {"unrelated": unrelated, "instructions": instructions, "held_out": held_out}
+
+
+def package_prompts(name: str) -> list[str]:
+    """The prompts of a file that comes with this package."""
+    return prompt_lines(files(__package__).joinpath(name).read_text(encoding="utf-8"))
+
+
+def prompt_lines(text: str) -> list[str]:
+    """The distinct lines without those that are blank or begin with #."""
+    lines = (line.strip() for line in text.splitlines())
+    return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
 
 
 def read_prompts(path: str | None) -> list[str]:
@@ -241,16 +267,14 @@ def read_prompts(path: str | None) -> list[str]:
         InputError: it cannot be read, or holds no prompts.
     """
     if path is None:
-        text = files(__package__).joinpath("prior_prompts.txt").read_text(encoding="utf-8")
-    else:
-        try:
-            text = read_regular_file(Path(path), MAX_FILE_BYTES).decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"--prior_prompts {path}: cannot be read ({first_line(error)}); give a UTF-8 text file"
-            ) from error
-    lines = [line.strip() for line in text.splitlines()]
-    prompts = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+        return package_prompts("prior_prompts.txt")
+    try:
+        text = read_regular_file(Path(path), MAX_FILE_BYTES).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--prior_prompts {path}: cannot be read ({first_line(error)}); give a UTF-8 text file"
+        ) from error
+    prompts = prompt_lines(text)
     for prompt in prompts:
         if problem := text_problem(prompt):
             raise InputError(f"--prior_prompts {path}: {reprlib.repr(prompt)} {problem}")

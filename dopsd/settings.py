@@ -209,8 +209,8 @@ class PriorSettings:
     prior_every: MayDiffer[Count] = flag(1, "Compute this loss only in every N-th step.")
     class_prompt: MayDiffer[list[str] | None] = flag(
         None,
-        "Prompts to hold in addition, such as 'a photo of a dog'. With --cond_image_column, instructions for the "
-        "pictures to edit. Default: none.",
+        "Prompts to hold in addition, such as 'a photo of a dog'. Default: none. With --cond_image_column they are "
+        "instructions for the pictures to edit; without the flag, about thirty that come with this project.",
     )
     prior_prompts: MayDiffer[str | None] = flag(
         None,

@@ -30,6 +30,7 @@ RETENTION_CURVES = (
     ("retention", "unrelated", "#1b7f5c"),
     ("retention/held_out", "held out", "#7fb8a4"),
     ("retention/wrong_word", "wrong word", "#c77d2e"),
+    ("retention/other_edit", "other edit", "#a0506b"),
     ("retention/no_word", "no word", "#5b6fb5"),
 )
 SMOOTH_FROM = 50  # curves with more points than this are smoothed

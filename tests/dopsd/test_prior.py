@@ -4,7 +4,16 @@ from collections import Counter
 import pytest
 
 from dopsd.errors import InputError
-from dopsd.prior import REAL_WORDS, PriorPrompts, TriggerWord, made_up_words, prior_prompts, read_prompts, replaced
+from dopsd.prior import (
+    REAL_WORDS,
+    PriorPrompts,
+    TriggerWord,
+    made_up_words,
+    package_prompts,
+    prior_prompts,
+    read_prompts,
+    replaced,
+)
 from dopsd.settings import RETENTION_PROMPTS
 from short_runs import default_settings, one_process
 
@@ -268,3 +277,22 @@ def test_class_prompts_of_an_editor_are_instructions(is_editing, caplog):
         "--class_prompt: 'make it sks' is what is to be learned, so it is not held (prompts affected: 2)"
         in caplog.text
     )
+
+
+def test_an_editor_is_held_on_instructions_of_the_package_by_default(caplog):
+    default = package_prompts("prior_instructions.txt")
+    assert len(default) > 30 and len({*default}) == len(default)
+    editing = {"cond_image_column": ["source"]}
+    prompts = make(["sks it"], trigger_word=["sks"], **editing)
+    assert (
+        prompts.instructions == (*default[:-1],) and prompts.other_edit == prompts.drawn["other_edit"] == default[-1]
+    )
+    assert default[-1] not in prompts.trained and not {*default} & {*prompts.unrelated}
+    own = make(["sks it"], trigger_word=["sks"], class_prompt=["erase it"], **editing)
+    assert own.instructions == ("erase it",) and own.other_edit == default[-1]
+    clashing = make(["add fog"], **editing)
+    assert "add fog" not in clashing.instructions
+    assert "--class_prompt, one of the default instructions: 'add fog' is what is to be learned" in caplog.text
+    assert make(["sks it"], with_prior_preservation=False, **editing).drawn == {"other_edit": default[-1]}
+    plain = make(["sks it"], trigger_word=["sks"])
+    assert plain.instructions == () and plain.other_edit is None

@@ -213,8 +213,8 @@ def test_another_kind_of_the_same_prompts_is_another_prior(prepare, make_picture
     listed.write_text("a house\nerase it\na car\n")
     fewer.write_text("a house\na car\n")
     flags = write_pairs(tmp_path / "pairs", make_picture, ((64, 64), [(64, 64)])) | {"with_prior_preservation": True}
-    text = prepare(**flags, prior_prompts=listed)
-    instruction = prepare(**flags, prior_prompts=fewer, class_prompt="erase it")
+    text = prepare(**flags, prior_prompts=listed, class_prompt="paint it")
+    instruction = prepare(**flags, prior_prompts=fewer, class_prompt=["erase it", "paint it"])
     assert text.prior.trained == instruction.prior.trained
     contracts = [run.resume_contract()["prior preservation"] for run in (text, instruction)]
     assert contracts[0] != contracts[1]
