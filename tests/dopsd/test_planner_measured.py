@@ -22,6 +22,7 @@ from dopsd.planner.reading import read_run
 from dopsd.pretrained import load_transformer
 from dopsd.roles import StudentTeacherLoRA, adapter_options
 from dopsd.step import StudentVelocity, TrainingStep
+from editing_pairs import write_pairs
 from models import make_model
 from short_runs import as_arguments, one_process, prepare_run, short_run
 
@@ -102,6 +103,10 @@ SETTINGS = {
     "klein, defaults": ("flux2", {"num_trained_states": None, "with_prior_preservation": None}),
     "klein, bf16, checkpointing": ("flux2", {"mixed_precision": "bf16", "gradient_checkpointing": True}),
     "klein, vlm, batch of 2": ("flux2-vlm", {"train_batch_size": 2, "rank": 32}),
+    "klein, editing pairs": (
+        "flux2",
+        {"cond_image_column": "source", "with_prior_preservation": None, "class_prompt": "make it red"},
+    ),
     "Z-Image, rank 32, one state": ("zimage", {"rank": 32, "num_trained_states": 1}),
     "Z-Image, bf16, checkpointing, batch of 2": (
         "zimage",
@@ -122,6 +127,8 @@ def test_a_plan_is_within_a_tenth_of_measured(
         make_picture(number, 256, 256).save(photos / f"{number}.png")
     flags = short_run(model, photos, tmp_path / "run")
     flags |= {"pretrained_model_name_or_path": folder, "resolution": 256, "rank": 8, "max_train_steps": 3} | changed
+    if "cond_image_column" in changed:
+        flags |= write_pairs(tmp_path / "pairs", make_picture, *[((256, 256), [(256, 256), (128, 256)])] * 2)
     prepared = prepare_run(model.script.MODEL, as_arguments(flags))
     plan = Planner(read_run(prepared.settings, model.script.MODEL), on_gpu=False).plan()
     phase = next(phase for phase in plan.phases if phase.name == "training")
