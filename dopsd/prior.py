@@ -130,7 +130,9 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
     made = without(all_made, lambda prompt: not fits(prompt))
     is_editing = settings.data.cond_image_column is not None
     *default_instructions, other_edit = package_prompts("prior_instructions.txt")
-    drawn = {"other_edit": other_edit if is_editing and fits(other_edit) else None}
+    taught = {text.casefold() for text in [*captions, *(prior.class_prompt or [])]}
+    is_other = is_editing and fits(other_edit) and other_edit.casefold() not in taught
+    drawn = {"other_edit": other_edit if is_other else None}
     if not prior.with_prior_preservation:
         return PriorPrompts(wrong_word=made.wrong_word, no_word=made.no_word, **drawn)
     if num_long := len(all_made.other_words) - len(made.other_words):

@@ -294,5 +294,6 @@ def test_an_editor_is_held_on_instructions_of_the_package_by_default(caplog):
     assert "add fog" not in clashing.instructions
     assert "--class_prompt, one of the default instructions: 'add fog' is what is to be learned" in caplog.text
     assert make(["sks it"], with_prior_preservation=False, **editing).drawn == {"other_edit": default[-1]}
+    assert make([default[-1]], **editing).other_edit is None
     plain = make(["sks it"], trigger_word=["sks"])
     assert plain.instructions == () and plain.other_edit is None
