@@ -66,6 +66,9 @@ class FewStepPipeline(Protocol):
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """One image per sample, decoded on the VAE's device."""
 
+    def picture_latents(self, picture: Image.Image) -> torch.Tensor:
+        """(C, h, w), the VAE's latents of a picture, encoded on the VAE's device, by which pictures are compared."""
+
 
 class VisionTower(Protocol):
     """Joins the vision tower of a vision-language model to the pipeline's text encoder."""
@@ -81,6 +84,9 @@ class VisionTower(Protocol):
 
     def content(self, prompt: str, *num_image_tokens: int) -> str:
         """The user's message: each picture's tokens, then the prompt."""
+
+    def features(self, picture: Image.Image) -> torch.Tensor:
+        """(D,), what the tower makes of a picture as a whole. Called after `load`."""
 
     def load(self, text_encoder: torch.nn.Module) -> None: ...
 

@@ -88,6 +88,15 @@ class FewStepMixin:
         return image_latents
 
     @torch.no_grad()
+    def picture_latents(self, picture: PIL.Image.Image) -> torch.Tensor:
+        """(C, H / 8, W / 8), the VAE's own latents of a picture, encoded on the VAE's device.
+
+        The sides are multiples of `token_pixels`.
+        """
+        pixels = self.image_processor.preprocess(picture).to(self.vae.device, self.vae.dtype)
+        return self.vae.encode(pixels).latent_dist.mode()[0]
+
+    @torch.no_grad()
     def decode(self, image_latents: torch.Tensor) -> list[PIL.Image.Image]:
         """Decodes the result of `sample` or `image_latents`, one image at a time, on the VAE's device."""
         images = []

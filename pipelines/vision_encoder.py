@@ -296,6 +296,15 @@ class VisionEncoder:
                 )
         return tensors
 
+    @torch.no_grad()
+    def features(self, picture: PIL.Image.Image) -> torch.Tensor:
+        """(D,), the mean of the merged tokens that the tower makes of a picture, by which pictures are compared."""
+        pixels = self._image_processor(picture, return_tensors="pt").to(self._model.device)
+        output = self._model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"])
+        # Older versions of transformers return a tuple.
+        merged = output.pooler_output if hasattr(output, "pooler_output") else output[0]
+        return merged[0].float().mean(0)
+
     def unload(self) -> None:
         """Frees the vision tower. The text encoder is not changed."""
         self._model = None

@@ -107,6 +107,10 @@ class ToyPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         return self.vae.decode(latents)
 
+    @torch.no_grad()
+    def picture_latents(self, picture: Image.Image) -> torch.Tensor:
+        return self.vae.encode(picture)[0]
+
 
 def make_toy(folder: Path) -> Path:
     """Writes a checkpoint with random weights."""

@@ -129,6 +129,13 @@ def test_decoded_images_are_those_of_the_stock_pipeline(pipeline, klein_path):
     assert_decodes_as_stock(pipeline, stock, PROMPT, guidance_scale=1.0, max_sequence_length=LENGTH)
 
 
+def test_a_pictures_latents_are_those_of_a_reference_before_patches_and_norm(pipeline, make_picture):
+    picture = make_picture(1, 96, 64)
+    latents = pipeline.picture_latents(picture)
+    assert latents.shape == (pipeline.vae.config.latent_channels, 8, 12)
+    torch.testing.assert_close(latents[None], pipeline.image_latents(pipeline.encode_reference(picture)))
+
+
 def test_a_large_reference_is_shrunk_as_in_the_stock_pipeline(pipeline, make_picture):
     # The area limit turns 1040 x 1040 pixels into 1023 x 1023, which are 63 x 63 tokens.
     assert pipeline.encode_reference(make_picture(1, 1040, 1040)).shape == (1, 16, 63, 63)

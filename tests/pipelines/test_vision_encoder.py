@@ -300,6 +300,16 @@ def test_the_content_of_the_image_matters(vlm_path, text_encoder, make_picture):
     assert (ball[-1][:, -1] - alone[-1][:, -1]).abs().max() > 0.01
 
 
+def test_features_of_a_picture_are_the_mean_of_its_tokens(vlm_path, text_encoder, make_picture):
+    encoder = make_encoder(vlm_path)
+    encoder.load(text_encoder)
+    picture = make_picture(1, *WIDE)
+    tokens = byte_tokenizer()(chat_text(6)).input_ids
+    is_image = torch.tensor(tokens) == byte_tokenizer().get_vocab()["<|image_pad|>"]
+    embedded = features(encoder, picture)[0][0, is_image]
+    torch.testing.assert_close(encoder.features(picture), embedded.mean(0))
+
+
 def test_no_tensor_is_on_the_meta_device_or_requires_a_gradient(vlm_path, text_encoder, make_picture):
     encoder = make_encoder(vlm_path)
     encoder.load(text_encoder)

@@ -1,5 +1,6 @@
 """Z-Image-Turbo: contexts, states and images are those of the stock pipeline."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
@@ -109,6 +110,14 @@ def test_velocity_points_from_the_image_to_the_noise(pipeline):
 
 def test_decoded_images_are_those_of_the_stock_pipeline(pipeline, stock):
     assert_decodes_as_stock(pipeline, stock, PROMPT, guidance_scale=0.0, max_sequence_length=LENGTH)
+
+
+def test_a_pictures_latents_are_the_vaes(pipeline, make_picture):
+    picture = make_picture(1, 96, 64)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        expected = pipeline.vae.encode(pixels).latent_dist.mode()[0]
+    torch.testing.assert_close(pipeline.picture_latents(picture), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_batch_of_different_lengths_gives_the_velocities_of_its_single_samples(pipeline, vlm_path, make_picture):
