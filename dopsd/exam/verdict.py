@@ -1,0 +1,178 @@
+"""The exam's verdict in words, the flags that help, and whether a run should stop."""
+
+from dataclasses import dataclass
+from math import ceil, log
+
+from .figures import MEASURES
+from .results import Exam, Motion, is_copy
+from .thresholds import MOST_ROWS, NO_LEAD, SHARP, SHIFTED, TAUGHT, UNCHANGED, ZOOMED
+
+
+ZOOMS, BLURS, NO_BETTER = "zooms", "blurs", "no better than the base"
+COPIES, TEACHES, EDITS = "copies the whole picture", "teaches the subject", "teaches the edit"
+VERDICTS = (TEACHES, EDITS, COPIES, NO_BETTER, BLURS, ZOOMS)
+
+IGNORE_FLAG = "--ignore_exam"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One of `VERDICTS`, the figure that it rests on, and what to do about it."""
+
+    verdict: str
+    reason: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict} ({self.reason}); {self.advice}"
+
+
+def findings(exam: Exam) -> list[Finding]:
+    """All that was found, the most serious first: its verdict is the exam's. There is at least one."""
+    found = [zoom(exam), blur(exam), no_lead(exam), copy(exam)]
+    return [finding for finding in found if finding is not None] or [success(exam)]
+
+
+def verdict(exam: Exam) -> str:
+    return findings(exam)[0].verdict
+
+
+def stop_line(exam: Exam, teacher: str) -> str | None:
+    """Why the run should not start, in one line; None if it may, or if the figures do not tell.
+
+    Args:
+        teacher: its flag and value, such as "--teacher_context edit".
+    """
+    if not is_surely_no_better(exam):
+        return None
+    return (
+        f"{teacher}: the teacher is no better than the base model ({leads_in_words(exam)}; see preview.png), so "
+        f"training would teach nothing: {advice_for_no_lead(exam)}; or pass {IGNORE_FLAG} to train all the same"
+    )
+
+
+def is_surely_no_better(exam: Exam) -> bool:
+    """Whether the teacher has no lead beyond doubt: it draws what the base draws, or no measure sees a lead.
+
+    A teacher that sees no picture is stopped for the first only: a caption does not promise the picture.
+    """
+    leads = exam.deciding_leads.values()
+    if exam.change < UNCHANGED and all(lead.value < NO_LEAD for lead in leads):
+        return True
+    return exam.saw_picture and all(lead.at_most < NO_LEAD for lead in leads)
+
+
+def best_lead(exam: Exam) -> float:
+    return max(lead.value for lead in exam.deciding_leads.values())
+
+
+def leads_in_words(exam: Exam) -> str:
+    leads = exam.deciding_leads
+    best = max(leads, key=lambda name: leads[name].value)
+    value = leads[best].value
+    where = "closer to the pictures" if value >= 0 else "further from the pictures"
+    return f"{percent(abs(value))} {where} than the base by {MEASURES[best]}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+# What can be found
+
+
+def no_lead(exam: Exam) -> Finding | None:
+    if best_lead(exam) >= TAUGHT:
+        return None
+    if exam.change < UNCHANGED:
+        reason = "it draws what the base draws"
+    else:
+        reason = leads_in_words(exam)
+    advice = advice_for_no_lead(exam)
+    if not is_surely_no_better(exam):
+        more = "" if exam.exam_model else ", and --exam_model, which compares subjects better,"
+        advice = f"too close for certainty: look at preview.png{more} before you {advice}"
+    return Finding(NO_BETTER, reason, advice)
+
+
+def advice_for_no_lead(exam: Exam) -> str:
+    if not exam.saw_picture:
+        return "make the teacher's captions say more"
+    pictures = ", or --group_column, if it saw another subject" if exam.saw_other else ""
+    return f"change --teacher_prompt_suffix or --teacher_context{pictures}, or check captions and pictures"
+
+
+def blur(exam: Exam) -> Finding | None:
+    if exam.sharpness_kept >= SHARP:
+        return None
+    return Finding(
+        BLURS,
+        f"{percent(exam.sharpness_kept)} of the sharpness of base and pictures",
+        "draw at the model's own --num_inference_steps, give larger pictures or a higher --teacher_resolution, and "
+        "check --init_lora",
+    )
+
+
+def zoom(exam: Exam) -> Finding | None:
+    """A zoom that most rows share, or nearly the same shift in most rows, that the base does not have."""
+    teacher, base = exam.motion("teacher"), exam.motion("base")
+    if teacher is None:
+        return None
+    reasons = []
+    if all_zoom(exam, teacher) and not (base and abs(log(base.scale / teacher.scale)) < log(ZOOMED)):
+        reasons.append(f"x{teacher.scale:.2f}")
+    if all_shift(exam, teacher) and not (base and distance(base, teacher) < SHIFTED):
+        reasons.append(f"shifts by {percent(teacher.right)} to the right and {percent(teacher.down)} down")
+    if not reasons:
+        return None
+    return Finding(
+        ZOOMS,
+        ", ".join(reasons),
+        "give the teacher pictures of the training size (no --teacher_resolution), with --cond_image_column sources "
+        "and results of one shape",
+    )
+
+
+def all_zoom(exam: Exam, motion: Motion) -> bool:
+    """Whether most rows are zoomed, in the same direction."""
+    scales = [row.alignment.scale for row in exam.figures("teacher") if row.alignment.is_found]
+    zoomed = [scale > ZOOMED if motion.scale > 1 else scale < 1 / ZOOMED for scale in scales]
+    return sum(zoomed) >= most_rows(exam)
+
+
+def all_shift(exam: Exam, motion: Motion) -> bool:
+    """Whether most rows, and more than two, are shifted by the same: a subject that is drawn elsewhere is not."""
+    moved = [row.alignment for row in exam.figures("teacher") if row.alignment.is_found]
+    alike = [one for one in moved if distance(one, motion) < SHIFTED]
+    is_moved = max(abs(motion.right), abs(motion.down)) > SHIFTED
+    return is_moved and len(alike) >= max(3, most_rows(exam))
+
+
+def distance(first: Motion, second: Motion) -> float:
+    """The larger part of the difference of two shifts."""
+    return max(abs(first.right - second.right), abs(first.down - second.down))
+
+
+def most_rows(exam: Exam) -> int:
+    return ceil(MOST_ROWS * len(exam.rows))
+
+
+def copy(exam: Exam) -> Finding | None:
+    """Most drawings show the picture in its place, and more of them than the base's."""
+    copies, by_base = (sum(map(is_copy, exam.figures(who))) for who in ("teacher", "base"))
+    if exam.is_editor or copies < most_rows(exam) or copies <= by_base:
+        return None
+    remedy = "a --teacher_prompt_suffix that asks for the subject only"
+    if not exam.saw_other:
+        remedy = f"--teacher_picture other, or {remedy}"
+    background = exam.copied_background
+    also = "" if background is None else f", {percent(background)} of the background that the caption does not give"
+    return Finding(
+        COPIES,
+        f"{copies} of {len(exam.rows)} in the same place{also}",
+        f"right for a style or a whole scene; for a person, a pet or an object take {remedy}",
+    )
+
+
+def success(exam: Exam) -> Finding:
+    return Finding(EDITS if exam.is_editor else TEACHES, leads_in_words(exam), "go ahead")
