@@ -316,7 +316,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         for step in range(first_step, settings.training.max_train_steps):
             with checkpoints.saved_on_divergence(step, first_step):
                 metrics = train_step(step)
-            progress.set_postfix(loss=f"{metrics['loss']:.3g}", lr=f"{metrics['lr']:.3g}")
+            progress.set_postfix(gallery.postfix(metrics))
             progress.update()
             num_done = step + 1
             metrics_log.write(num_done, metrics)

@@ -100,6 +100,11 @@ class Studio:
         with offload_models(self.pipeline.vae, device=self.accelerator.device, offload=True):
             return self.pipeline.decode(latents)
 
+    def encode(self, pictures: list[Image.Image]) -> list[torch.Tensor]:
+        """The pictures' latents, (C, h, w), from the VAE on the accelerator for the time of the call."""
+        with offload_models(self.pipeline.vae, device=self.accelerator.device, offload=True):
+            return [self.pipeline.picture_latents(picture) for picture in pictures]
+
     def draw_request(self, request: Request, seed: int) -> Drawing:
         """As the role that is active, from the student's context."""
         context = self.contexts.student([request.prompt], [request.cond_images])

@@ -77,7 +77,7 @@ class PictureAndPromptEncoder(PromptEncoder):
     """
 
     name, noun = "vlm", "prompts with pictures"
-    sees_picture = True
+    sees_picture = has_tower = True
 
     def __init__(
         self,
@@ -132,6 +132,9 @@ class PictureAndPromptEncoder(PromptEncoder):
 
     def identity(self) -> dict[str, str]:
         return {VLM_FLAG: self.fingerprint[:16]}
+
+    def picture_features(self, picture: Image.Image) -> torch.Tensor:
+        return self.vision_encoder.features(picture)
 
     def attach(self) -> None:
         with naming_flag(VLM_FLAG):

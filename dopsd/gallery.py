@@ -1,8 +1,8 @@
 """What a run draws and when: preview, validation, rollout, retention, and the story of the whole run."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +18,12 @@ from .contexts import Contexts
 from .data.order import Sample
 from .data.requests import Request
 from .drawing import Drawing, DrawingStopped, Result, Studio, Subject
-from .errors import DOPSDError, one_line
+from .errors import DOPSDError, InputError, one_line
+from .exam.examiner import Examiner
+from .exam.student import PROGRESS
 from .history import MetricsLog, read_history
 from .html_report import RunReport, State
+from .lessons import Lesson, Row, Sheet, cond_headings, lesson_sheet
 from .memory import reset_peak_memory
 from .model import FewStepPipeline, Model
 from .model_card import CardImage
@@ -30,7 +33,7 @@ from .retention import distances, mean_distance
 from .roles import StudentTeacherLoRA
 from .rollout import RolloutStep, rollout
 from .settings import Settings
-from .sheets import Cell, beside, contact_sheet, save_png, stack
+from .sheets import beside, save_png, stack
 from .stopping import StopRequest
 from .tracking import track
 
@@ -41,45 +44,6 @@ NUM_PREVIEW_PICTURES = 4
 MAX_STORY_COLUMNS = 4  # besides the base model's
 MAX_STORY_ROWS = 6
 CARD_GAP = 8  # pixels
-
-Row = tuple[str, list[Image.Image | None]]  # a label, and one image per column
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """The content of one contact sheet; see `sheets.contact_sheet`."""
-
-    title: str
-    columns: list[str]
-    rows: list[Row]
-    note: str
-    accent_columns: Collection[int] = ()
-    accent_rows: Collection[int] = ()
-
-    def draw(self) -> Image.Image:
-        rows = [(label, [*map(Cell, images)]) for label, images in self.rows]
-        accents = {"accent_columns": self.accent_columns, "accent_rows": self.accent_rows}
-        return contact_sheet(self.title, self.columns, rows, note=self.note, **accents)
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A row of the preview: what base and teacher make of a training picture's caption, from the same noise.
-
-    Attributes:
-        label: the caption, or captions.
-        cond_images: the pictures to edit.
-        base, teacher: their drawings.
-        teacher_picture: what the teacher sees, if that is another picture.
-        picture: the training picture; None if there is only a caption.
-    """
-
-    label: str
-    cond_images: list[Image.Image]
-    base: Drawing
-    teacher: Drawing
-    teacher_picture: Image.Image | None
-    picture: Image.Image | None
 
 
 class Gallery(Studio):
@@ -119,6 +83,7 @@ class Gallery(Studio):
         self.data = contexts.data
         self.teacher_context = model.teacher_context(settings)
         self.report = RunReport(settings, model, self.data)
+        self.examiner = Examiner(settings, contexts, self.encode, accelerator.device)
         # (step, subject) -> the student's image, for validation prompts at seed 0 and for retention prompts
         self.story: dict[tuple[int, Subject], Image.Image] = {}
         self.card_images: list[CardImage] = []
@@ -147,6 +112,12 @@ class Gallery(Studio):
     def retention_subjects(self) -> list[Subject]:
         return [Subject(self.request(prompt), seed) for seed, prompt in enumerate(self.settings.retention_prompts)]
 
+    def postfix(self, metrics: dict[str, float]) -> dict[str, str]:
+        """What the progress bar shows of a step, and of the last validation."""
+        standing = self.examiner.student.get(PROGRESS)
+        shown = {name: f"{metrics[name]:.3g}" for name in ("loss", "lr")}
+        return shown if standing is None else shown | {PROGRESS: f"{standing:.0f}%"}
+
     # When to draw
 
     def is_due(self, step: int) -> bool:
@@ -155,14 +126,25 @@ class Gallery(Studio):
         return every > 0 and (step % every == 0 or step == self.last_step)
 
     def draw_before_training(self, first_step: int) -> None:
-        """Draws the preview of a new run; for a resumed run, the validation that its interruption cut short."""
-        if self.settings.validation_steps > 0 and first_step == 0:
-            with self.guarded("The preview", must_succeed=self.settings.preview_only):
-                self.draw_preview()
-        if first_step > 0 and self.is_due(first_step) and not self.has_retention(first_step):
-            self.validate(first_step)
-        elif self.settings.validation_steps > 0:
-            self.write_report(first_step, "preview only" if self.settings.preview_only else "in progress")
+        """Draws the preview of a new run; for a resumed run, the validation that its interruption cut short.
+
+        Raises:
+            InputError: the teacher is no better than its student. All processes raise it.
+        """
+        if self.settings.validation_steps > 0:
+            state: State = "preview only" if self.settings.preview_only else "in progress"
+            if first_step == 0:
+                with self.guarded("The preview", must_succeed=self.settings.preview_only):
+                    self.draw_preview()
+                if (refusal := self.examiner.refusal()) is not None:
+                    self.write_report(0, "stopped")
+                    raise InputError(refusal)
+            elif self.accelerator.is_main_process:
+                self.examiner.resume()
+            if first_step > 0 and self.is_due(first_step) and not self.has_retention(first_step):
+                self.validate(first_step)
+            else:
+                self.write_report(first_step, state)
         reset_peak_memory()
 
     def has_retention(self, step: int) -> bool:
@@ -184,6 +166,7 @@ class Gallery(Studio):
         with self.guarded("The plot of the curves"):
             self.report.write_curves()
         with self.guarded("The report"):
+            self.report.exam = self.examiner.exam
             self.report.write_page(step, state)
 
     @contextmanager
@@ -222,6 +205,8 @@ class Gallery(Studio):
         self.draw_lessons("Preview")
         if not self.accelerator.is_main_process:
             return
+        with self.guarded("The exam"):
+            self.examiner.examine([lesson.trial for lesson in self.lessons])
         remedy = (
             "--teacher_context, --teacher_prompt_suffix, --resolution or the pictures"
             if self.contexts.conditioning.teacher_sees_picture
@@ -230,7 +215,8 @@ class Gallery(Studio):
         sheet = self.lesson_sheet(
             f"Before training, drawn in {self.settings.num_inference_steps} sampling steps",
             "The student is pulled from the base's column towards the teacher's. If the teacher's does not show "
-            f"what you want, training cannot teach it: change {remedy} before you spend hours.",
+            f"what you want, training cannot teach it: change {remedy} before you spend hours.\n"
+            f"{self.examiner.verdict}",
         )
         self.write("preview", 0, sheet)
 
@@ -252,23 +238,8 @@ class Gallery(Studio):
         )
 
     def lesson_sheet(self, title: str, note: str, students: Sequence[Image.Image] = ()) -> Sheet:
-        """The lessons as rows: pictures to edit, base, teacher, student, the pictures that were to be learned.
-
-        Args:
-            students: the student's drawings; without them there is no column for it.
-        """
-        num_cond_images = max(len(lesson.cond_images) for lesson in self.lessons)
-        headings = [*cond_headings(num_cond_images), "base", f"teacher: {self.teacher_context.description}"]
-        headings += ["student"] * bool(students)
-        headings += ["what the teacher sees"] * any(lesson.teacher_picture for lesson in self.lessons)
-        headings += ["the picture"] * any(lesson.picture for lesson in self.lessons)
-        rows = []
-        for index, lesson in enumerate(self.lessons):
-            cells = [*lesson.cond_images, *[None] * (num_cond_images - len(lesson.cond_images))]
-            cells += [lesson.base.image, lesson.teacher.image, *students[index : index + 1]]
-            cells += [picture for picture in (lesson.teacher_picture, lesson.picture) if picture is not None]
-            rows.append((lesson.label, cells))
-        return Sheet(title, headings, rows, note, accent_columns=[headings.index("student")] if students else ())
+        teacher = f"teacher: {self.teacher_context.description}"
+        return lesson_sheet(title, note, self.lessons, teacher=teacher, students=students)
 
     def draw_validation(self, step: int) -> None:
         """Sheets of the validation prompts, the preview's rows, the rollout, and the retention prompts, if any."""
@@ -294,19 +265,26 @@ class Gallery(Studio):
         retention = self.compare([*retained, *extra], "Retention")
         if self.accelerator.is_main_process:
             self.write_validation(step, requests, validation)
-            self.write_lessons(step, students)
+            figures = self.write_lessons(step, students)
             self.write_rollout(step, *rollouts)
             if retention:
-                self.metrics_log.write(step, self.write_retention(step, retention))
+                figures |= self.write_retention(step, retention)
+            if figures:
+                self.metrics_log.write(step, figures)
 
-    def write_lessons(self, step: int, students: list[Drawing]) -> None:
-        """The preview's rows again, with the student as it would be saved."""
+    def write_lessons(self, step: int, students: list[Drawing]) -> dict[str, float]:
+        """The preview's rows again, with the student as it would be saved. Returns how far it has come."""
+        images = [drawing.image for drawing in students]
+        with self.guarded("The student's exam"):
+            self.examiner.examine_student(images, [lesson.trial for lesson in self.lessons])
         sheet = self.lesson_sheet(
             f"After training step {step}: what was to be learned",
-            "A row starts from the same noise. The student began as the base and is pulled towards the teacher.",
-            [drawing.image for drawing in students],
+            "A row starts from the same noise. The student began as the base and is pulled towards the teacher.\n"
+            f"{self.examiner.standing}",
+            images,
         )
         self.write(f"lessons-{step}", step, sheet)
+        return {**self.examiner.student}
 
     def write_validation(
         self, step: int, requests: list[Request], drawn: dict[Subject, tuple[Drawing, Drawing]]
@@ -455,11 +433,6 @@ class Gallery(Studio):
             accent_columns=[len(steps)],
         )
         return [validation, *([training] if pictures else []), *([retention] if retention.rows else [])]
-
-
-def cond_headings(count: int) -> list[str]:
-    """Of the columns with the pictures to edit."""
-    return ["to edit"] * count if count < 2 else [f"to edit, {number}" for number in range(1, count + 1)]
 
 
 def story_subjects(asked: list[Subject], retained: list[Subject]) -> tuple[list[Subject], list[Subject]]:

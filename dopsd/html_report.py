@@ -26,6 +26,11 @@ from .command_line import build_parser, resolve
 from .data.images import PILLOW_ERRORS
 from .data.training_data import TrainingData
 from .errors import InputError
+from .exam.figures import MEASURES
+from .exam.results import Exam
+from .exam.student import PROGRESS, SHARPNESS, ZOOM
+from .exam.table import NOTE, headings, table_rows
+from .exam.verdict import findings
 from .files import read_regular_file
 from .history import read_history
 from .model import Model
@@ -40,6 +45,12 @@ logger = get_logger(__name__)
 REPORT_FILE, CURVES_FILE = "report.html", "curves.png"
 MAX_PNG_BYTES, JPEG_QUALITY = 200_000, 75
 MAX_PICTURE_BYTES = 22_000_000  # about twenty validations of two prompts
+STUDENT_FIGURES = {
+    PROGRESS: "progress",
+    **{f"{PROGRESS}/{name}": label for name, label in MEASURES.items()},
+    SHARPNESS: "sharpness over the base's",
+    ZOOM: "zoom",
+}
 PACE_STEPS = 100  # the time per step is the median of this many
 
 State = Literal["in progress", "finished", "stopped", "preview only"]
@@ -185,7 +196,7 @@ class Sheets:
     """The sheets of a page, newest first.
 
     Attributes:
-        validations, retentions: (step, sheet).
+        validations, lessons, retentions: (step, sheet).
         left_out: steps of older validations, for which the page has no room.
     """
 
@@ -193,6 +204,7 @@ class Sheets:
     curves: Picture | None
     rollout: Picture | None
     validations: list[tuple[int, Picture]]
+    lessons: list[tuple[int, Picture]]
     retentions: list[tuple[int, Picture]]
     left_out: list[int]
 
@@ -206,7 +218,7 @@ def choose_sheets(read: Callable[[str], Picture | None], steps: list[int]) -> Sh
     """
     single = [read("preview.png"), read(CURVES_FILE), read(f"rollout-{steps[0]}.png") if steps else None]
     room = MAX_PICTURE_BYTES - sum(picture.num_bytes for picture in single if picture)
-    chosen = {"validation": [], "retention": []}
+    chosen = {"validation": [], "lessons": [], "retention": []}
     left_out = []
     for position, step in enumerate(steps):
         found = {kind: picture for kind in chosen if (picture := read(f"{kind}-{step}.png"))}
@@ -271,6 +283,7 @@ class RunReport:
         self.settings, self.model = settings, model
         self.folder = Path(settings.training.output_dir)
         self.read_sheet = SheetReader(self.folder)
+        self.exam: Exam | None = None  # set when it has been taken
         self.num_pictures, self.num_captions = sum(map(bool, data.digests)), len(data.pictures)
         self.editing_requests = data.editing_requests
 
@@ -314,6 +327,8 @@ class RunReport:
             self.header(history, step, state),
             self.validation(sheets, step),
             self.preview(sheets),
+            self.teachers_exam(),
+            self.progress(sheets, history),
             section("Curves", figure(sheets.curves, "loss, cosine and retention over steps")) if history else None,
             self.retention(sheets, retention),
             self.shown_settings(),
@@ -386,6 +401,32 @@ class RunReport:
             "Preview",
             figure(sheets.preview, "what the base model and the teacher draw before training"),
             element("p", *note, class_="faint"),
+        )
+
+    def teachers_exam(self) -> Markup | None:
+        if self.exam is None:
+            return None
+        return section(
+            "The teacher's exam",
+            element("ul", *(from_user("li", str(finding)) for finding in findings(self.exam))),
+            table(table_rows(self.exam), headings(self.exam), class_="numbers"),
+            element("p", NOTE, class_="faint"),
+        )
+
+    def progress(self, sheets: Sheets, history: list[dict]) -> Markup | None:
+        """What the student has learned of what was to be learned: its figures over steps, and the sheets."""
+        rows = {row["step"]: row for row in history if SHARPNESS in row}
+        if not rows and not sheets.lessons:
+            return None
+        columns = [(key, label) for key, label in STUDENT_FIGURES.items() if any(key in row for row in rows.values())]
+        figures = [
+            [str(step), *(f"{row[key]:.2f}" if key in row else "" for key, _ in columns)]
+            for step, row in sorted(rows.items(), reverse=True)
+        ]
+        note = "Percentages of the teacher's lead over the base: 0 is the base, 100 the teacher."
+        measured = [element("p", note), table(figures, ["step", *(label for _, label in columns)], class_="numbers")]
+        return section(
+            "Progress", *(measured if rows else []), tabs("lessons", sheets.lessons, lambda step: f"step {step}")
         )
 
     def retention(self, sheets: Sheets, rows: dict[int, dict]) -> Markup | None:

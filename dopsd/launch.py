@@ -26,6 +26,7 @@ from accelerate.utils import (
 from .attention import check_attention_backend
 from .data.training_data import TrainingData
 from .errors import InputError, device_errors, first_line
+from .exam.examiner import open_exam_model
 from .model import Model
 from .resuming import read_state
 from .roles import StudentTeacherLoRA
@@ -91,6 +92,7 @@ def start_accelerator(settings: Settings, model: Model) -> Accelerator:
     if (backend := settings.performance.attention_backend) is not None:
         masked = model.masks_attention and training.train_batch_size > 1
         check_attention_backend(backend, accelerator.device, weight_dtype(accelerator.mixed_precision), masked=masked)
+    open_exam_model(settings)
     if training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator

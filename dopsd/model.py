@@ -102,6 +102,7 @@ class Encoder:
         component: the model that it needs on the accelerator.
         reads_prompt, sees_picture: what its encodings depend on. One that does both sees all of a sample's pictures:
             those to edit, then the result. One that only sees pictures gets them one by one.
+        has_tower: whether it has `picture_features`.
     """
 
     name: ClassVar[str]
@@ -109,6 +110,7 @@ class Encoder:
     component: ClassVar[Literal["text_encoder", "vae"]]
     reads_prompt: ClassVar[bool] = True
     sees_picture: ClassVar[bool] = False
+    has_tower: ClassVar[bool] = False
 
     def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """The encoding of one sample, on the component's device."""
@@ -145,6 +147,10 @@ class Encoder:
     def identity(self) -> dict[str, str]:
         """`--flag` -> fingerprint of the files that it names, which a resumed run must share with its checkpoint."""
         return {}
+
+    def picture_features(self, picture: Image.Image) -> torch.Tensor:
+        """(D,), what a vision tower makes of a picture as a whole. Called while it is attached."""
+        raise NotImplementedError
 
     def attach(self) -> None:
         """Called after the pipeline's text encoder is loaded and on the accelerator."""

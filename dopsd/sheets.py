@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .exam.figures import MEASURES
 from .output import replacing
 
 
@@ -32,6 +33,13 @@ RETENTION_CURVES = (
     ("retention/wrong_word", "wrong word", "#c77d2e"),
     ("retention/other_edit", "other edit", "#a0506b"),
     ("retention/no_word", "no word", "#5b6fb5"),
+)
+PROGRESS_CURVES = (
+    ("progress/latents", MEASURES["latents"], "#7fa8c9"),
+    ("progress/anywhere", MEASURES["anywhere"], "#1b6b8f"),
+    ("progress/tower", MEASURES["tower"], "#c77d2e"),
+    ("progress/features", MEASURES["features"], "#1b7f5c"),
+    ("progress", "the largest lead", INK),
 )
 SMOOTH_FROM = 50  # curves with more points than this are smoothed
 
@@ -280,34 +288,37 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def plot_curves(history: list[dict], path: Path, *, title: str) -> None:
-    """Plots a run's metrics into a PNG of 1200 x 1000 pixels: losses, cosine similarities and retention.
+    """Plots a run's metrics into a PNG: losses, cosine similarities, retention and, if it was measured, progress.
+
+    It has 1200 x 1000 pixels, or 1200 x 1250 with progress.
 
     Args:
         history: the rows of metrics.jsonl. Each has "step" and any of "loss" (mean over the trained states),
             "loss/state_1" (pure noise) to "loss/state_K", "cosine/state_1" to "cosine/state_K", "prior_loss",
-            "retention" and "retention/NAME". Other keys are ignored. If a step occurs more than once, as after
-            resuming, the last one counts.
+            "retention", "retention/NAME", "progress" and "progress/NAME". Other keys are ignored. If a step occurs
+            more than once, as after resuming, the last one counts.
         path: of the PNG.
         title: above the plots.
     """
-    figure = Figure(figsize=(12, 10), dpi=100, layout="constrained")
+    has_progress = any("progress" in row for row in history)
+    heights = (3, 2, 2, 2) if has_progress else (3, 2, 2)
+    figure = Figure(figsize=(12, 12.5 if has_progress else 10), dpi=100, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches
     canvas = FigureCanvasAgg(figure)
     # matplotlib's own wrapping ignores parse_math, but dollar signs in a run's name are not a formula.
     title_lines = wrap(title, load_font("DejaVuSans-Bold", 21), 1150, MAX_HEADING_LINES)
     figure.suptitle("\n".join(title_lines), fontsize=15, fontfamily="DejaVu Sans", fontweight="bold", parse_math=False)
-    loss_axes, cosine_axes, retention_axes = figure.subplots(3, sharex=True, height_ratios=(3, 2, 2))
+    panels = figure.subplots(len(heights), sharex=True, height_ratios=heights)
 
-    draw_losses(loss_axes, history)
-    draw_cosines(cosine_axes, history)
-    draw_retention(retention_axes, history)
+    for draw, axes in zip((draw_losses, draw_cosines, draw_retention, draw_progress), panels, strict=False):
+        draw(axes, history)
     plotted = {key for row in history for key in row if key.startswith(("loss", "cosine", "prior_loss"))}
     is_smoothed = any(len(series(history, key)[0]) > SMOOTH_FROM for key in plotted)
     smoothing = f"\n(losses and cosines of more than {SMOOTH_FROM} points are moving means over 4 % of them)"
-    retention_axes.set_xlabel("optimizer step" + smoothing * is_smoothed)
-    retention_axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    retention_axes.margins(x=0.02)
-    for axes in (loss_axes, cosine_axes, retention_axes):
+    panels[-1].set_xlabel("optimizer step" + smoothing * is_smoothed)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    panels[-1].margins(x=0.02)
+    for axes in panels:
         axes.grid(color="#e3e6eb", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -351,6 +362,16 @@ def draw_retention(axes: Axes, history: list[dict]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("retention")
     finish_panel(axes, "no validation yet", title="prompts")
+
+
+def draw_progress(axes: Axes, history: list[dict]) -> None:
+    axes.axhline(0, color=FAINT, linewidth=1)
+    axes.axhline(100, color=FAINT, linewidth=1, linestyle="--")
+    for key, label, colour in PROGRESS_CURVES:
+        steps, values = series(history, key)
+        draw_series(axes, steps, values, label, colour, bold=key == "progress")
+    axes.set_ylabel("progress, % of\nthe teacher's lead")
+    finish_panel(axes, "", title="closer by")
 
 
 def draw_series(

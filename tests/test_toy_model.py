@@ -32,6 +32,7 @@ def train(forkserver, tmp_path):
             "num_validation_images": 1,
             "seed": 0,
             "report_to": "none",
+            "ignore_exam": "true",  # an untrained teacher knows nothing
             **PUBLISHED,
         }
         return command(*(text for name, value in (flags | changed).items() for text in (f"--{name}", value)))
@@ -61,3 +62,10 @@ def test_a_toy_model_trains_resumes_and_its_lora_loads(train, tmp_path):
 def test_a_bad_flag_of_a_toy_model_is_one_line(train, tmp_path):
     message = train(tmp_path / "run", teacher_context="edit").error
     assert "--teacher_context" in message and "colours" in message
+
+
+def test_a_teacher_that_knows_nothing_stops_the_run(train, tmp_path):
+    result = train(tmp_path / "run", ignore_exam="false")
+    assert "error: --teacher_context colours: the teacher is no better than the base model" in result.error
+    assert {"preview.png", "exam.json", "report.html"} <= {path.name for path in tmp_path.glob("run/*")}
+    assert "Steps:" not in result.log and not (tmp_path / "run/metrics.jsonl").read_text()

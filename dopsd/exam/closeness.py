@@ -20,14 +20,19 @@ def distance_in_place(drawing: torch.Tensor, picture: torch.Tensor) -> float:
 
 
 def distance_anywhere(drawing: torch.Tensor, picture: torch.Tensor) -> float:
-    """How far the picture's patches are from those that are most like them, anywhere in the drawing.
+    """How far the patches of one are from those that are most like them, anywhere in the other.
 
-    Root mean square difference of (C, h, w) latents, averaged over the patches of the picture. A subject that is drawn
-    in another place is found.
+    The mean of both directions: what the picture shows is in the drawing, and the drawing shows nothing else. A
+    subject that is drawn in another place is found.
     """
-    side = max(1, round(max(picture.shape[1:]) / PATCH_CELLS))
-    first, second = patches(picture, side, stride=side), patches(drawing, side, stride=1)
-    return float(torch.cdist(first, second).min(1).values.mean()) / first.shape[1] ** 0.5
+    return (missing(picture, drawing) + missing(drawing, picture)) / 2
+
+
+def missing(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Root mean square difference of the patches of (C, h, w) latents from the nearest ones of others, on average."""
+    side = max(1, round(max(first.shape[1:]) / PATCH_CELLS))
+    own, others = patches(first, side, stride=side), patches(second, side, stride=1)
+    return float(torch.cdist(own, others).min(1).values.mean()) / own.shape[1] ** 0.5
 
 
 def patches(latents: torch.Tensor, side: int, stride: int) -> torch.Tensor:

@@ -76,12 +76,6 @@ class Exam:
         """Those that tell whether the teacher has the subject. Latents in place do not: it may draw it elsewhere."""
         return {name: value for name, value in self.leads.items() if name != IN_PLACE or self.is_editor}
 
-    @property
-    def headline(self) -> str:
-        """The measure in which the teacher leads most."""
-        leads = self.leads
-        return max(leads, key=lambda name: leads[name].value)
-
     def distances(self, who: str, measure: str) -> list[float]:
         """Of the base's or the teacher's drawings."""
         return [getattr(row, who).distances[measure] for row in self.rows]
@@ -103,12 +97,8 @@ class Exam:
         return ratio(mean(row.teacher.sharpness for row in self.rows), softer)
 
     def motion(self, who: str) -> Motion | None:
-        """Of the base's or the teacher's drawings; None if too few of them align with their pictures."""
-        found = [row.alignment for row in self.figures(who) if row.alignment.is_found]
-        if len(found) < MOST_ROWS * len(self.rows):
-            return None
-        scale = math.exp(mean(math.log(one.scale) for one in found))
-        return Motion(scale, mean(one.right for one in found), mean(one.down for one in found))
+        """Of the base's or the teacher's drawings; see `average_motion`."""
+        return average_motion(self.figures(who))
 
     def figures(self, who: str) -> list[Figures]:
         return [getattr(row, who) for row in self.rows]
@@ -125,6 +115,15 @@ class Exam:
             return None
         base, teacher = (mean(getattr(row, who).background for row in known) for who in ("base", "teacher"))
         return None if base > BACKGROUND_GIVEN else (teacher - base) / (1 - base)
+
+
+def average_motion(drawings: list[Figures]) -> Motion | None:
+    """The average of the drawings that align with their pictures; None if too few of them do."""
+    found = [one.alignment for one in drawings if one.alignment.is_found]
+    if len(found) < MOST_ROWS * len(drawings):
+        return None
+    scale = math.exp(mean(math.log(one.scale) for one in found))
+    return Motion(scale, mean(one.right for one in found), mean(one.down for one in found))
 
 
 def lead(base: list[float], other: list[float]) -> Lead:

@@ -67,11 +67,15 @@ def best_lead(exam: Exam) -> float:
 
 
 def leads_in_words(exam: Exam) -> str:
+    """Such as "3 % closer to the pictures than the base by latents anywhere", of the best measure."""
     leads = exam.deciding_leads
     best = max(leads, key=lambda name: leads[name].value)
     value = leads[best].value
-    where = "closer to the pictures" if value >= 0 else "further from the pictures"
-    return f"{percent(abs(value))} {where} than the base by {MEASURES[best]}"
+    if abs(value) < 0.005:
+        how = "no closer to the pictures"
+    else:
+        how = f"{percent(abs(value))} {'closer to' if value > 0 else 'further from'} the pictures"
+    return f"{how} than the base by {MEASURES[best]}"
 
 
 def percent(share: float) -> str:

@@ -7,7 +7,7 @@ from PIL import Image, ImageFilter
 from torch.nn.functional import avg_pool2d
 
 from dopsd.exam.alignment import align
-from dopsd.exam.closeness import distance_anywhere, distance_in_place, distance_of_features, patches
+from dopsd.exam.closeness import distance_anywhere, distance_in_place, distance_of_features, missing, patches
 from dopsd.exam.figures import ANYWHERE, FEATURES, IN_PLACE, Measures, Trial
 from dopsd.exam.pixels import as_tensor, background_colours, background_mask, sharpness, shown_background, shrunk
 
@@ -165,8 +165,8 @@ def test_distances_of_latents_are_computed_as_they_say():
     assert distance_in_place(first, first) == distance_anywhere(first, first) == 0
     assert distance_in_place(first, second) == pytest.approx((16 / 128) ** 0.5)
     # One of the picture's 49 patches has the value in its corner; each patch has 2 x 2 x 2 numbers.
-    assert distance_anywhere(first, second) == pytest.approx(4 / 49 / 8**0.5)
-    assert distance_anywhere(second, first) == 0
+    assert missing(second, first) == pytest.approx(4 / 49 / 8**0.5) and missing(first, second) == 0
+    assert distance_anywhere(first, second) == distance_anywhere(second, first) == missing(second, first) / 2
     assert patches(first, 1, stride=1).shape == (49, 8)
     assert distance_in_place(first, torch.zeros(2, 12, 10)) == 0
     assert distance_in_place(torch.zeros(2, 64, 48), torch.zeros(2, 64, 48)) == 0

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,9 @@ from dopsd import html_report
 from dopsd.command_line import parse_settings
 from dopsd.data.requests import Request
 from dopsd.errors import OutputError
+from dopsd.exam.alignment import Alignment
+from dopsd.exam.figures import Figures, Row
+from dopsd.exam.results import Exam
 from dopsd.html_report import RunReport, duration, own_settings
 from models import ONE_MODEL, SLOW
 from short_runs import as_arguments
@@ -104,6 +108,27 @@ def test_the_page_says_what_is_trained_and_how_far_it_is(tmp_path, state, step, 
 def test_the_page_counts_pictures_or_captions(tmp_path, num_pictures, expected):
     make_report(tmp_path, num_pictures).write_page(0, "in progress")
     assert expected in read(tmp_path).text
+
+
+def test_the_page_shows_the_teachers_exam_and_the_students_progress(tmp_path):
+    add_steps(tmp_path, 2, 4)
+    report = make_report(tmp_path)
+    report.write_page(4, "in progress")
+    assert "exam" not in read(tmp_path).text and "Progress" not in read(tmp_path).text
+    figures = Figures({"latents": 1.0, "anywhere": 1.0}, 1.0, Alignment(1.0, 0.0, 0.0, 0.9), None)
+    taught = replace(figures, distances={"latents": 0.8, "anywhere": 0.4})
+    report.exam = Exam((Row("<b>a dog</b>", figures, taught, 1.0, 0.7),))
+    rows = [{"step": 2, "progress": 25, "progress/anywhere": 25, "student/sharpness": 0.5}]
+    rows.append({"step": 4, "progress": 50, "progress/anywhere": 50, "student/sharpness": 0.75, "student/zoom": 1.2})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    noise(0).save(tmp_path / "lessons-4.png")
+    report.write_page(4, "in progress")
+    text = read(tmp_path).text
+    assert "teaches the subject (60 % closer to the pictures than the base by latents anywhere); go ahead" in text
+    assert "in placeanywheresharpnesszoomshiftbackground1 <b>a dog</b>+20 %+60 %100 %x1.00+0 %, +0 %-average" in text
+    assert "stepprogresslatents anywheresharpness over the base'szoom450.0050.000.751.20225.0025.000.50" in text
+    assert "lessons after step 4" in shown_sheets(tmp_path)
 
 
 def test_durations():
@@ -319,6 +344,7 @@ def test_a_resumed_run_keeps_its_earlier_validations(train, tmp_path):
     assert shown_sheets(tmp_path / "run") == [
         *("validation after step 4", "validation after step 2", "rollout"),
         "what the base model and the teacher draw before training",
+        *("lessons after step 4", "lessons after step 2"),
         "loss, cosine and retention over steps",
         *("retention after step 4", "retention after step 2"),
     ]

@@ -75,6 +75,8 @@ def test_two_processes_draw_the_sheets_of_one(torchrun, command, arguments, tmp_
         one, two = (Image.open(tmp_path / folder / f"{name}.png") for folder in ("one", "two"))
         assert one.tobytes() == two.tobytes(), name
     assert [line for line in read_history(tmp_path / "two") if "retention" in line]
+    exams = [json.loads((tmp_path / folder / "exam.json").read_text()) for folder in ("one", "two")]
+    assert exams[0] == exams[1] and len(exams[0]["rows"]) == 3
 
 
 @ONE_MODEL

@@ -1,0 +1,56 @@
+"""How far the student has come: which part of the teacher's lead it has, and whether it zooms or blurs."""
+
+from statistics import mean
+
+from .figures import Figures
+from .results import Exam, average_motion, ratio
+from .thresholds import NO_LEAD, STANDARD_ERRORS
+from .verdict import percent
+
+
+PROGRESS, SHARPNESS, ZOOM = "progress", "student/sharpness", "student/zoom"
+
+
+def progress(exam: Exam, students: list[Figures]) -> dict[str, float]:
+    """Percentages, 0 for the base and 100 for the teacher; a student may be beyond either.
+
+    Args:
+        students: of the student's drawing for each row of the exam, from the same noise.
+
+    Returns:
+        "progress/MEASURE" for each measure of closeness in which the teacher surely has a lead, and "progress" for the
+        one in which its lead is the largest. Empty if it leads in none.
+    """
+    found, leads = {}, exam.leads
+    for name, lead in leads.items():
+        if lead.value >= max(NO_LEAD, STANDARD_ERRORS * lead.error) and name in students[0].distances:
+            base, teacher = (mean(exam.distances(who, name)) for who in ("base", "teacher"))
+            student = mean(figures.distances[name] for figures in students)
+            found[f"{PROGRESS}/{name}"] = 100 * (base - student) / (base - teacher)
+    if not found:
+        return {}
+    headline = max(found, key=lambda key: leads[key.removeprefix(f"{PROGRESS}/")].value)
+    return {PROGRESS: found[headline]} | found
+
+
+def student_figures(exam: Exam, students: list[Figures]) -> dict[str, float]:
+    """`progress`, the student's sharpness over the base's, and its zoom if its drawings align with the pictures."""
+    base = mean(row.base.sharpness for row in exam.rows)
+    motion = average_motion(students)
+    return {
+        **progress(exam, students),
+        SHARPNESS: ratio(mean(figures.sharpness for figures in students), base),
+        **({} if motion is None else {ZOOM: motion.scale}),
+    }
+
+
+def in_words(figures: dict[str, float]) -> str:
+    """Such as "Progress: 43 % of the teacher's lead, sharpness 98 % of the base's, zoom x1.02."."""
+    parts = []
+    if PROGRESS in figures:
+        parts.append(f"Progress: {figures[PROGRESS]:.0f} % of the teacher's lead")
+    parts.append(f"sharpness {percent(figures[SHARPNESS])} of the base's")
+    if ZOOM in figures:
+        parts.append(f"zoom x{figures[ZOOM]:.2f}")
+    sentence = ", ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}."
