@@ -166,15 +166,13 @@ def copy(exam: Exam) -> Finding | None:
     copies, by_base = (sum(map(is_copy, exam.figures(who))) for who in ("teacher", "base"))
     if exam.is_editor or copies < most_rows(exam) or copies <= by_base:
         return None
-    remedy = "a --teacher_prompt_suffix that asks for the subject only"
-    if not exam.saw_other:
-        remedy = f"--teacher_picture other, or {remedy}"
     background = exam.copied_background
     also = "" if background is None else f", {percent(background)} of the background that the caption does not give"
     return Finding(
         COPIES,
         f"{copies} of {len(exam.rows)} in the same place{also}",
-        f"right for a style or a whole scene; for a person, a pet or an object take {remedy}",
+        "right for a style or a whole scene; for a person, a pet or an object take a --teacher_prompt_suffix that asks "
+        "for the subject only",
     )
 
 
