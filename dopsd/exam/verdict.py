@@ -179,8 +179,8 @@ def copy(exam: Exam) -> Finding | None:
     return Finding(
         COPIES,
         f"{copies} of {len(exam.rows)} in the same place{also}",
-        "right for a style or a whole scene; for a person, a pet or an object take a --teacher_prompt_suffix that asks "
-        "for the subject only",
+        "right for a style or a whole scene; for a person, a pet or an object take a --teacher_prompt_suffix that "
+        "asks for the subject only",
     )
 
 
