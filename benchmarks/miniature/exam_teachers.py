@@ -9,11 +9,11 @@ from PIL import Image, ImageFilter
 
 from benchmarks.miniature import world
 from benchmarks.miniature.concepts import CONCEPTS, Concept, training_pictures
-from benchmarks.miniature.evaluate import final_latents
-from benchmarks.miniature.parts import NUM_STEPS
+from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from dopsd.exam.figures import Measures, Trial
 from dopsd.exam.results import Exam
 from dopsd.exam.verdict import BLURS, COPIES, NO_BETTER, TEACHES, ZOOMS
+from dopsd.rollout import seeded_noise
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
@@ -63,9 +63,20 @@ class Class:
         """The captions with another object's words."""
         return [caption.replace(self.word, words, 1) for caption, words in zip(self.captions, self.words, strict=True)]
 
+    def latents(
+        self, captions: list[str], references: Images | tuple = (), num_steps: int = NUM_STEPS
+    ) -> torch.Tensor:
+        """(N, C, h, w), for `pipeline.decode`."""
+        options = {"max_sequence_length": MAX_SEQUENCE_LENGTH}
+        if references:
+            context = self.pipeline.encode_edit_teacher(captions, references, **options)
+        else:
+            context = self.pipeline.encode_student(captions, **options)
+        noise = seeded_noise(self.pipeline.latent_shape(world.SIDE, world.SIDE), self.seeds)
+        return self.pipeline.sample(context, noise, num_steps)
+
     def draw(self, captions: list[str], references: Images | tuple = (), num_steps: int = NUM_STEPS) -> Images:
-        options = {"references": references, "num_steps": num_steps}
-        return self.pipeline.decode(final_latents(self.pipeline, captions, self.seeds, **options))
+        return self.pipeline.decode(self.latents(captions, references, num_steps))
 
     def taught(self, references: Images | tuple = (), num_steps: int = NUM_STEPS) -> Images:
         """By a good teacher, with the pictures or with these references."""
@@ -121,9 +132,11 @@ def blurred(images: Images) -> Images:
 
 def smoothed(school: Class) -> Images:
     """Decoded from latents that are averaged over 3 x 3 elements."""
-    captions = [caption + world.REFERENCE_SUFFIX for caption in school.captions]
-    latents = final_latents(school.pipeline, captions, school.seeds, references=school.pictures)
-    return school.pipeline.decode(torch.nn.functional.avg_pool2d(latents, 3, 1, 1, count_include_pad=False))
+    prompts = [caption + world.REFERENCE_SUFFIX for caption in school.captions]
+    latents = torch.nn.functional.avg_pool2d(
+        school.latents(prompts, school.pictures), kernel_size=3, stride=1, padding=1, count_include_pad=False
+    )
+    return school.pipeline.decode(latents)
 
 
 @dataclass(frozen=True)
@@ -133,46 +146,46 @@ class Kind:
     Attributes:
         expected: the verdict that is right.
         teach: what its teachers draw.
-        saw_other: whether they saw another picture of the subject.
+        saw: the pictures that they saw.
         renames: whether student and teacher read the words of another object, which the base knows.
     """
 
     name: str
     expected: str
     teach: Callable[[Class], Images]
-    saw_other: bool = False
+    saw: Callable[[Class], Images] = lambda school: school.pictures
     renames: bool = False
 
 
 KINDS = (
     Kind("good", TEACHES, Class.taught),
-    Kind("good, saw another picture", TEACHES, lambda school: school.taught(school.others), saw_other=True),
-    Kind("without the suffix", TEACHES, lambda school: school.draw(school.captions, school.pictures)),
+    Kind("good, saw another picture", TEACHES, lambda one: one.taught(one.others), saw=lambda one: one.others),
+    Kind("without the suffix", TEACHES, lambda one: one.draw(one.captions, one.pictures)),
+    Kind("words win over the picture", NO_BETTER, lambda one: one.draw(one.renamed, one.pictures), renames=True),
+    Kind("suffix names another object", NO_BETTER, lambda one: one.draw(one.renamed, one.pictures)),
     Kind(
-        "words win over the picture",
+        "saw another subject",
         NO_BETTER,
-        lambda school: school.draw(school.renamed, school.pictures),
-        renames=True,
+        lambda one: one.taught(one.wrong_pictures),
+        saw=lambda one: one.wrong_pictures,
     ),
-    Kind("suffix names another object", NO_BETTER, lambda school: school.draw(school.renamed, school.pictures)),
-    Kind("saw another subject", NO_BETTER, lambda school: school.taught(school.wrong_pictures)),
-    Kind("pixels blurred", BLURS, lambda school: blurred(school.taught())),
+    Kind("pixels blurred", BLURS, lambda one: blurred(one.taught())),
     Kind("latents smoothed", BLURS, smoothed),
     Kind("drawn in one step", BLURS, lambda one: one.taught(num_steps=1)),
-    Kind("zoomed by 1.2", ZOOMS, lambda school: zoomed(school.taught(), 1.2)),
-    Kind("zoomed by 1.4", ZOOMS, lambda school: zoomed(school.taught(), 1.4)),
-    Kind("shrunk by 0.85", ZOOMS, lambda school: zoomed(school.taught(), 0.85)),
-    Kind("copy zoomed by 1.1", ZOOMS, lambda school: with_grain(zoomed(school.pictures, 1.1))),
-    Kind("copy shifted by 4 pixels", ZOOMS, lambda school: with_grain(moved(school.pictures, 4, 4))),
-    Kind("whole picture copied", COPIES, lambda school: with_grain(school.pictures)),
+    Kind("zoomed by 1.2", ZOOMS, lambda one: zoomed(one.taught(), 1.2)),
+    Kind("zoomed by 1.4", ZOOMS, lambda one: zoomed(one.taught(), 1.4)),
+    Kind("shrunk by 0.85", ZOOMS, lambda one: zoomed(one.taught(), 0.85)),
+    Kind("copy zoomed by 1.1", ZOOMS, lambda one: with_grain(zoomed(one.pictures, 1.1))),
+    Kind("copy shifted by 4 pixels", ZOOMS, lambda one: with_grain(moved(one.pictures, 4, 4))),
+    Kind("copies its picture", COPIES, lambda one: with_grain(one.pictures)),
+    Kind("copies another picture", COPIES, lambda one: with_grain(one.others), saw=lambda one: one.others),
 )
 
 
 def examine(kind: Kind, school: Class) -> Exam:
     """The exam of one teacher, with a row for each picture."""
-    base = school.draw(school.renamed if kind.renames else school.captions)
-    seen = school.others if kind.saw_other else school.pictures
+    base, seen = school.draw(school.renamed if kind.renames else school.captions), kind.saw(school)
     columns = school.captions, base, kind.teach(school), school.pictures, seen
     measures = Measures(lambda images: list(map(school.pipeline.picture_latents, images)), {})
     rows = measures.rows([Trial(*row) for row in zip(*columns, strict=True)])
-    return Exam(tuple(rows), saw_other=kind.saw_other)
+    return Exam(tuple(rows), saw_other=seen is not school.pictures)

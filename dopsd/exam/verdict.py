@@ -29,7 +29,7 @@ class Finding:
 
 def findings(exam: Exam) -> list[Finding]:
     """All that was found, the most serious first: its verdict is the exam's. There is at least one."""
-    found = [zoom(exam), blur(exam), no_lead(exam), copy(exam)]
+    found = [zoom(exam), blur(exam), copy(exam), no_lead(exam)]
     return [finding for finding in found if finding is not None] or [success(exam)]
 
 
@@ -54,12 +54,20 @@ def stop_line(exam: Exam, teacher: str) -> str | None:
 def is_surely_no_better(exam: Exam) -> bool:
     """Whether the teacher has no lead beyond doubt: it draws what the base draws, or no measure sees a lead.
 
-    A teacher that sees no picture is stopped for the first only: a caption does not promise the picture.
+    A teacher that sees no picture is stopped for the first only: a caption does not promise the picture. One that
+    copies the picture that it saw, even if that is another than the training picture, is not stopped.
     """
+    if shows_what_it_saw(exam):
+        return False
     leads = exam.deciding_leads.values()
     if exam.change < UNCHANGED and all(lead.value < NO_LEAD for lead in leads):
         return True
     return exam.saw_picture and all(lead.at_most < NO_LEAD for lead in leads)
+
+
+def shows_what_it_saw(exam: Exam) -> bool:
+    """Whether it copies that picture, as it is or zoomed or shifted."""
+    return copy(exam) is not None or zoom(exam) is not None
 
 
 def best_lead(exam: Exam) -> float:
@@ -86,7 +94,7 @@ def percent(share: float) -> str:
 
 
 def no_lead(exam: Exam) -> Finding | None:
-    if best_lead(exam) >= TAUGHT:
+    if best_lead(exam) >= TAUGHT or shows_what_it_saw(exam):
         return None
     if exam.change < UNCHANGED:
         reason = "it draws what the base draws"

@@ -159,6 +159,14 @@ def test_a_copy_stays_in_its_place_in_most_rows():
     assert verdict(with_alignments(*[at()] * 4, base=figures(1.0, alignment=at()))) == TEACHES  # so does the base
 
 
+def test_a_copy_of_another_picture_is_no_reason_to_stop():
+    """Its background is not the training picture's, so it is further from that than the base."""
+    copies = replace(with_alignments(*[at()] * 4, teacher=1.3), saw_other=True)
+    assert verdict(copies) == COPIES and len(findings(copies)) == 1 and stop_line(copies, "") is None
+    zoomed = with_alignments(*[at(1.2)] * 4, teacher=1.3)
+    assert verdict(zoomed) == ZOOMS and len(findings(zoomed)) == 1 and stop_line(zoomed, "") is None
+
+
 def test_an_editor_reproduces_the_picture():
     copies = replace(with_alignments(*[at()] * 4), is_editor=True)
     assert verdict(copies) == EDITS and stop_line(copies, "") is None

@@ -33,7 +33,7 @@ def test_subjects_differ_and_the_first_are_the_experiments():
         "words win over the picture",
         "pixels blurred",
         "zoomed by 1.2",
-        "whole picture copied",
+        "copies another picture",
     ],
 )
 def test_teachers_of_each_verdict_are_told_apart(school, name):
