@@ -91,7 +91,8 @@ def values(action: Action, markers: list[Any]) -> str:
 def describe(action: Action) -> tuple[str, str]:
     """(default, meaning), from the flag's line in `--help`."""
     text = (action.help or "").replace("%%", "%")
-    stated = re.search(r" ?Default: (.+?)\.(?= [A-Z]|$)", text)
+    # A full stop in a quoted default does not end it.
+    stated = re.search(r" ?Default: ((?:(?<=\s)'[^']*'|.)+?)\.(?= [A-Z]|$)", text)
     if stated:
         return stated[1], text.replace(stated[0], "")
     return shown(action.default), text

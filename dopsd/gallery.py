@@ -305,7 +305,8 @@ class Gallery(Studio):
             f"After training step {step}, drawn in {self.settings.num_inference_steps} sampling steps",
             [*cond_headings(num_cond_images), *(f"seed {seed}" for seed in seeds)],
             rows,
-            "A column starts from the same noise. Look for your subject, and for edges as sharp as the base's.",
+            "A column starts from the same noise. Look for your "
+            f"{'edit' if num_cond_images else 'subject'}, and for edges as sharp as the base's.",
             accent_rows=range(1, len(rows), 2),
         )
         self.write(f"validation-{step}", step, sheet)
@@ -424,7 +425,12 @@ class Gallery(Studio):
         )
         crops = [self.data.pixels(self.data.crop(sample)) for sample in self.shown]
         pictures = [picture for picture in crops if picture is not None]
-        training = Sheet("The training pictures", [""] * len(pictures), [("", pictures)], "")
+        training = Sheet(
+            "The results of the training pairs" if self.data.is_editing else "The training pictures",
+            [""] * len(pictures),
+            [("", pictures)],
+            "",
+        )
         retention = Sheet(
             "Prompts that have nothing to do with the training",
             columns,

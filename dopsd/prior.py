@@ -145,7 +145,7 @@ def make_prompts(settings: Settings, captions: list[str], fits: Callable[[str], 
             "--init_lora: on the prompts that prior preservation holds, the student is pulled towards the model "
             "without this LoRA; to keep what it does to them, pass --with_prior_preservation false"
         )
-    if not words:
+    if not words and not is_editing:  # an edit rarely has a new word
         logger.warning(
             "--trigger_word: not given; if the captions have a new word, name it, or every other unknown word may "
             "draw what is learned"

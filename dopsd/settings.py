@@ -102,13 +102,13 @@ class DataSettings:
     cond_image_column: MayDiffer[list[str] | None] = flag(
         None,
         "Column with the pictures to edit: the caption is then an instruction, and the training picture its result. A "
-        "cell holds one picture or a list of them; several columns follow each other. X reads X_file_name too. "
-        "Default: none, no editing.",
+        "cell holds one picture or a list of them; several columns follow each other. Column X may also be called "
+        "X_file_name. Default: none, no editing.",
     )
     group_column: MayDiffer[str | None] = flag(
         None,
-        "With --teacher_picture other: column that names each picture's subject. Default: the pictures of a folder, "
-        "without those of its subfolders, show one subject, and so does a data set.",
+        "With --teacher_picture other: column that names each picture's subject. Default: a folder's pictures show one "
+        "subject, without those of its subfolders, and so do all pictures of a data set.",
     )
     multiline_captions: MayDiffer[Literal["one_caption", "caption_per_line"] | None] = flag(
         None,
@@ -143,8 +143,8 @@ class TeacherSettings:
     teacher_prompt_suffix: MustMatch[str | None] = flag(None, "Text appended to the caption in the teacher's prompt.")
     teacher_picture: MustMatch[Literal["target", "other"]] = flag(
         "target",
-        "Picture that the teacher sees: the training picture itself, or another one of the same subject, drawn anew "
-        "each time, so that the student cannot learn what only the training picture shows.",
+        "Picture that the teacher sees: the training picture itself, or another one of the same subject, of at most "
+        "four that are drawn from, so that the student cannot learn what only the training picture shows.",
     )
     teacher_resolution: MustMatch[Count | None] = flag(
         None,

@@ -20,7 +20,7 @@ from .exam.figures import MEASURES
 from .output import replacing
 
 
-PAPER, INK, FAINT, RULE, EMPTY = "#ffffff", "#1d2433", "#5b6475", "#c9ced8", "#f1f3f6"
+PAPER, INK, FAINT, RULE = "#ffffff", "#1d2433", "#5b6475", "#c9ced8"
 ACCENT = "#d9480f"
 SCREEN_PIXELS = 1600  # no sheet is wider, unless a single cell is
 CELL_PIXELS, CELLS_OF_FIVE, CELLS_OF_AN_OVERVIEW = 320, 288, 192
@@ -114,7 +114,7 @@ class Layout:
         height = max((image.height for image in images if image), default=self.cell_pixels)
         framed = []
         for image, is_framed in zip(images, are_framed, strict=True):
-            block = Image.new("RGB", (self.cell_pixels, height), PAPER if image else EMPTY)
+            block = Image.new("RGB", (self.cell_pixels, height), PAPER)
             block = ImageOps.expand(block, self.frame, PAPER)
             if image:
                 image = ImageOps.expand(image, self.frame, ACCENT if is_framed else PAPER)

@@ -67,7 +67,7 @@ class SampleOrder:
         batch_size: largest number of samples in a micro-batch.
         random_flip: whether to mirror half of the samples, chosen at random.
         seed: `--seed`.
-        shows_other: whether the teacher sees another picture of the same group, see `find_partners`.
+        digests: of the pictures, if the teacher sees another picture of the same group, see `find_partners`.
 
     Attributes:
         num_batches: number of micro-batches per epoch.
@@ -84,15 +84,15 @@ class SampleOrder:
         batch_size: int,
         random_flip: bool,
         seed: int,
-        shows_other: bool = False,
+        digests: Sequence[str] | None = None,
     ):
         self.batch_size = batch_size
         self.random_flip = random_flip
         self.seed = seed
         self.caption_counts = [len(pictures[example.picture].captions) for example in examples]
         self.partners: list[tuple[int, ...]] = [()] * len(examples)
-        if shows_other:
-            self.partners = find_partners(pictures, examples, have_one_size=batch_size > 1, seed=seed)
+        if digests is not None:
+            self.partners = find_partners(pictures, examples, digests, have_one_size=batch_size > 1, seed=seed)
         self.members: dict[BatchShape, list[int]] = {}
         for index, example in enumerate(examples):
             sizes = {examples[partner].bucket for partner in self.partners[index]}
@@ -143,11 +143,17 @@ class SampleOrder:
 
 
 def find_partners(
-    pictures: Sequence[Picture], examples: Sequence[Example], *, have_one_size: bool, seed: int
+    pictures: Sequence[Picture],
+    examples: Sequence[Example],
+    digests: Sequence[str],
+    *,
+    have_one_size: bool,
+    seed: int,
 ) -> list[tuple[int, ...]]:
     """For each example, examples of at most `MAX_PARTNERS` other pictures of its group, drawn by the seed.
 
     Args:
+        digests: of the pictures. A copy of a picture is no other picture.
         have_one_size: whether all partners of an example have the same bucket, so that the teacher's pictures can be
             stacked: the example's own if another picture has it, else the most frequent one.
 
@@ -163,12 +169,12 @@ def find_partners(
     partners = []
     for index, example in enumerate(examples):
         picture = pictures[example.picture]
-        others = [other for other in groups[picture.group] if other != example.picture]
+        others = [other for other in groups[picture.group] if digests[other] != digests[example.picture]]
         if not others:
-            group = f"the group {picture.group!r}" if picture.group else "its folder"
+            group = f"in the group {picture.group!r}" if picture.group else "there"
             raise InputError(
-                f"--teacher_picture other: {picture.name} is the only picture of {group}; add another picture of the "
-                "same subject, or drop the flag"
+                f"--teacher_picture other: {picture.name} is the only picture {group}, copies of it not counted; add "
+                "another picture of the same subject, or drop the flag"
             )
         if have_one_size:
             bucket_of = {other: examples[examples_of[other][0]].bucket for other in others}

@@ -69,6 +69,8 @@ def read_images(names: str, area: int, limits: SizeLimits) -> tuple[tuple[Crop, 
     """
     crops = []
     for name in [names] if isfile(names) else map(str.strip, names.split(",")):
+        if not name:
+            raise InputError(f"--validation_image {names}: names nothing beside a comma; remove the comma")
         if not isfile(name):
             raise InputError(f"--validation_image {name}: there is no such file; check the path")
         file = PictureFile(f"--validation_image {name}", Path(name))

@@ -1,6 +1,7 @@
 """The training data of a run: pictures with captions, the examples cropped from them, and their order."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -75,11 +76,20 @@ class TrainingData:
         return self.examples[sample.example].bucket
 
     def shown(self, count: int) -> list[Sample]:
-        """A sample of each of the first `count` pictures, for sheets."""
+        """A sample of each of the first `count` pictures, for sheets; of each group in turn if there are groups."""
         firsts: dict[int, int] = {}  # picture -> example
         for index, example in enumerate(self.examples):
             firsts.setdefault(example.picture, index)
-        return [next(self.order.variants(index)) for index in sorted(firsts.values())[:count]]
+        chosen = sorted(firsts.values())
+        if any(self.order.partners):
+            places = Counter()
+            place_of = {}
+            for index in chosen:
+                group = self.pictures[self.examples[index].picture].group
+                place_of[index] = places[group]
+                places[group] += 1
+            chosen.sort(key=place_of.get)
+        return [next(self.order.variants(index)) for index in chosen[:count]]
 
     def request(self, sample: Sample) -> Request:
         """What the student is asked for."""
@@ -156,15 +166,15 @@ def load_training_data(settings: Settings, limits: SizeLimits, accelerator: Acce
         [[one.size for one in own] for own in cond_images],
     )
     warn_of_misaligned(pictures, examples)
+    digests = [picture.digest for picture in checked[: len(pictures)]]
     order = SampleOrder(
         pictures,
         examples,
         batch_size=training.train_batch_size,
         random_flip=data.random_flip,
         seed=training.seed,
-        shows_other=settings.teacher.teacher_picture == "other",
+        digests=digests if settings.teacher.teacher_picture == "other" else None,
     )
-    digests = [picture.digest for picture in checked[: len(pictures)]]
     read = TrainingData(pictures, digests, examples, order, [tuple(one.digest for one in own) for own in cond_images])
     if read.is_editing and settings.validation.validation_steps > 0:
         with failing_together():

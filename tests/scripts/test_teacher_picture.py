@@ -44,9 +44,29 @@ def tensors(context) -> list[torch.Tensor]:
 
 
 @EVERY_CONTEXT
-def test_a_picture_is_encoded_once_whatever_the_number_of_pairs(prepare):
-    inputs = [[(one.prompt, one.pictures) for one in encodings(prepare(**flags))] for flags in ({}, OTHER)]
-    assert {*inputs[0]} == {*inputs[1]} and 2 * len(inputs[0]) == len(inputs[1])
+def test_a_picture_is_encoded_once_whatever_the_number_of_pairs(prepare, model, photos, tmp_path):
+    data = shutil.copytree(photos, tmp_path / "data")
+    for number in range(3):
+        (data / f"{number}.txt").write_text(f"ball {number}")
+    flags = {"instance_data_dir": data, "instance_prompt": None}
+    target, other = (
+        {(one.encoder.name, one.prompt, one.pictures) for one in encodings(prepare(**flags, **own))}
+        for own in ({}, OTHER)
+    )
+    reads_both = "vlm_model_name_or_path" in model.flags  # picture and caption together: two partners instead of one
+    assert len(other) == (2 * len(target) if reads_both else len(target)) and (reads_both or other == target)
+
+
+@ONE_MODEL
+def test_the_preview_shows_each_group(prepare, photos, tmp_path):
+    data = tmp_path / "data"
+    for group in ("a", "b"):
+        shutil.copytree(photos, data / group)
+    run = prepare(**OTHER, instance_data_dir=data)
+    names = [run.data.picture(sample).name for sample in run.data.shown(4)]
+    assert names == ["a/0.png", "b/0.png", "a/1.png", "b/1.png"]
+    names = [run.data.picture(sample).name for sample in prepare(instance_data_dir=data).data.shown(4)]
+    assert names == ["a/0.png", "a/1.png", "a/2.png", "b/0.png"]
 
 
 @both_models(quick="zimage")
@@ -78,7 +98,7 @@ def test_a_group_of_one_is_one_line(train, photos, tmp_path):
     (data / "alone").mkdir()
     (data / "2.png").rename(data / "alone/2.png")
     error = train(**OTHER, instance_data_dir=data).error
-    assert "--teacher_picture other: alone/2.png is the only picture of the group 'alone'; add another" in error
+    assert "--teacher_picture other: alone/2.png is the only picture in the group 'alone', copies of it" in error
     assert not (tmp_path / "run/context_cache").exists()
 
 

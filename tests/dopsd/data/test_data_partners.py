@@ -18,6 +18,10 @@ def pictures_of(groups: str) -> list[Picture]:
     return [Picture(f"{index}.png", ("x",), None, group=group) for index, group in enumerate(groups)]
 
 
+def digests_of(pictures: list[Picture]) -> list[str]:
+    return [picture.name for picture in pictures]
+
+
 def examples_of(buckets: list[tuple[int, int]], repeats: int = 1) -> list[Example]:
     return [
         Example(index, repeat, bucket, (0.5, 0.5)) for index, bucket in enumerate(buckets) for repeat in range(repeats)
@@ -26,7 +30,7 @@ def examples_of(buckets: list[tuple[int, int]], repeats: int = 1) -> list[Exampl
 
 def test_partners_are_other_pictures_of_the_group_in_the_same_repeat():
     pictures, examples = pictures_of("aababb"), examples_of([SQUARE] * 6, repeats=2)
-    partners = find_partners(pictures, examples, have_one_size=False, seed=0)
+    partners = find_partners(pictures, examples, digests_of(pictures), have_one_size=False, seed=0)
     for example, found in zip(examples, partners, strict=True):
         others = {examples[partner].picture for partner in found}
         own = pictures[example.picture].group
@@ -36,11 +40,11 @@ def test_partners_are_other_pictures_of_the_group_in_the_same_repeat():
 
 def test_their_number_does_not_grow_with_the_group():
     pictures, examples = some_pictures(40, ("x",)), examples_of([SQUARE] * 40)
-    partners = find_partners(pictures, examples, have_one_size=False, seed=0)
+    partners = find_partners(pictures, examples, digests_of(pictures), have_one_size=False, seed=0)
     assert {len({*found}) for found in partners} == {MAX_PARTNERS}
     assert len({partner for found in partners for partner in found}) > 30
-    assert partners == find_partners(pictures, examples, have_one_size=False, seed=0)
-    assert partners != find_partners(pictures, examples, have_one_size=False, seed=1)
+    assert partners == find_partners(pictures, examples, digests_of(pictures), have_one_size=False, seed=0)
+    assert partners != find_partners(pictures, examples, digests_of(pictures), have_one_size=False, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -53,11 +57,10 @@ def test_their_number_does_not_grow_with_the_group():
 )
 def test_partners_of_a_batch_can_be_stacked(buckets, expected):
     examples = examples_of(buckets)
-    partners = find_partners(pictures_of("a" * len(buckets)), examples, have_one_size=True, seed=0)
+    pictures = pictures_of("a" * len(buckets))
+    partners = find_partners(pictures, examples, digests_of(pictures), have_one_size=True, seed=0)
     assert [{examples[partner].bucket for partner in found} for found in partners] == expected
-    order = SampleOrder(
-        pictures_of("a" * len(buckets)), examples, batch_size=2, random_flip=False, seed=0, shows_other=True
-    )
+    order = SampleOrder(pictures, examples, batch_size=2, random_flip=False, seed=0, digests=digests_of(pictures))
     for place in range(4 * order.num_batches):
         batch = order.batch(place)
         assert len({examples[sample.example].bucket for sample in batch}) == 1
@@ -68,7 +71,7 @@ def test_every_partner_is_drawn_and_nothing_else_of_the_order_changes():
     pictures, examples = some_pictures(5, ("x", "y")), examples_of([SQUARE] * 5)
     settings = {"batch_size": 1, "random_flip": True, "seed": 3}
     own = SampleOrder(pictures, examples, **settings)
-    other = SampleOrder(pictures, examples, **settings, shows_other=True)
+    other = SampleOrder(pictures, examples, **settings, digests=digests_of(pictures))
     drawn = Counter()
     for place in range(1000):
         (sample,), (expected,) = other.batch(place), own.batch(place)
@@ -86,12 +89,22 @@ def test_every_partner_is_drawn_and_nothing_else_of_the_order_changes():
 @pytest.mark.parametrize(
     ("groups", "line"),
     [
-        ("a", "--teacher_picture other: 0.png is the only picture of the group 'a'; add another picture of the same "),
-        (" b", "--teacher_picture other: 0.png is the only picture of the group ' '; add another picture of the "),
-        ("aab", "--teacher_picture other: 2.png is the only picture of the group 'b'; add another picture of the "),
+        ("a", "0.png is the only picture in the group 'a', copies of it not counted"),
+        (" b", "0.png is the only picture in the group ' ', copies of it not counted"),
+        ("aab", "2.png is the only picture in the group 'b', copies of it not counted"),
     ],
 )
 def test_a_group_of_one_is_one_line(groups, line):
+    pictures = pictures_of(groups)
     with pytest.raises(InputError) as caught:
-        find_partners(pictures_of(groups), examples_of([SQUARE] * len(groups)), have_one_size=False, seed=0)
-    assert str(caught.value).startswith(line) and str(caught.value).endswith("subject, or drop the flag")
+        find_partners(pictures, examples_of([SQUARE] * len(groups)), digests_of(pictures), have_one_size=False, seed=0)
+    advice = "add another picture of the same subject, or drop the flag"
+    assert str(caught.value) == f"--teacher_picture other: {line}; {advice}"
+
+
+def test_a_copy_is_no_other_picture():
+    pictures, examples = pictures_of("aaa"), examples_of([SQUARE] * 3)
+    partners = find_partners(pictures, examples, ["x", "x", "y"], have_one_size=False, seed=0)
+    assert [{*found} for found in partners] == [{2}, {2}, {0, 1}]
+    with pytest.raises(InputError, match="0.png is the only picture there, copies of it not counted"):
+        find_partners(some_pictures(2, ("x",)), examples[:2], ["x", "x"], have_one_size=False, seed=0)
