@@ -32,21 +32,22 @@ def final_latents(
     prompts: list[str],
     seeds: list[int],
     *,
-    references: Sequence[Image.Image] = (),
+    references: Sequence[Sequence[Image.Image]] = (),
     num_steps: int = NUM_STEPS,
 ) -> torch.Tensor:
     """Samples N prompts, without decoding.
 
     Args:
         seeds: one noise seed per prompt.
-        references: one picture per prompt, or none at all.
+        references: all prompts' first pictures, then their second ones; empty for none.
 
     Returns:
         (N, C, h, w), latents for `pipeline.decode`.
     """
     context = pipeline.encode_student(prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
     if references:
-        context = context.with_references(torch.cat([pipeline.encode_reference(image) for image in references]))
+        grids = (torch.cat([pipeline.encode_reference(image) for image in column]) for column in references)
+        context = context.with_references(*grids)
     noise = seeded_noise(pipeline.latent_shape(world.SIDE, world.SIDE), seeds)
     return pipeline.sample(context, noise, num_steps)
 
@@ -55,7 +56,7 @@ def final_latents(
 def sample(pipeline: Flux2KleinDOPSDPipeline, task: Task, *, num_steps: int = NUM_STEPS) -> torch.Tensor:
     """(N, 3, 64, 64): the pipeline's pictures for a task, from noise of the seeds 0 to N - 1."""
     seeds = list(range(len(task.prompts)))
-    latents = final_latents(pipeline, task.prompts, seeds, references=task.references, num_steps=num_steps)
+    latents = final_latents(pipeline, task.prompts, seeds, references=task.reference_columns, num_steps=num_steps)
     return pipeline.vae.decode(latents).sample.clamp(-1, 1)
 
 

@@ -106,12 +106,12 @@ def evaluate_and_save(
 
 
 def draw_sheet(tasks: dict[str, Task], pictures: dict[str, torch.Tensor], path: Path, *, columns: int = 16) -> None:
-    """Writes a sheet with one row of samples per task, above a row of its references if it has any; scaled by 2."""
+    """Writes a sheet with one row of samples per task, above rows of its references if it has any; scaled by 2."""
     rows = []
     for name, task in tasks.items():
         rows.append(_strip(pictures[name][:columns].permute(0, 2, 3, 1).numpy()))
-        if task.references:
-            rows.append(_strip(np.stack([np.asarray(image) for image in task.references[:columns]]) / 127.5 - 1))
+        for images in task.reference_columns:
+            rows.append(_strip(np.stack([np.asarray(image) for image in images[:columns]]) / 127.5 - 1))
     sheet = world.to_image(np.concatenate(rows))
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path)
 

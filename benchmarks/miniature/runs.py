@@ -15,7 +15,13 @@ import torch
 from diffusers import Flux2KleinPipeline
 
 from benchmarks.miniature import world
-from benchmarks.miniature.baselines import BaselineTraining, PriorPictures, draw_prior_pictures, encode_pictures
+from benchmarks.miniature.baselines import (
+    BaselineTraining,
+    EncodedPictures,
+    PriorPictures,
+    draw_prior_pictures,
+    encode_pictures,
+)
 from benchmarks.miniature.concepts import (
     CONCEPTS,
     Concept,
@@ -205,12 +211,7 @@ class Experiment:
         targets = lora_target_modules(pipeline.transformer, KLEIN_LORA_LAYERS)
         roles = StudentTeacherLoRA(pipeline.transformer, targets, rank=settings.rank, alpha=settings.lora_alpha)
         stop = self._accuracy_stop(run, pipeline, roles) if run.method.stops_at_dopsd else should_stop
-        pictures = encode_pictures(
-            pipeline,
-            *training_pictures(run.concept, run.seed),
-            prompt_suffix=world.REFERENCE_SUFFIX,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
-        )
+        pictures = self._encoded_pictures(run, pipeline)
         training = BaselineTraining(
             run.method.kind, pipeline, roles, pictures, schedule, settings, seed=run.seed, prior=prior
         )
@@ -220,6 +221,14 @@ class Experiment:
             self.folder / run.folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
         )
         return ({"reached": stop.reached} if run.method.stops_at_dopsd else {}) | {"steps": num_steps}
+
+    def _encoded_pictures(self, run: Run, pipeline: Flux2KleinDOPSDPipeline) -> EncodedPictures:
+        return encode_pictures(
+            pipeline,
+            *training_pictures(run.concept, run.seed),
+            prompt_suffix=world.REFERENCE_SUFFIX,
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+        )
 
     def _prior_pictures(self, run: Run, pipeline: Flux2KleinDOPSDPipeline, schedule: Schedule) -> PriorPictures:
         _, captions = training_pictures(run.concept, run.seed)
