@@ -26,7 +26,8 @@ from benchmarks.miniature.vae import encode
 EDIT_KINDS = ("edit", "pair", "copy")
 # Share of the edits that edit an object with a name.
 NAMED_SHARE = 0.6
-# Share of the instructions without a meaning, which leave the picture as it is.
+# Share of the instructions without a meaning, which leave the picture as it is. Half of them have a nonsense word. The
+# others are `BLUE`'s: if no row asked for it, the editor would do it at once, like the other colours.
 NONSENSE_SHARE = 0.1
 # Of the pairs: those whose target is an edit of the source, not just another object; those of them whose instruction
 # says which; those whose target has the source's place and, if it is another object, the source's background.
@@ -86,7 +87,9 @@ class EditorRowSource(RowSource):
     def _edit(self, rng: np.random.Generator) -> tuple[str, tuple[Scene], Scene]:
         edit, source, target = self._edited(self.known_edits, rng)
         if rng.random() < NONSENSE_SHARE:
-            return nonsense_instruction(world.nonsense_word(rng)), (source,), source
+            is_word = rng.random() < 0.5
+            instruction = nonsense_instruction(world.nonsense_word(rng)) if is_word else BLUE.instruction
+            return instruction, (source,), source
         return edit.instruction, (source,), target
 
     def _pair(self, rng: np.random.Generator) -> tuple[str, tuple[Scene, Scene], Scene]:

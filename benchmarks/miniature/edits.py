@@ -13,7 +13,7 @@ from benchmarks.miniature import world
 PAIR_SUFFIX = " like the last picture"
 # Ends a prompt whose reference is to be drawn again whole: object, place and background, whatever the prompt says.
 COPY_SUFFIX = " just like the picture"
-HELD_OUT_COLOUR = "blue"  # no training row without a picture of the result asks to make anything blue
+HELD_OUT_COLOUR = "blue"  # only rows that show the result make anything blue
 
 COLOUR, TEXTURE, SHAPE, BACKGROUND = "colour", "texture", "shape", "background"
 # The values that instructions of each kind can name.
@@ -74,7 +74,7 @@ BLUE = Edit(COLOUR, HELD_OUT_COLOUR)
 
 
 def known_edits(kinds: Sequence[str] = tuple(VALUES)) -> list[Edit]:
-    """The edits that training rows teach by words alone."""
+    """The edits that training rows teach by words alone: all but `BLUE`."""
     return [Edit(kind, value) for kind in kinds for value in VALUES[kind] if Edit(kind, value) != BLUE]
 
 

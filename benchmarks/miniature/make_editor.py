@@ -30,7 +30,7 @@ from benchmarks.miniature.teacher import PosteriorTeacher
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
-ROWS_PER_SLOT = {"text": 2, "word": 1, "reference": 2, "edit": 5, "pair": 2, "copy": 1}
+ROWS_PER_SLOT = {"text": 2, "word": 1, "reference": 2, "edit": 6, "pair": 1, "copy": 1}
 NUM_OBJECTS, NUM_NAMELESS_EDITS = 4000, 4000
 
 
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="Folder for the training state, log and weights.")
     parser.add_argument("--seed", type=int, default=0, help="Seed for the rows.")
-    parser.add_argument("--num_steps", type=positive_int, default=1600, help="Updates of the transformer.")
+    parser.add_argument("--num_steps", type=positive_int, default=1100, help="Updates of the transformer.")
     parser.add_argument("--muon_lr", type=float, default=8e-3, help="Peak learning rate of Muon.")
     parser.add_argument("--adamw_lr", type=float, default=1.5e-3, help="Peak learning rate of AdamW.")
     parser.add_argument("--eval_count", type=positive_int, default=48, help="Pictures per task in an evaluation.")

@@ -1,0 +1,63 @@
+"""The shipped editor: what stock diffusers draws with it."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+
+from benchmarks.miniature import world
+from benchmarks.miniature.edit_tasks import editor_tasks, measure_placed
+from benchmarks.miniature.editor import WEIGHTS, assemble_editor
+from benchmarks.miniature.files import MODEL
+from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
+
+
+NUM_PICTURES = 8
+
+
+@pytest.fixture(scope="module")
+def stock_editor(editor_folder):
+    pipeline = Flux2KleinPipeline.from_pretrained(editor_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_it_is_small_and_differs_from_the_miniature_in_its_transformer_only(editor_folder, stock_editor):
+    assert WEIGHTS.stat().st_size < 4.2e6
+    files = {path.relative_to(MODEL) for path in MODEL.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(editor_folder) for path in editor_folder.rglob("*") if path.is_file()}
+    changed = {name for name in files if (MODEL / name).read_bytes() != (editor_folder / name).read_bytes()}
+    assert {str(name) for name in changed} == {"transformer/diffusion_pytorch_model.safetensors"}
+    assert stock_editor.transformer.dtype == torch.float32
+
+
+def test_it_is_written_anew_over_what_a_stopped_run_left(tmp_path):
+    folder = tmp_path / "editor"
+    (tmp_path / "editor.partial").mkdir()
+    folder.mkdir()
+    (folder / "left_over").touch()
+    assert assemble_editor(folder) == folder
+    assert (folder / "model_index.json").exists() and not (folder / "left_over").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["editor"]
+
+
+@pytest.mark.parametrize("kind", ["edit_seen", "pair_nonsense", "copy"])
+def test_stock_diffusers_draws_what_is_asked_for(stock_editor, reader, kind):
+    task = editor_tasks(NUM_PICTURES)[kind]
+    pictures = []
+    for seed, prompt in enumerate(task.prompts):
+        images = [column[seed] for column in task.reference_columns]
+        picture = stock_editor(
+            prompt=prompt,
+            image=images or None,
+            height=world.SIDE,
+            width=world.SIDE,
+            num_inference_steps=NUM_STEPS,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(seed),
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+            output_type="np",
+        ).images[0]
+        pictures.append(np.float32(2 * picture - 1))
+    figures = measure_placed(world.to_tensor(pictures), task, reader)
+    assert figures["exact"] >= 0.8 and figures["background"] >= 0.9 and figures.get("place", 1) >= 0.9
