@@ -1,13 +1,15 @@
 """The shipped editor: what stock diffusers draws with it."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
-from benchmarks.miniature import world
-from benchmarks.miniature.edit_tasks import editor_tasks, measure_placed
-from benchmarks.miniature.editor import WEIGHTS, assemble_editor
+from benchmarks.miniature import editor, world
+from benchmarks.miniature.edit_tasks import copy_task, editor_tasks, measure_placed
+from benchmarks.miniature.editor import WEIGHTS
 from benchmarks.miniature.files import MODEL
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 
@@ -31,14 +33,15 @@ def test_it_is_small_and_differs_from_the_miniature_in_its_transformer_only(edit
     assert stock_editor.transformer.dtype == torch.float32
 
 
-def test_it_is_written_anew_over_what_a_stopped_run_left(tmp_path):
-    folder = tmp_path / "editor"
-    (tmp_path / "editor.partial").mkdir()
-    folder.mkdir()
-    (folder / "left_over").touch()
-    assert assemble_editor(folder) == folder
-    assert (folder / "model_index.json").exists() and not (folder / "left_over").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["editor"]
+def test_the_command_writes_it_over_an_earlier_one_and_measures_it(tmp_path, monkeypatch, capsys, reader):
+    monkeypatch.setattr(editor, "editor_tasks", lambda count: {"copy": copy_task(count, seed=0)})
+    monkeypatch.setattr(editor, "PictureReader", lambda appearances: reader)
+    monkeypatch.setattr(sys, "argv", ["editor.py", "--output_dir", str(tmp_path / "editor"), "--count", "3"])
+    for _ in range(2):
+        editor.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[3] == "| | exact | background | place | residual | detail | poses |"
+    assert lines[2].startswith("| copy | 1.0 | 1.0 | 1.0 | ") and lines[2] == lines[5]
 
 
 @pytest.mark.parametrize("kind", ["edit_seen", "pair_nonsense", "copy"])
