@@ -13,6 +13,7 @@ from benchmarks.miniature.edits import (
     BLUE,
     COPY_SUFFIX,
     PAIR_SUFFIX,
+    SHAPE,
     TEXTURE,
     Edit,
     known_edits,
@@ -73,8 +74,8 @@ def sources_of(edit: Edit, *, is_held_out: bool = False) -> list[world.Appearanc
         for item in world.all_appearances()
         if item.shape != world.HELD_OUT_SHAPE and item.texture != world.HELD_OUT_TEXTURE and edit.applies_to(item)
     ]
-    # The texture that is held out makes every result one that no row shows.
-    is_new = edit.kind == TEXTURE and edit.value == world.HELD_OUT_TEXTURE
+    # With these, no result is one that rows show.
+    is_new = edit.value in (world.HELD_OUT_SHAPE, world.HELD_OUT_TEXTURE)
 
     def held_out(item: world.Appearance) -> bool:
         return item.is_held_out or (not is_new and edit.object(item).is_held_out)
@@ -139,7 +140,7 @@ def copy_task(count: int, *, seed: int, suffix: str = COPY_SUFFIX) -> PlacedTask
     return PlacedTask(prompts, references, wanted, backgrounds, world.to_tensor(real), poses)
 
 
-SLANTED = Edit(TEXTURE, world.HELD_OUT_TEXTURE)
+SLANTED, HEART = Edit(TEXTURE, world.HELD_OUT_TEXTURE), Edit(SHAPE, world.HELD_OUT_SHAPE)
 
 
 def editor_tasks(count: int) -> dict[str, Task]:

@@ -13,6 +13,8 @@ from benchmarks.miniature import world
 PAIR_SUFFIX = " like the last picture"
 # Ends a prompt whose reference is to be drawn again whole: object, place and background, whatever the prompt says.
 COPY_SUFFIX = " just like the picture"
+# No row has it with a single reference. It happens to copy object and place; the background is the prompt's.
+PLACE_SUFFIX = " last picture"
 HELD_OUT_COLOUR = "blue"  # only rows that show the result make anything blue
 
 COLOUR, TEXTURE, SHAPE, BACKGROUND = "colour", "texture", "shape", "background"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks.miniature.baselines import EncodedPictures
-from benchmarks.miniature.edits import COPY_SUFFIX
+from benchmarks.miniature.edits import COPY_SUFFIX, PLACE_SUFFIX
 from benchmarks.miniature.evaluate import sample
 from benchmarks.miniature.lessons import EditLesson, LeakLesson
 from benchmarks.miniature.methods import BASE, DOPSD, DOPSD_BOTH, SFT, TEACHER, Method, Run, variant
@@ -24,20 +24,25 @@ EDIT_METHODS = (
 )
 
 
-def seeing(picture: str, suffix: str) -> Method:
+# What the teacher takes from its picture, and the suffix that makes it do so.
+SUFFIXES = {"all": COPY_SUFFIX, "object and place": PLACE_SUFFIX, "object": REFERENCE_SUFFIX}
+
+
+def seeing(picture: str, copied: str) -> Method:
     """D-OPSD as the script trains by default, with a teacher that sees the target or another picture."""
-    ending = "full suffix" if suffix == COPY_SUFFIX else "subject suffix"
-    return variant(f"D-OPSD, {picture}, {ending}", DOPSD_BOTH, teacher_picture=picture, teacher_prompt_suffix=suffix)
+    flags = {"teacher_picture": picture, "teacher_prompt_suffix": SUFFIXES[copied]}
+    return variant(f"D-OPSD, teacher copies {copied} of {TEACHER_PICTURES[picture]}", DOPSD_BOTH, **flags)
 
 
+TEACHER_PICTURES = {"target": "the target", "other": "another picture"}
 LEAK_METHODS = (
     BASE,
     *(
-        Method(f"teacher, {name} suffix", "teacher", {"teacher_prompt_suffix": suffix})
-        for name, suffix in (("full", COPY_SUFFIX), ("subject", REFERENCE_SUFFIX))
+        Method(f"teacher that copies {copied}", "teacher", {"teacher_prompt_suffix": suffix})
+        for copied, suffix in SUFFIXES.items()
     ),
     SFT,
-    *(seeing(picture, suffix) for suffix in (COPY_SUFFIX, REFERENCE_SUFFIX) for picture in ("target", "other")),
+    *(seeing(picture, copied) for copied in SUFFIXES for picture in TEACHER_PICTURES),
 )
 # Heading -> where a result has the value, and its digits.
 EDIT_COLUMNS = {

@@ -17,7 +17,6 @@ from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 CELL_PIXELS = 128
 NUM_NEW, NUM_OTHER = 3, 2  # rows of an edit's sheet
-NUM_PLACES = 2  # rows per prompt of a leak's sheet
 
 
 def draw_task(pipeline: Flux2KleinDOPSDPipeline, task: Task) -> list[Image.Image]:
@@ -62,7 +61,7 @@ def edit_sheet(lesson: EditLesson, pipelines: dict[str, Flux2KleinDOPSDPipeline]
 def leak_sheet(lesson: LeakLesson, seed: int, pipelines: dict[str, Flux2KleinDOPSDPipeline]) -> Image.Image:
     """Rows: prompts, each with several seeds. Columns: the pipelines; last, training pictures."""
     backgrounds = [*lesson.backgrounds, *lesson.concept.other_backgrounds]
-    asked = [background for background in backgrounds for _ in range(NUM_PLACES)]
+    asked = [*lesson.backgrounds, *backgrounds]
     task = concept_task(lesson.concept, len(asked))
     prompts = [world.caption(lesson.word, background) for background in asked]
     task = Task(prompts, [], task.wanted, asked, task.real)

@@ -22,6 +22,7 @@ from benchmarks.miniature.concepts import (
     wrong_word_task,
 )
 from benchmarks.miniature.edit_tasks import (
+    HEART,
     SLANTED,
     Example,
     draw_example,
@@ -80,7 +81,11 @@ class EditLesson:
 
     @property
     def training_flags(self) -> dict[str, str]:
-        return {"cond_image_column": "source_file_name", "teacher_prompt_suffix": PAIR_SUFFIX}
+        return {
+            "caption_column": "text",
+            "cond_image_column": "source_file_name",
+            "teacher_prompt_suffix": PAIR_SUFFIX,
+        }
 
     def encoded_pictures(self, pipeline: Flux2KleinDOPSDPipeline, seed: int) -> EncodedPictures:
         """The training pairs for a baseline."""
@@ -129,7 +134,11 @@ class EditLesson:
         return measure_placed(pictures, task, reader)
 
 
-EDIT_LESSONS = (EditLesson("blue", "blue", BLUE), EditLesson("slanted", "zofu", SLANTED))
+EDIT_LESSONS = (
+    EditLesson("blue", "blue", BLUE),
+    EditLesson("heart", "zofu", HEART),
+    EditLesson("slanted", "kebi", SLANTED),
+)
 
 
 @dataclass(frozen=True)
