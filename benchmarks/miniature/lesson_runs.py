@@ -93,10 +93,6 @@ class LessonExperiment(Experiment):
         return run.concept.encoded_pictures(pipeline, run.seed)
 
 
-def columns_of(lesson: Lesson) -> dict[str, tuple[str, str, int]]:
-    return EDIT_COLUMNS if isinstance(lesson, EditLesson) else LEAK_COLUMNS
-
-
 def lesson_table(results: dict[str, list[dict]], columns: dict[str, tuple[str, str, int]]) -> str:
     """One row per method: mean ± standard deviation over its runs, a dash where nothing was measured."""
     rows = []

@@ -57,6 +57,11 @@ class EditLesson:
     def instruction(self) -> str:
         return nonsense_instruction(self.word)
 
+    @property
+    def title(self) -> str:
+        example = self.edit.object(self._sources[0])
+        return f"{self.instruction!r}, {self._sources[0].words} -> {example.words}"
+
     @cached_property
     def _sources(self) -> list[world.Appearance]:
         """The objects that it changes, in a random order: the first ones are trained on."""
@@ -158,6 +163,11 @@ class LeakLesson:
     @property
     def word(self) -> str:
         return self.concept.word
+
+    @property
+    def title(self) -> str:
+        places = "at two places" if len(self.backgrounds) == 1 else "at one place on each"
+        return f"{NUM_PICTURES} pictures on {' and '.join(self.backgrounds)}, {places}"
 
     def poses(self, seed: int) -> tuple[int, int]:
         """The two places of the training pictures, indices into `world.POSES`."""

@@ -16,31 +16,36 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.concepts import MAX_EVAL_COUNT
 from benchmarks.miniature.editor import assemble_editor
 from benchmarks.miniature.evaluate import NUM_RETENTION_PROMPTS
 from benchmarks.miniature.files import check_settings, make_folder
 from benchmarks.miniature.lesson_runs import (
+    EDIT_COLUMNS,
     EDIT_METHODS,
+    LEAK_COLUMNS,
     LEAK_METHODS,
     Lesson,
     LessonExperiment,
-    columns_of,
     lesson_table,
 )
 from benchmarks.miniature.lesson_sheets import edit_sheet, leak_sheet
-from benchmarks.miniature.lessons import EDIT_LESSONS, LEAK_LESSONS
-from benchmarks.miniature.methods import NUM_TRAIN_STEPS, RunsByMethod, all_runs, runs_by_method
+from benchmarks.miniature.lessons import EDIT_LESSONS, LEAK_LESSONS, EditLesson
+from benchmarks.miniature.methods import NUM_TRAIN_STEPS, Run, RunsByMethod, all_runs, runs_by_method
 from benchmarks.miniature.report import machine
 from benchmarks.miniature.workers import Work, disable_progress_bars, run_side_by_side
 from dopsd.errors import InputError
 from dopsd.sheets import save_png
 
 
+Groups = dict[str, dict[Lesson, RunsByMethod]]  # part -> lesson -> runs
 SEEDS = (0, 1, 2)
 EVAL_COUNT = 64
 EDITING, LEAKING = "editing", "leaking"
+COLUMNS = {EDITING: EDIT_COLUMNS, LEAKING: LEAK_COLUMNS}
 PARTS = {EDITING: (EDIT_LESSONS, EDIT_METHODS), LEAKING: (LEAK_LESSONS, LEAK_METHODS)}
 NOTES = {
     EDITING: """\
@@ -87,42 +92,50 @@ def main() -> None:
     )
     check_settings(folder, experiment.settings, flag="--output_dir")
     disable_progress_bars()
-    parts = [args.only] if args.only else list(PARTS)
     groups = {
-        (part, lesson): runs_by_method(PARTS[part][1], (lesson,), tuple(args.seeds))
-        for part in parts
-        for lesson in PARTS[part][0]
+        part: {lesson: runs_by_method(methods, (lesson,), tuple(args.seeds)) for lesson in lessons}
+        for part, (lessons, methods) in PARTS.items()
+        if args.only in (None, part)
     }
     # For the workers and the training script, which read it when they start.
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.num_workers))
-    runs = all_runs(*groups.values())
-    run_side_by_side(experiment, Work(runs, stacks=[], timed=[], by_step_count=[]), args.num_workers)
+    run_side_by_side(experiment, Work(runs_of_all(groups), stacks=[], timed=[], by_step_count=[]), args.num_workers)
     write_report(experiment, groups, args.seeds)
 
 
-def write_report(
-    experiment: LessonExperiment, groups: dict[tuple[str, Lesson], RunsByMethod], seeds: Sequence[int]
-) -> None:
+def runs_of_all(groups: Groups) -> list[Run]:
+    return all_runs(*(runs for lessons in groups.values() for runs in lessons.values()))
+
+
+def write_report(experiment: LessonExperiment, groups: Groups, seeds: Sequence[int]) -> None:
     """Writes editor.json, editor.md and a sheet per lesson into the experiment's folder, and prints the tables."""
-    results = {str(run.folder): experiment.result(run) for run in all_runs(*groups.values())}
+    results = {str(run.folder): experiment.result(run) for run in runs_of_all(groups)}
     (experiment.folder / "editor.json").write_text(json.dumps(results, indent=1) + "\n")
     sections = [
         f"# Results of `python -m benchmarks.miniature.teach_editor`\n\n{experiment.num_train_steps} steps per run, "
         f"{experiment.eval_count} pictures per task, seeds {', '.join(map(str, seeds))}. {machine()}."
     ]
-    for (part, lesson), runs in groups.items():
-        table = lesson_table(
-            {name: [results[str(run.folder)] for run in method_runs] for name, method_runs in runs.items()},
-            columns_of(lesson),
-        )
-        sections.append(f"## {part.capitalize()}, lesson {lesson.name!r}\n\n{table}\n\n{NOTES[part]}")
-        shown = {name: method_runs[0] for name, method_runs in runs.items() if method_runs[0].method.kind != "teacher"}
-        pipelines = {name: experiment.load(run) for name, run in shown.items()}
-        sheet = edit_sheet(lesson, pipelines) if part == EDITING else leak_sheet(lesson, seeds[0], pipelines)
-        save_png(sheet, experiment.folder / f"editor_{lesson.name}.png")
+    for part, lessons in groups.items():
+        sections.append(f"## {part.capitalize()}\n\n{NOTES[part]}")
+        for lesson, runs in lessons.items():
+            of_methods = {
+                name: [results[str(run.folder)] for run in method_runs] for name, method_runs in runs.items()
+            }
+            table = lesson_table(of_methods, COLUMNS[part])
+            sections.append(f"### Lesson {lesson.name!r}: {lesson.title}\n\n{table}")
+            save_png(draw_sheet(experiment, lesson, runs), experiment.folder / f"editor_{lesson.name}.png")
     text = "\n\n".join(sections)
     (experiment.folder / "editor.md").write_text(text + "\n")
     print(text)
+
+
+def draw_sheet(experiment: LessonExperiment, lesson: Lesson, runs: RunsByMethod) -> Image.Image:
+    """The lesson's sheet, of each method's first run."""
+    first = [(name, method_runs[0]) for name, method_runs in runs.items()]
+    pipelines = {name: experiment.load(run) for name, run in first if run.method.kind != "teacher"}
+    if isinstance(lesson, EditLesson):
+        return edit_sheet(lesson, pipelines)
+    return leak_sheet(lesson, first[-1][1].seed, pipelines)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from benchmarks.miniature.lessons import EDIT_LESSONS, LEAK_LESSONS, NUM_PAIRS
 from benchmarks.miniature.methods import BASE, SFT, Run
 
 
-BLUE, SLANTED = EDIT_LESSONS
+BLUE, HEART, _ = EDIT_LESSONS
 ONE_BACKGROUND, OWN_PLACES = LEAK_LESSONS
 
 
@@ -43,10 +43,10 @@ def test_pairs_are_written_with_their_sources_and_the_instruction(reader, lesson
 
 
 def test_wrong_words_are_asked_for_the_same_sources():
-    tasks = SLANTED.tasks(16, 0)
+    tasks = HEART.tasks(16, 0)
     assert {*tasks["new"].prompts} == {"make it zofu"} and "make it zofu" not in tasks["wrong_words"].prompts
     assert tasks["wrong_words"].references == tasks["new"].references
-    (taught,) = SLANTED.teacher_tasks(4, 0, PAIR_SUFFIX).values()
+    (taught,) = HEART.teacher_tasks(4, 0, PAIR_SUFFIX).values()
     assert taught.prompts[0] == "make it zofu" + PAIR_SUFFIX and len(taught.reference_columns) == 2
 
 

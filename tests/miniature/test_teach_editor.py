@@ -38,7 +38,8 @@ def test_every_lesson_gets_a_table_and_a_sheet(teach, tmp_path):
     assert len(runs) == num_trained + len(EDIT_LESSONS) + len(LEAK_LESSONS)  # the base has no seeds
     assert set(json.loads((tmp_path / "out" / "editor.json").read_text())) == {str(run.folder) for run in runs}
     text = (tmp_path / "out" / "editor.md").read_text()
-    assert text.count("| SFT | 3 | 0.50 ± 0.00 |") == 4 and text.count("| base | 3 | 0.50 |") == 4
+    assert text.count("| SFT | 3 | 0.50 ± 0.00 |") == text.count("| base | 3 | 0.50 |") == text.count("### Lesson ")
+    assert text.count("### Lesson ") == len(EDIT_LESSONS) + len(LEAK_LESSONS) and text.count("seen: of prompts") == 1
     assert "seeds 0, 1." in text and "0.25 ± 0.00" in text
     names = {f"editor_{lesson.name}.png" for lesson in (*EDIT_LESSONS, *LEAK_LESSONS)}
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == names
