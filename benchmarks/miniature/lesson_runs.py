@@ -1,13 +1,14 @@
 """Trains and measures the runs that teach the editor, each of them once, and writes their tables."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.miniature.baselines import EncodedPictures
 from benchmarks.miniature.edits import COPY_SUFFIX, PLACE_SUFFIX
 from benchmarks.miniature.evaluate import sample
-from benchmarks.miniature.lessons import EditLesson, LeakLesson
+from benchmarks.miniature.lessons import HELD_EDITS, EditLesson, LeakLesson
 from benchmarks.miniature.methods import BASE, DOPSD, DOPSD_BOTH, SFT, TEACHER, Method, Run, variant
 from benchmarks.miniature.runs import Experiment
 from benchmarks.miniature.tables import markdown, mean_and_deviation
@@ -88,6 +89,13 @@ class LessonExperiment(Experiment):
             for name, task in tasks.items()
         }
         return figures | {"retention": self.evaluator.retention(pipeline)} | trained
+
+    def _prior_flags(self, run: Run, folder: Path) -> dict[str, object]:
+        """Prior preservation of an edit also holds known instructions, with the training pairs' sources."""
+        flags = super()._prior_flags(run, folder)
+        if flags and isinstance(run.concept, EditLesson):
+            flags["class_prompt"] = [edit.instruction for edit in HELD_EDITS]
+        return flags
 
     def _encoded_pictures(self, run: Run, pipeline: Flux2KleinDOPSDPipeline) -> EncodedPictures:
         return run.concept.encoded_pictures(pipeline, run.seed)

@@ -6,9 +6,9 @@ from PIL import Image
 from benchmarks.miniature import world
 from benchmarks.miniature.concepts import concept_task
 from benchmarks.miniature.edit_tasks import edit_task
-from benchmarks.miniature.edits import PAIR_SUFFIX, known_edits
+from benchmarks.miniature.edits import PAIR_SUFFIX
 from benchmarks.miniature.evaluate import final_latents
-from benchmarks.miniature.lessons import NUM_PAIRS, EditLesson, LeakLesson
+from benchmarks.miniature.lessons import MEASURED_EDITS, NUM_PAIRS, EditLesson, LeakLesson
 from benchmarks.miniature.parts import NUM_STEPS
 from benchmarks.miniature.tasks import Task
 from dopsd.sheets import Cell, contact_sheet
@@ -37,7 +37,7 @@ def edit_sheet(lesson: EditLesson, pipelines: dict[str, Flux2KleinDOPSDPipeline]
         pipelines: "base" is the first.
     """
     new, taught = lesson.new_task(NUM_NEW), lesson.new_task(NUM_NEW, with_target=True)
-    others = edit_task(known_edits(), NUM_OTHER, seed=8)
+    others = edit_task(MEASURED_EDITS, NUM_OTHER, seed=8)
     teacher = [*draw_task(pipelines["base"], taught), *[None] * NUM_OTHER]
     columns = {name: [*draw_task(pipe, new), *draw_task(pipe, others)] for name, pipe in pipelines.items()}
     columns = {

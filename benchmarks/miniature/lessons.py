@@ -39,6 +39,8 @@ from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
 NUM_PAIRS = 8
+# The known edits that prior preservation holds, and those that are measured.
+HELD_EDITS, MEASURED_EDITS = known_edits()[::2], known_edits()[1::2]
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class EditLesson:
         return task_of(examples, [self.instruction] * count, with_target=with_target)
 
     def tasks(self, count: int, seed: int) -> dict[str, Task]:
-        """ "new", and what should stay: "edits" that the editor knows, "old" prompts without pictures; and
+        """ "new", and what should stay: `MEASURED_EDITS` ("edits"), "old" prompts without pictures; and
         "wrong_words", instructions with another word and the taught edit's result as "wanted": none should show it.
         """
         rng = np.random.default_rng(47)
@@ -126,7 +128,7 @@ class EditLesson:
         wrong = [nonsense_instruction(word if word != self.word else "mip") for word in words]
         return {
             "new": new,
-            "edits": edit_task(known_edits(), count, seed=8),
+            "edits": edit_task(MEASURED_EDITS, count, seed=8),
             "old": old_task(count),
             "wrong_words": replace(new, prompts=wrong),
         }

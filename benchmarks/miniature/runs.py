@@ -180,7 +180,7 @@ class Experiment:
             num_steps=num_steps,
             retention_prompts=self.evaluator.retention_prompts,
             **run.concept.training_flags,
-            **prior_flags(run.method, run.concept, folder),
+            **self._prior_flags(run, folder),
             **run.method.flags | changed,
         )
         log_path = folder / "training.log"
@@ -193,6 +193,9 @@ class Experiment:
         if retention is None and "validation_steps" not in changed:
             raise TrainingFailed(f"{log_path}: the training script logged no retention")
         return {"steps": num_steps, "retention_logged": retention}
+
+    def _prior_flags(self, run: Run, folder: Path) -> dict[str, object]:
+        return prior_flags(run.method, run.concept, folder)
 
     def train_baseline(self, run: Run, should_stop: Callable[[int], bool] | None = None) -> dict:
         """Trains a baseline and saves its LoRA in the run's folder.
@@ -290,7 +293,7 @@ def dopsd_flags(
     """Flags of the training script, each with its values. After the preview it validates once, at the end.
 
     Args:
-        changed: flags whose values differ from `SHARED_FLAGS` or are not among them.
+        changed: flags whose values differ from `SHARED_FLAGS` or are not among them. A list is a flag's values.
     """
     settings = {
         "pretrained_model_name_or_path": model,
@@ -308,5 +311,6 @@ def dopsd_flags(
         "seed": seed,
         **changed,
     }
-    flags = [[f"--{name}", str(value)] for name, value in settings.items()]
+    values = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
+    flags = [[f"--{name}", *map(str, some)] for name, some in values.items()]
     return [*flags, ["--retention_prompts", *retention_prompts]]
