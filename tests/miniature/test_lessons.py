@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train_dopsd_flux2
 from benchmarks.miniature import world
 from benchmarks.miniature.edits import COPY_SUFFIX, PAIR_SUFFIX
 from benchmarks.miniature.lesson_runs import (
@@ -16,7 +17,9 @@ from benchmarks.miniature.lesson_runs import (
 )
 from benchmarks.miniature.lesson_sheets import edit_sheet, leak_sheet
 from benchmarks.miniature.lessons import EDIT_LESSONS, LEAK_LESSONS, NUM_PAIRS
-from benchmarks.miniature.methods import BASE, SFT, Run
+from benchmarks.miniature.methods import BASE, DOPSD, SFT, Run
+from benchmarks.miniature.runs import dopsd_flags
+from dopsd.command_line import parse_settings
 
 
 BLUE, HEART, _ = EDIT_LESSONS
@@ -86,6 +89,23 @@ def test_places_of_the_training_pictures_are_counted(reader):
     assert "own_place" not in ONE_BACKGROUND.measure(pixels_of(images), ONE_BACKGROUND.seen_task(4), 0, reader)
     (taught,) = OWN_PLACES.teacher_tasks(6, 0, COPY_SUFFIX).values()
     assert all(prompt.endswith(COPY_SUFFIX) for prompt in taught.prompts) and len(taught.references) == 6
+
+
+def test_prior_preservation_holds_edits_that_are_not_measured(tmp_path):
+    experiment = LessonExperiment(tmp_path, tmp_path, num_train_steps=2, steps_per_evaluation=2, eval_count=16)
+    default = EDIT_METHODS[-1]
+    flags = experiment._prior_flags(Run(BLUE, 0, default), tmp_path)
+    assert flags["trigger_word"] == "blue" and len(flags["class_prompt"]) == 10
+    assert not {*flags["class_prompt"]} & {*BLUE.tasks(64, 0)["edits"].prompts, BLUE.instruction}
+    assert experiment._prior_flags(Run(BLUE, 0, DOPSD), tmp_path) == {}
+    assert "class_prompt" not in experiment._prior_flags(Run(OWN_PLACES, 0, default), tmp_path)
+    all_flags = {**BLUE.training_flags, **flags, **default.flags}
+    arguments = dopsd_flags(
+        tmp_path, tmp_path, tmp_path / "out", seed=1, num_steps=2, retention_prompts=["a ball", "a box"], **all_flags
+    )
+    settings = parse_settings(train_dopsd_flux2.MODEL, "", sum(arguments, []))
+    assert settings.prior.class_prompt == flags["class_prompt"]
+    assert settings.data.cond_image_column == ["source_file_name"]
 
 
 def test_every_method_has_runs_of_its_own():
