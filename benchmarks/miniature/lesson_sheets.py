@@ -22,7 +22,7 @@ NUM_NEW, NUM_OTHER = 3, 2  # rows of an edit's sheet
 def draw_task(pipeline: Flux2KleinDOPSDPipeline, task: Task) -> list[Image.Image]:
     """A picture per prompt, from the seeds 0, 1, 2..."""
     seeds = list(range(len(task.prompts)))
-    latents = final_latents(pipeline, task.prompts, seeds, references=task.reference_columns)
+    latents = final_latents(pipeline, task.prompts, seeds, references=task.references)
     return pipeline.decode(latents)
 
 

@@ -91,7 +91,7 @@ def draw(
     num_steps: int = NUM_STEPS,
 ) -> Image.Image:
     """One picture by the pipeline."""
-    references = [] if reference is None else [[reference]]
+    references = [] if reference is None else [reference]
     return pipeline.decode(final_latents(pipeline, [prompt], [seed], references=references, num_steps=num_steps))[0]
 
 

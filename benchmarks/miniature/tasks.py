@@ -10,6 +10,9 @@ from PIL import Image
 from benchmarks.miniature import world
 
 
+References = Sequence[Image.Image] | Sequence[tuple[Image.Image, ...]]  # of several prompts
+
+
 @dataclass(frozen=True)
 class Task:
     """N prompts and the pictures that would fulfil them.
@@ -23,16 +26,16 @@ class Task:
     """
 
     prompts: list[str]
-    references: list[Image.Image] | list[tuple[Image.Image, ...]]
+    references: References
     wanted: list[world.Appearance]
     backgrounds: list[str]
     real: torch.Tensor
 
-    @property
-    def reference_columns(self) -> list[tuple[Image.Image, ...]]:
-        """All prompts' first pictures, then their second ones; empty without references."""
-        rows = (item if isinstance(item, tuple) else (item,) for item in self.references)
-        return [*zip(*rows, strict=True)]
+
+def reference_columns(references: References) -> list[tuple[Image.Image, ...]]:
+    """All prompts' first pictures, then their second ones; empty without references."""
+    rows = (item if isinstance(item, tuple) else (item,) for item in references)
+    return [*zip(*rows, strict=True)]
 
 
 def make_task(appearances: Sequence[world.Appearance], count: int, *, with_reference: bool, seed: int) -> Task:

@@ -28,7 +28,7 @@ from benchmarks.miniature.edits import (
 )
 from benchmarks.miniature.files import MODEL
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH
-from benchmarks.miniature.tasks import standard_tasks
+from benchmarks.miniature.tasks import reference_columns, standard_tasks
 
 
 DISC = world.Appearance("disc", "striped", ("red", "white"))
@@ -104,7 +104,7 @@ def test_sources_are_objects_that_the_edit_changes():
 def test_tasks_ask_for_the_edited_picture_at_the_same_place(reader):
     alone, taught = (edit_task([BLUE], 4, seed=0, with_target=is_taught) for is_taught in (False, True))
     assert alone.prompts == ["make it blue"] * 4 and taught.prompts == ["make it blue" + PAIR_SUFFIX] * 4
-    assert len(alone.reference_columns) == 1 and len(taught.reference_columns) == 2
+    assert len(reference_columns(alone.references)) == 1 and len(reference_columns(taught.references)) == 2
     reading = reader.read(alone.real)
     assert reading.poses.tolist() == alone.poses
     sources = world.to_tensor([np.asarray(image, np.float32) / 127.5 - 1 for image in alone.references])

@@ -50,7 +50,7 @@ def test_wrong_words_are_asked_for_the_same_sources():
     assert {*tasks["new"].prompts} == {"make it zofu"} and "make it zofu" not in tasks["wrong_words"].prompts
     assert tasks["wrong_words"].references == tasks["new"].references
     (taught,) = HEART.teacher_tasks(4, 0, PAIR_SUFFIX).values()
-    assert taught.prompts[0] == "make it zofu" + PAIR_SUFFIX and len(taught.reference_columns) == 2
+    assert taught.prompts[0] == "make it zofu" + PAIR_SUFFIX and len(taught.references[0]) == 2
 
 
 def test_a_baseline_sees_the_source_and_the_target_is_what_it_learns(miniature):

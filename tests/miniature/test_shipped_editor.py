@@ -12,6 +12,7 @@ from benchmarks.miniature.edit_tasks import copy_task, editor_tasks, measure_pla
 from benchmarks.miniature.editor import WEIGHTS
 from benchmarks.miniature.files import MODEL
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
+from benchmarks.miniature.tasks import reference_columns
 
 
 NUM_PICTURES = 8
@@ -49,7 +50,7 @@ def test_stock_diffusers_draws_what_is_asked_for(stock_editor, reader, kind):
     task = editor_tasks(NUM_PICTURES)[kind]
     pictures = []
     for seed, prompt in enumerate(task.prompts):
-        images = [column[seed] for column in task.reference_columns]
+        images = [column[seed] for column in reference_columns(task.references)]
         picture = stock_editor(
             prompt=prompt,
             image=images or None,
