@@ -191,9 +191,9 @@ class LeakLesson:
         write_pictures(folder, *self.pictures(seed))
 
     @property
-    def training_flags(self) -> dict[str, str]:
-        """None: methods differ in what the teacher sees."""
-        return {}
+    def training_flags(self) -> dict[str, bool]:
+        """Methods differ in what the teacher sees, and some teachers would fail their exam."""
+        return {"ignore_exam": True}
 
     def encoded_pictures(self, pipeline: Flux2KleinDOPSDPipeline, seed: int) -> EncodedPictures:
         return encode_pictures(

@@ -105,7 +105,7 @@ def test_prior_preservation_holds_edits_that_are_not_measured(tmp_path):
     )
     settings = parse_settings(train_dopsd_flux2.MODEL, "", sum(arguments, []))
     assert settings.prior.class_prompt == flags["class_prompt"]
-    assert settings.data.cond_image_column == ["source_file_name"]
+    assert settings.data.cond_image_column == ["source_file_name"] and OWN_PLACES.training_flags["ignore_exam"]
 
 
 def test_every_method_has_runs_of_its_own():
