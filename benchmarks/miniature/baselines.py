@@ -43,8 +43,8 @@ class EncodedPictures:
     """The N encoded training pictures of one concept.
 
     Attributes:
-        student: encoded captions.
-        teacher: encoded captions with the suffix, and each picture as its own reference.
+        student: encoded captions; for an editor also the pictures to edit.
+        teacher: encoded captions with the suffix, and each picture as its own reference, the last one.
         x0: (N, C, h, w), latents of the pictures, patchified and normalised.
     """
 
@@ -54,12 +54,7 @@ class EncodedPictures:
 
     def select(self, indices: torch.Tensor) -> "EncodedPictures":
         """The pictures with these indices."""
-        (references,) = self.teacher.references
-        return EncodedPictures(
-            KleinContext(self.student.prompt_embeds[indices]),
-            KleinContext(self.teacher.prompt_embeds[indices], (references[indices],)),
-            self.x0[indices],
-        )
+        return EncodedPictures(selected(self.student, indices), selected(self.teacher, indices), self.x0[indices])
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,12 @@ class PriorPictures:
 
     def draw(self, count: int, generator: torch.Generator) -> "PriorPictures":
         indices = torch.randint(len(self.x0), (count,), generator=generator)
-        return PriorPictures(KleinContext(self.context.prompt_embeds[indices]), self.x0[indices])
+        return PriorPictures(selected(self.context, indices), self.x0[indices])
+
+
+def selected(context: KleinContext, indices: torch.Tensor) -> KleinContext:
+    """The samples with these indices."""
+    return KleinContext(context.prompt_embeds[indices], tuple(grid[indices] for grid in context.references))
 
 
 @torch.no_grad()

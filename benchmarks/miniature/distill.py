@@ -49,6 +49,7 @@ class Settings:
         num_steps: updates. The learning rate decays over the last fifth of them.
         minutes_per_evaluation: wall-clock time.
         seed: seed for the initial weights and the rows.
+        student_share_steps: updates over which the share of the student's own steps grows to `STUDENT_SHARE`.
     """
 
     rows_per_slot: dict[str, int]
@@ -57,6 +58,7 @@ class Settings:
     num_steps: int
     minutes_per_evaluation: float
     seed: int
+    student_share_steps: int = STUDENT_SHARE_STEPS
 
     @property
     def num_rows(self) -> int:
@@ -118,10 +120,12 @@ class TrainingState:
     minutes: float = 0.0
 
     @classmethod
-    def open(cls, path: Path, settings: Settings) -> Self:
-        """A new state, or the one that was saved at `path`."""
+    def open(cls, path: Path, settings: Settings, initial_weights: dict[str, torch.Tensor] | None = None) -> Self:
+        """A new state with these weights, or with random ones; or the one that was saved at `path`."""
         torch.manual_seed(settings.seed)
         transformer = make_transformer()
+        if initial_weights is not None:
+            transformer.load_state_dict(initial_weights)
         averaged = make_transformer().eval().requires_grad_(False)
         averaged.load_state_dict(transformer.state_dict())
         optimizer = MuonAdamW(transformer, muon_lr=settings.muon_lr, adamw_lr=settings.adamw_lr)
@@ -155,7 +159,7 @@ def velocity(
     references: torch.Tensor | None,
 ) -> torch.Tensor:
     """The pipeline's velocity at states (B, 8, 8, 64), each at its own sigma (B,): (B, 8, 8, 64), float32."""
-    grids = () if references is None else (references.permute(0, 3, 1, 2),)
+    grids = () if references is None else references.permute(1, 0, 4, 2, 3).unbind()
     context = KleinContext(embeds, grids)
     return pipeline.predict_velocity(states.permute(0, 3, 1, 2), 1000 * sigmas, context).permute(0, 2, 3, 1).float()
 
@@ -181,11 +185,12 @@ def train_together(
     rows = [buffer.next_rows(rng) for buffer in buffers]
     targets = torch.cat([buffer.targets(part) for buffer, part in zip(buffers, rows, strict=True)])
     states, embeds = torch.cat([part.states for part in rows]), torch.cat([part.embeds for part in rows])
+    references = None if rows[0].references is None else torch.cat([part.references for part in rows])
     segments = torch.cat([buffer.segments for buffer in buffers])
     length = (sigmas[1:] - sigmas[:-1])[segments].view(-1, 1, 1, 1)
     # The backward pass of fused attention is slow in bfloat16 on a CPU.
     with autocast(), attention_backend("_native_math"):
-        predicted = velocity(buffers[0].source.pipeline, states, sigmas[segments], embeds, rows[0].references)
+        predicted = velocity(buffers[0].source.pipeline, states, sigmas[segments], embeds, references)
     loss = (predicted - (targets - states) / length).square().mean((1, 2, 3))
     (loss.sum() * loss_scale).backward()
     uses_student = torch.from_numpy(rng.random((len(segments), 1, 1, 1)) < student_share)
@@ -203,7 +208,7 @@ def update(
 ) -> dict[str, list[float]]:
     """Makes one update of the transformer and of its average. Returns the losses (see `train_together`)."""
     rng = np.random.default_rng([5, settings.seed, state.step])
-    share = min(STUDENT_SHARE, state.step / STUDENT_SHARE_STEPS)
+    share = min(STUDENT_SHARE, state.step / settings.student_share_steps)
     losses = {}
     for buffers in groups:
         losses |= train_together(buffers, sigmas, student_share=share, loss_scale=1 / settings.num_rows, rng=rng)
@@ -222,19 +227,23 @@ def distill(
     *,
     log: Callable[[dict], None],
     evaluate: Callable[[Flux2Transformer2DModel], dict],
+    groups: list[list[RolloutBuffer]] | None = None,
+    initial_weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Trains the transformer. Resumes from `state_path`.
 
     Args:
         sigmas: (K + 1,), the deployed schedule.
+        groups: the rows to train on, grouped by what can share a forward pass. Default: `make_buffers`.
+        initial_weights: of the transformer. Default: random ones.
         log: called with a dict of metrics.
         evaluate: returns metrics of a transformer; called with the averaged weights.
     """
-    state = TrainingState.open(state_path, settings)
+    state = TrainingState.open(state_path, settings, initial_weights)
     source.pipeline.transformer = state.transformer
     if state.step >= settings.num_steps:
         log(state.progress | evaluate(state.averaged))
-    groups = make_buffers(source, teacher, sigmas, settings.rows_per_slot)
+    groups = groups or make_buffers(source, teacher, sigmas, settings.rows_per_slot)
     started = time.monotonic() - 60 * state.minutes
     saved = evaluated = state.minutes
     losses = defaultdict(list)

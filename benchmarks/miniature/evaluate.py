@@ -4,12 +4,10 @@ python -m benchmarks.miniature.evaluate      # a table for the shipped model, in
 """
 
 import argparse
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from benchmarks.miniature import world
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
@@ -17,7 +15,7 @@ from benchmarks.miniature.concepts import Concept, Renaming, neighbour_task, old
 from benchmarks.miniature.files import MODEL, check_model
 from benchmarks.miniature.metrics import PictureReader, detail, effective_poses, frechet_distance, object_residual
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
-from benchmarks.miniature.tasks import Task, standard_tasks
+from benchmarks.miniature.tasks import References, Task, reference_columns, standard_tasks
 from dopsd.retention import relative_drift
 from dopsd.rollout import seeded_noise
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
@@ -32,21 +30,25 @@ def final_latents(
     prompts: list[str],
     seeds: list[int],
     *,
-    references: Sequence[Image.Image] = (),
+    references: References = (),
     num_steps: int = NUM_STEPS,
 ) -> torch.Tensor:
     """Samples N prompts, without decoding.
 
     Args:
         seeds: one noise seed per prompt.
-        references: one picture per prompt, or none at all.
+        references: one picture per prompt, or equally many for each in a tuple, or none at all.
 
     Returns:
         (N, C, h, w), latents for `pipeline.decode`.
     """
     context = pipeline.encode_student(prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
     if references:
-        context = context.with_references(torch.cat([pipeline.encode_reference(image) for image in references]))
+        grids = (
+            torch.cat([pipeline.encode_reference(image) for image in column])
+            for column in reference_columns(references)
+        )
+        context = context.with_references(*grids)
     noise = seeded_noise(pipeline.latent_shape(world.SIDE, world.SIDE), seeds)
     return pipeline.sample(context, noise, num_steps)
 

@@ -25,7 +25,7 @@ from benchmarks.miniature.files import check_settings, make_folder, replacing
 from benchmarks.miniature.metrics import PictureReader
 from benchmarks.miniature.parts import NUM_STEPS, make_pipeline, make_transformer
 from benchmarks.miniature.rows import RowSource
-from benchmarks.miniature.tasks import Task, standard_tasks
+from benchmarks.miniature.tasks import Task, reference_columns, standard_tasks
 from benchmarks.miniature.teacher import LatentWorld, PosteriorTeacher, encode_world
 from benchmarks.miniature.training import load_or_none, save_state
 from benchmarks.miniature.vae import train_vae
@@ -106,12 +106,12 @@ def evaluate_and_save(
 
 
 def draw_sheet(tasks: dict[str, Task], pictures: dict[str, torch.Tensor], path: Path, *, columns: int = 16) -> None:
-    """Writes a sheet with one row of samples per task, above a row of its references if it has any; scaled by 2."""
+    """Writes a sheet with one row of samples per task, above rows of its references if it has any; scaled by 2."""
     rows = []
     for name, task in tasks.items():
         rows.append(_strip(pictures[name][:columns].permute(0, 2, 3, 1).numpy()))
-        if task.references:
-            rows.append(_strip(np.stack([np.asarray(image) for image in task.references[:columns]]) / 127.5 - 1))
+        for images in reference_columns(task.references):
+            rows.append(_strip(np.stack([np.asarray(image) for image in images[:columns]]) / 127.5 - 1))
     sheet = world.to_image(np.concatenate(rows))
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path)
 

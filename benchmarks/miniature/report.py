@@ -96,12 +96,17 @@ def write_results(experiment: Experiment, comparisons: list[Comparison], by_step
 
 
 def introduction(experiment: Experiment, first: Comparison) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
     return (
         f"# Results of `python -m benchmarks.miniature.experiment`\n\n{experiment.num_train_steps} steps per run "
         f"where nothing else is said, {experiment.eval_count} pictures per task, seeds "
-        f"{', '.join(map(str, first.seeds))}. {os.cpu_count()} CPU cores, {platform.machine()}; {versions}."
+        f"{', '.join(map(str, first.seeds))}. {machine()}."
     )
+
+
+def machine() -> str:
+    """The kind of machine, and versions."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}; {versions}"
 
 
 def first_sections(experiment: Experiment, first: Comparison) -> list[str]:

@@ -51,7 +51,7 @@ class Rows:
     Attributes:
         embeds: (B, L, D), the encoded captions.
         means: (B, M, 8, 8, 64), latents of the allowed pictures without grain.
-        references: (B, 8, 8, 64), latents, or None.
+        references: (B, R, 8, 8, 64), latents of each row's R reference pictures, or None.
         states: (B, 8, 8, 64), x at the start of each row's segment.
     """
 
@@ -112,7 +112,7 @@ class RowSource:
         return Rows(
             embeds=self.pipeline.encode_student(captions, max_sequence_length=MAX_SEQUENCE_LENGTH).prompt_embeds,
             means=means.float(),
-            references=self._references(shown, rng) if row_kind.has_reference else None,
+            references=self._references(shown, rng)[:, None] if row_kind.has_reference else None,
             states=torch.randn(count, *means.shape[2:], generator=generator),
         )
 

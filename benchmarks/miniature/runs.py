@@ -15,7 +15,13 @@ import torch
 from diffusers import Flux2KleinPipeline
 
 from benchmarks.miniature import world
-from benchmarks.miniature.baselines import BaselineTraining, PriorPictures, draw_prior_pictures, encode_pictures
+from benchmarks.miniature.baselines import (
+    BaselineTraining,
+    EncodedPictures,
+    PriorPictures,
+    draw_prior_pictures,
+    encode_pictures,
+)
 from benchmarks.miniature.concepts import (
     CONCEPTS,
     Concept,
@@ -174,7 +180,7 @@ class Experiment:
             num_steps=num_steps,
             retention_prompts=self.evaluator.retention_prompts,
             **run.concept.training_flags,
-            **prior_flags(run.method, run.concept, folder),
+            **self._prior_flags(run, folder),
             **run.method.flags | changed,
         )
         log_path = folder / "training.log"
@@ -187,6 +193,9 @@ class Experiment:
         if retention is None and "validation_steps" not in changed:
             raise TrainingFailed(f"{log_path}: the training script logged no retention")
         return {"steps": num_steps, "retention_logged": retention}
+
+    def _prior_flags(self, run: Run, folder: Path) -> dict[str, object]:
+        return prior_flags(run.method, run.concept, folder)
 
     def train_baseline(self, run: Run, should_stop: Callable[[int], bool] | None = None) -> dict:
         """Trains a baseline and saves its LoRA in the run's folder.
@@ -205,12 +214,7 @@ class Experiment:
         targets = lora_target_modules(pipeline.transformer, KLEIN_LORA_LAYERS)
         roles = StudentTeacherLoRA(pipeline.transformer, targets, rank=settings.rank, alpha=settings.lora_alpha)
         stop = self._accuracy_stop(run, pipeline, roles) if run.method.stops_at_dopsd else should_stop
-        pictures = encode_pictures(
-            pipeline,
-            *training_pictures(run.concept, run.seed),
-            prompt_suffix=world.REFERENCE_SUFFIX,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
-        )
+        pictures = self._encoded_pictures(run, pipeline)
         training = BaselineTraining(
             run.method.kind, pipeline, roles, pictures, schedule, settings, seed=run.seed, prior=prior
         )
@@ -220,6 +224,14 @@ class Experiment:
             self.folder / run.folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
         )
         return ({"reached": stop.reached} if run.method.stops_at_dopsd else {}) | {"steps": num_steps}
+
+    def _encoded_pictures(self, run: Run, pipeline: Flux2KleinDOPSDPipeline) -> EncodedPictures:
+        return encode_pictures(
+            pipeline,
+            *training_pictures(run.concept, run.seed),
+            prompt_suffix=world.REFERENCE_SUFFIX,
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+        )
 
     def _prior_pictures(self, run: Run, pipeline: Flux2KleinDOPSDPipeline, schedule: Schedule) -> PriorPictures:
         _, captions = training_pictures(run.concept, run.seed)
@@ -281,7 +293,7 @@ def dopsd_flags(
     """Flags of the training script, each with its values. After the preview it validates once, at the end.
 
     Args:
-        changed: flags whose values differ from `SHARED_FLAGS` or are not among them.
+        changed: flags whose values differ from `SHARED_FLAGS` or are not among them. A list is a flag's values.
     """
     settings = {
         "pretrained_model_name_or_path": model,
@@ -299,5 +311,6 @@ def dopsd_flags(
         "seed": seed,
         **changed,
     }
-    flags = [[f"--{name}", str(value)] for name, value in settings.items()]
+    values = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
+    flags = [[f"--{name}", *map(str, some)] for name, some in values.items()]
     return [*flags, ["--retention_prompts", *retention_prompts]]

@@ -95,7 +95,11 @@ def spread(results: list[dict], column: str) -> str:
         return "-"
     if column in ("forwards", "seconds"):
         return f"{np.mean(values):.0f}"
-    digits = 1 if "places" in column else 3 if "FD" in column else 2
+    return mean_and_deviation(values, 1 if "places" in column else 3 if "FD" in column else 2)
+
+
+def mean_and_deviation(values: list[float], digits: int) -> str:
+    """Of at least one value; the standard deviation of two or more."""
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{deviation}"
 

@@ -10,23 +10,32 @@ from PIL import Image
 from benchmarks.miniature import world
 
 
+References = Sequence[Image.Image] | Sequence[tuple[Image.Image, ...]]  # of several prompts
+
+
 @dataclass(frozen=True)
 class Task:
     """N prompts and the pictures that would fulfil them.
 
     Attributes:
         prompts: with the reference suffix if there are references.
-        references: one picture per prompt, or none at all.
+        references: one picture per prompt, or equally many for each in a tuple, or none at all.
         wanted: the objects to be drawn.
         backgrounds: names of the backgrounds to be drawn.
         real: (N, 3, 64, 64), pictures drawn by the world.
     """
 
     prompts: list[str]
-    references: list[Image.Image]
+    references: References
     wanted: list[world.Appearance]
     backgrounds: list[str]
     real: torch.Tensor
+
+
+def reference_columns(references: References) -> list[tuple[Image.Image, ...]]:
+    """All prompts' first pictures, then their second ones; empty without references."""
+    rows = (item if isinstance(item, tuple) else (item,) for item in references)
+    return [*zip(*rows, strict=True)]
 
 
 def make_task(appearances: Sequence[world.Appearance], count: int, *, with_reference: bool, seed: int) -> Task:

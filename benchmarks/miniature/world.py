@@ -123,17 +123,23 @@ def sprite(appearance: Appearance) -> np.ndarray:
         (40, 40, 4), float32: colours from -1 to 1, coverage from 0 to 1. Cached: do not write to it.
     """
     colours = [COLOURS[name] for name in appearance.colours]
-    return _paint(_shape_mask(appearance.shape), _texture_mask(appearance.texture), colours[0], colours[-1])
+    return painted(appearance.shape, appearance.texture, colours[0], colours[-1])
 
 
 def random_sprite(rng: np.random.Generator) -> np.ndarray:
     """An object without a name, with random outline, pattern and colours: (40, 40, 4), as `sprite` returns it."""
+    first, second = random_colours(rng)
+    return painted(random_outline(rng), random_texture(rng), first, second)
+
+
+def random_colours(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Two colours, both with a name or both at random."""
     palette = list(COLOURS.values())
     if rng.random() < 0.5:
         first, second = (palette[index] for index in rng.choice(len(palette), 2, replace=False))
     else:
         first, second = (tuple(colour) for colour in rng.integers(30, 240, (2, 3)))
-    return _paint(_random_mask(rng), _random_texture(rng), first, second)
+    return first, second
 
 
 def random_pose(rng: np.random.Generator) -> tuple[int, int]:
@@ -188,11 +194,20 @@ def to_tensor(pictures: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
-def _paint(
-    mask: Image.Image, texture: np.ndarray, first: tuple[int, int, int], second: tuple[int, int, int]
+def painted(
+    outline: str | Image.Image,
+    texture: str | np.ndarray,
+    first: tuple[int, int, int],
+    second: tuple[int, int, int],
 ) -> np.ndarray:
-    """A sprite from a mask (160x160 sub-pixels), a texture of that size (True: second colour) and two colours."""
-    outer = np.asarray(mask) > 0
+    """A sprite (see `sprite`) from an outline, a texture and two colours.
+
+    Args:
+        outline: a shape's name, or a mask of 160x160 sub-pixels.
+        texture: a texture's name, or (160, 160), bool: where the object has its second colour.
+    """
+    outer = np.asarray(_shape_mask(outline) if isinstance(outline, str) else outline) > 0
+    texture = _texture_mask(texture) if isinstance(texture, str) else texture
     inner = _erode(outer, OUTLINE * SUPERSAMPLING)
     colour = np.where(texture[..., None], unit(second), unit(first))
     colour = np.where(inner[..., None], colour, unit(OUTLINE_COLOUR)) * outer[..., None]
@@ -268,7 +283,7 @@ def _texture_mask(texture: str) -> np.ndarray:
     return (x + y) % TOKEN >= half
 
 
-def _random_mask(rng: np.random.Generator) -> Image.Image:
+def random_outline(rng: np.random.Generator) -> Image.Image:
     """A blob or a polygon; one in five has a hole."""
     if rng.random() < 0.5:
         points = _circle(1.0)
@@ -291,7 +306,7 @@ def _random_mask(rng: np.random.Generator) -> Image.Image:
     return mask
 
 
-def _random_texture(rng: np.random.Generator) -> np.ndarray:
+def random_texture(rng: np.random.Generator) -> np.ndarray:
     """Plain, or thresholded waves that repeat with every token or with every second one; (160, 160), bool."""
     size = OBJECT * SUPERSAMPLING
     if rng.random() < 0.15:

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from benchmarks.miniature import teacher, world
+from benchmarks.miniature.editor import assemble_editor
 from benchmarks.miniature.files import MODEL
 from benchmarks.miniature.metrics import PictureReader
 from benchmarks.miniature.parts import make_pipeline, make_transformer, make_vae
@@ -34,3 +35,9 @@ def row_source():
 def miniature():
     """The shipped miniature, fresh for each test."""
     return Flux2KleinDOPSDPipeline.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="session")
+def editor_folder(tmp_path_factory):
+    """The shipped editor as a pipeline's folder. Do not write to it."""
+    return assemble_editor(tmp_path_factory.mktemp("miniature") / "editor")
