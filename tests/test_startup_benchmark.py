@@ -2,10 +2,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from models import SLOW
+import pytest
 
 
-pytestmark = SLOW
+pytestmark = pytest.mark.exhaustive
 
 
 def test_the_benchmark_measures_starts_with_an_empty_and_a_full_cache():

@@ -171,6 +171,7 @@ def test_costs_stacks_and_times_join_the_result_once_they_are_measured(experimen
     assert not (experiment.folder / "runs" / "object" / "0" / "pictures").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_run_of_the_script_is_timed_without_sheets_in_a_folder_of_its_own(experiment, monkeypatch):
     trained = []
     train = Experiment.train_dopsd

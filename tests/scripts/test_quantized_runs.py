@@ -68,7 +68,9 @@ finally:
 
 @SLOW
 @ONE_MODEL
-@pytest.mark.parametrize(("quantization", "is_imported"), [(None, False), ("int8", True)])
+@pytest.mark.parametrize(
+    ("quantization", "is_imported"), [(None, False), pytest.param("int8", True, marks=pytest.mark.exhaustive)]
+)
 def test_torchao_is_imported_if_it_is_needed_and_prints_nothing(model, arguments, quantization, is_imported):
     flags = {"pretrained_model_name_or_path": "nowhere", "quantize": quantization}
     command = [sys.executable, "-c", PROBE, str(model.script_path), *arguments(**flags)]

@@ -45,9 +45,11 @@ def test_an_offloaded_run_gives_the_lora_and_sheets_of_a_resident_one(train, tmp
 @pytest.mark.parametrize(
     ("model", "offload"),
     [
-        ("flux2", False),
-        ("zimage", True),
-        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in [("flux2", True), ("zimage", False)]),
+        ("flux2", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [("flux2", False), ("zimage", False), ("zimage", True)]
+        ),
     ],
     indirect=["model"],
 )

@@ -17,14 +17,15 @@ from command_line import LORA_FILE, assert_close_weights, succeed
 from dopsd.context_cache import ContextCache
 from dopsd.history import read_history
 from dopsd.output import checkpoint_step, list_checkpoints
-from models import NEEDS_COMPILER, ONE_MODEL, SLOW, with_exhaustive
+from models import NEEDS_COMPILER, ONE_MODEL, SLOW, both_models
 from waiting import wait_until
 
 
 pytestmark = SLOW
 
 
-@with_exhaustive("flux2", "zimage")
+@pytest.mark.exhaustive  # the runs with prior preservation and of an editor find what this one would
+@both_models(quick="flux2")
 def test_two_processes_give_the_lora_of_one_with_twice_the_accumulation(torchrun, command, arguments, tmp_path):
     flags = {"learning_rate": 1e-3, "max_train_steps": 3, "lora_dropout": 0.1}
     process, log = torchrun(arguments("two", **flags, gradient_accumulation_steps=2))
@@ -168,7 +169,8 @@ def test_two_processes_share_pictures_and_cache(torchrun, arguments, tmp_path):
 
 
 @ONE_MODEL
-@pytest.mark.parametrize("name", [pytest.param("0.png", marks=pytest.mark.exhaustive), "2.png"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["0.png", "2.png"])
 def test_a_damaged_picture_in_either_processs_share_ends_both(torchrun, arguments, photos, tmp_path, name):
     folder = shutil.copytree(photos, tmp_path / "damaged")
     (folder / name).write_bytes(b"no picture")

@@ -91,7 +91,7 @@ def test_a_result_has_the_shape_of_its_first_picture(tmp_path, size, side, expec
     [
         (["a"], ["gone.png"], ["--validation_image gone.png: there is no such file; check the path"]),
         (["a"], ["a.png,gone.png"], ["--validation_image gone.png: there is no such file"]),
-        (["a"], [","], ["--validation_image : there is no such file"]),
+        (["a"], [","], ["--validation_image ,: names nothing beside a comma; remove the comma"]),
         (["a"], ["."], ["--validation_image .: there is no such file"]),
         (["a"], ["x" * 5000], [": there is no such file; check the path"]),
         (["a"], ["a\0b"], ["there is no such file; check the path"]),
