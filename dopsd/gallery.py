@@ -89,6 +89,8 @@ class Gallery(Studio):
         self.card_images: list[CardImage] = []
         self.shown = self.data.shown(NUM_PREVIEW_PICTURES)
         self.lessons: list[Lesson] = []  # of `shown`, on all processes
+        self.from_lora = settings.lora.init_lora is not None
+        self.lessons_step = 0  # after which they were drawn
 
     def request(self, prompt: str) -> Request:
         """A picture of the validation's size, from a prompt alone."""
@@ -116,7 +118,7 @@ class Gallery(Studio):
         """What the progress bar shows of a step, and of the last validation."""
         standing = self.examiner.student.get(PROGRESS)
         shown = {name: f"{metrics[name]:.3g}" for name in ("loss", "lr")}
-        return shown if standing is None else shown | {PROGRESS: f"{standing:.0f}%"}
+        return shown if standing is None else shown | {PROGRESS: f"{round(standing)}%"}
 
     # When to draw
 
@@ -131,12 +133,16 @@ class Gallery(Studio):
         Raises:
             InputError: the teacher is no better than its student. All processes raise it.
         """
+        if first_step == 0 and self.accelerator.is_main_process:
+            with self.guarded("Removing an earlier exam"):
+                self.examiner.start()
         if self.settings.validation_steps > 0:
             state: State = "preview only" if self.settings.preview_only else "in progress"
             if first_step == 0:
                 with self.guarded("The preview", must_succeed=self.settings.preview_only):
                     self.draw_preview()
                 if (refusal := self.examiner.refusal()) is not None:
+                    self.report.refusal = refusal
                     self.write_report(0, "stopped")
                     raise InputError(refusal)
             elif self.accelerator.is_main_process:
@@ -202,7 +208,7 @@ class Gallery(Studio):
 
     def draw_preview(self) -> None:
         """Before the first step: what the teacher draws. The student cannot learn more than that."""
-        self.draw_lessons("Preview")
+        self.draw_lessons(0)
         if not self.accelerator.is_main_process:
             return
         with self.guarded("The exam"):
@@ -212,18 +218,35 @@ class Gallery(Studio):
             if self.contexts.conditioning.teacher_sees_picture
             else "the teacher's captions"
         )
+        start = "its own" if self.shows_student_before else "the base's"
         sheet = self.lesson_sheet(
             f"Before training, drawn in {self.settings.num_inference_steps} sampling steps",
-            "The student is pulled from the base's column towards the teacher's. If the teacher's does not show "
+            f"The student is pulled from {start} column towards the teacher's. If the teacher's does not show "
             f"what you want, training cannot teach it: change {remedy} before you spend hours.\n"
             f"{self.examiner.verdict}",
         )
         self.write("preview", 0, sheet)
 
-    def draw_lessons(self, description: str) -> None:
-        """Draws the rows of the preview, which later validations show again."""
+    def draw_lessons(self, step: int) -> None:
+        """Draws the rows of the preview after `step` steps. Later validations show them again."""
+        self.lessons_step = step
         jobs = {seed: partial(self.lesson, seed, sample) for seed, sample in enumerate(self.shown)}
-        self.lessons = list(self.share(jobs, description).values())
+        self.lessons = list(self.share(jobs, "Preview").values())
+
+    @property
+    def shows_student_before(self) -> bool:
+        """Whether the student's drawings before training stand for the base's: it began as a LoRA.
+
+        A resumed run no longer has that student, and draws the base.
+        """
+        return self.from_lora and self.lessons_step == 0
+
+    @property
+    def lesson_headings(self) -> tuple[str, str]:
+        """Of the columns of base and teacher; the teacher of a resumed run is no longer that of the preview."""
+        now = "" if self.lessons_step == 0 else " now"
+        base = "student before" if self.shows_student_before else "base"
+        return base, f"teacher{now}: {self.teacher_context.description}"
 
     def lesson(self, seed: int, sample: Sample) -> Lesson:
         caption, teacher_caption = self.data.caption(sample), self.data.picture(sample).teacher_caption
@@ -231,15 +254,17 @@ class Gallery(Studio):
         return Lesson(
             label=caption if teacher_caption is None else f"{caption} (teacher: {teacher_caption})",
             cond_images=[self.data.pixels(cond_crop) for cond_crop in self.data.cond_crops(sample)],
-            base=self.base_drawing(self.data.request(sample), seed),
+            base=(self.student_drawing if self.shows_student_before else self.base_drawing)(
+                self.data.request(sample), seed
+            ),
             teacher=self.teacher_drawing(sample, seed),
             teacher_picture=None if teacher_crop == crop else self.data.pixels(teacher_crop),
             picture=self.data.pixels(crop),
         )
 
     def lesson_sheet(self, title: str, note: str, students: Sequence[Image.Image] = ()) -> Sheet:
-        teacher = f"teacher: {self.teacher_context.description}"
-        return lesson_sheet(title, note, self.lessons, teacher=teacher, students=students)
+        base, teacher = self.lesson_headings
+        return lesson_sheet(title, note, self.lessons, base=base, teacher=teacher, students=students)
 
     def draw_validation(self, step: int) -> None:
         """Sheets of the validation prompts, the preview's rows, the rollout, and the retention prompts, if any."""
@@ -251,7 +276,7 @@ class Gallery(Studio):
         # First all that the processes share, so that an error while writing stays on the main process.
         validation = self.compare(asked, "Validation")
         if not self.lessons:  # of a resumed run
-            self.draw_lessons("Preview")
+            self.draw_lessons(step)
         learned = {
             seed: partial(self.student_drawing, self.data.request(sample), seed)
             for seed, sample in enumerate(self.shown)
@@ -277,9 +302,10 @@ class Gallery(Studio):
         images = [drawing.image for drawing in students]
         with self.guarded("The student's exam"):
             self.examiner.examine_student(images, [lesson.trial for lesson in self.lessons])
+        began = "the LoRA of --init_lora" if self.from_lora else "the base"
         sheet = self.lesson_sheet(
             f"After training step {step}: what was to be learned",
-            "A row starts from the same noise. The student began as the base and is pulled towards the teacher.\n"
+            f"A row starts from the same noise. The student began as {began} and is pulled towards the teacher.\n"
             f"{self.examiner.standing}",
             images,
         )
@@ -375,7 +401,8 @@ class Gallery(Studio):
             f"retention/{name}": value for name, value in zip(self.extra_prompts, moved[num_retained:], strict=True)
         }
         labels = [f"{name.replace('_', ' ')}: {prompt}" for name, prompt in self.extra_prompts.items()]
-        not_counted = f" The last {len(labels)} prompts are not part of this figure." if labels else ""
+        last = "The last prompt is" if len(labels) == 1 else f"The last {len(labels)} prompts are"
+        not_counted = f" {last} not part of this figure." if labels else ""
         sheet = Sheet(
             f"After training step {step}: prompts that should look as before, retention {figures['retention']:.3f}",
             [*self.settings.retention_prompts, *labels],

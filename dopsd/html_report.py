@@ -45,11 +45,12 @@ logger = get_logger(__name__)
 REPORT_FILE, CURVES_FILE = "report.html", "curves.png"
 MAX_PNG_BYTES, JPEG_QUALITY = 200_000, 75
 MAX_PICTURE_BYTES = 22_000_000  # about twenty validations of two prompts
+# Key in the history -> label, format.
 STUDENT_FIGURES = {
-    PROGRESS: "progress",
-    **{f"{PROGRESS}/{name}": label for name, label in MEASURES.items()},
-    SHARPNESS: "sharpness over the base's",
-    ZOOM: "zoom",
+    PROGRESS: ("progress", "{:.0f} %"),
+    **{f"{PROGRESS}/{name}": (label, "{:.0f} %") for name, label in MEASURES.items()},
+    SHARPNESS: ("sharpness over the base's", "{:.2f}"),
+    ZOOM: ("zoom", "x{:.2f}"),
 }
 PACE_STEPS = 100  # the time per step is the median of this many
 
@@ -284,6 +285,7 @@ class RunReport:
         self.folder = Path(settings.training.output_dir)
         self.read_sheet = SheetReader(self.folder)
         self.exam: Exam | None = None  # set when it has been taken
+        self.refusal: str | None = None  # why the exam has stopped the run
         self.num_pictures, self.num_captions = sum(map(bool, data.digests)), len(data.pictures)
         self.editing_requests = data.editing_requests
 
@@ -325,7 +327,7 @@ class RunReport:
         body = element(
             "body",
             self.header(history, step, state),
-            self.validation(sheets, step),
+            self.validation(sheets, step, state),
             self.preview(sheets),
             self.teachers_exam(),
             self.progress(sheets, history),
@@ -362,15 +364,21 @@ class RunReport:
                 f"on-policy self-distillation (D-OPSD) on {material}.",
             ),
             element("p", element("span", label, class_="state"), " " + " · ".join(facts)),
+            from_user("p", self.refusal) if self.refusal else None,
             element("p", written, class_="faint"),
         )
 
-    def validation(self, sheets: Sheets, step: int) -> Markup:
+    def validation(self, sheets: Sheets, step: int, state: State) -> Markup:
         validation, last_step = self.settings.validation, self.settings.training.max_train_steps
         if not sheets.validations:
             every = validation.validation_steps
-            first = f"The first sheet follows step {min(step - step % every + every, last_step)}." if every else None
-            return section("Validation", element("p", first or "Nothing is drawn with --validation_steps 0."))
+            if every == 0:
+                note = "Nothing is drawn with --validation_steps 0."
+            elif state in ("stopped", "preview only"):
+                note = "The run ended before its first sheet."
+            else:
+                note = f"The first sheet follows step {min(step - step % every + every, last_step)}."
+            return section("Validation", element("p", note))
         older = ", ".join(f"validation-{step}.png" for step in sheets.left_out)
         return section(
             "Validation",
@@ -418,13 +426,17 @@ class RunReport:
         rows = {row["step"]: row for row in history if SHARPNESS in row}
         if not rows and not sheets.lessons:
             return None
-        columns = [(key, label) for key, label in STUDENT_FIGURES.items() if any(key in row for row in rows.values())]
+        columns = {key: shown for key, shown in STUDENT_FIGURES.items() if any(key in row for row in rows.values())}
         figures = [
-            [str(step), *(f"{row[key]:.2f}" if key in row else "" for key, _ in columns)]
+            [str(step), *(form.format(row[key]) if key in row else "" for key, (_, form) in columns.items())]
             for step, row in sorted(rows.items(), reverse=True)
         ]
-        note = "Percentages of the teacher's lead over the base: 0 is the base, 100 the teacher."
-        measured = [element("p", note), table(figures, ["step", *(label for _, label in columns)], class_="numbers")]
+        note = (
+            "Percentages of the teacher's lead over the base: 0 % is the base, 100 % the teacher. With --init_lora, "
+            "the student before training stands for the base."
+        )
+        headings = ["step", *(label for label, _ in columns.values())]
+        measured = [element("p", note), table(figures, headings, class_="numbers")]
         return section(
             "Progress", *(measured if rows else []), tabs("lessons", sheets.lessons, lambda step: f"step {step}")
         )

@@ -37,7 +37,7 @@ class Lesson:
     Attributes:
         label: the caption, or captions.
         cond_images: the pictures to edit.
-        base, teacher: their drawings.
+        base, teacher: their drawings. With --init_lora, the student before training takes the base's place.
         teacher_picture: what the teacher sees, if that is another picture.
         picture: the training picture; None if there is only a caption.
     """
@@ -59,19 +59,19 @@ class Lesson:
 
 
 def lesson_sheet(
-    title: str, note: str, lessons: list[Lesson], *, teacher: str, students: Sequence[Image.Image] = ()
+    title: str, note: str, lessons: list[Lesson], *, base: str, teacher: str, students: Sequence[Image.Image] = ()
 ) -> Sheet:
     """The lessons as rows: pictures to edit, base, teacher, student, the pictures that were to be learned.
 
     Args:
-        teacher: heading of the teacher's column.
+        base, teacher: headings of their columns.
         students: the student's drawings; without them there is no column for it.
     """
     num_cond_images = max(len(lesson.cond_images) for lesson in lessons)
-    headings = [*cond_headings(num_cond_images), "base", teacher]
+    headings = [*cond_headings(num_cond_images), base, teacher]
     headings += ["student"] * bool(students)
     headings += ["what the teacher sees"] * any(lesson.teacher_picture for lesson in lessons)
-    headings += ["the picture"] * any(lesson.picture for lesson in lessons)
+    headings += ["the result" if num_cond_images else "the picture"] * any(lesson.picture for lesson in lessons)
     rows = []
     for index, lesson in enumerate(lessons):
         cells = [*lesson.cond_images, *[None] * (num_cond_images - len(lesson.cond_images))]

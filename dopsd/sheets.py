@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .exam.figures import MEASURES
+from .exam.figures import ANYWHERE, FEATURES, IN_PLACE, MEASURES, TOWER
 from .output import replacing
 
 
@@ -35,10 +35,10 @@ RETENTION_CURVES = (
     ("retention/no_word", "no word", "#5b6fb5"),
 )
 PROGRESS_CURVES = (
-    ("progress/latents", MEASURES["latents"], "#7fa8c9"),
-    ("progress/anywhere", MEASURES["anywhere"], "#1b6b8f"),
-    ("progress/tower", MEASURES["tower"], "#c77d2e"),
-    ("progress/features", MEASURES["features"], "#1b7f5c"),
+    (f"progress/{IN_PLACE}", MEASURES[IN_PLACE], "#7fa8c9"),
+    (f"progress/{ANYWHERE}", MEASURES[ANYWHERE], "#1b6b8f"),
+    (f"progress/{TOWER}", MEASURES[TOWER], "#c77d2e"),
+    (f"progress/{FEATURES}", MEASURES[FEATURES], "#1b7f5c"),
     ("progress", "the largest lead", INK),
 )
 SMOOTH_FROM = 50  # curves with more points than this are smoothed
@@ -300,7 +300,7 @@ def plot_curves(history: list[dict], path: Path, *, title: str) -> None:
         path: of the PNG.
         title: above the plots.
     """
-    has_progress = any("progress" in row for row in history)
+    has_progress = any(key in row for row in history for key, *_ in PROGRESS_CURVES)
     heights = (3, 2, 2, 2) if has_progress else (3, 2, 2)
     figure = Figure(figsize=(12, 12.5 if has_progress else 10), dpi=100, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches

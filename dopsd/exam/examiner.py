@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 def open_exam_model(settings: Settings) -> ExamModel | None:
     """`--exam_model` without its weights, if the run draws anything. Raises `InputError` if it cannot be used."""
     name = settings.validation.exam_model
-    if name is None or settings.validation.validation_steps == 0:
+    if name is None or settings.validation.validation_steps == 0 or settings.training.encode_only:
         return None
     return ExamModel(name, settings.model.cache_dir)
 
@@ -58,6 +58,7 @@ class Examiner:
         self.saw_picture = contexts.conditioning.teacher_sees_picture
         features: dict[str, Callable[[Images], torch.Tensor]] = {}
         towers = [encoder.picture_features for encoder in contexts.conditioning.teacher if encoder.has_tower]
+        self.saw_by_tower = bool(towers)
         if towers and settings.training.no_context_cache:
             features[TOWER] = lambda images: torch.stack([towers[0](image) for image in images])
         if (model := open_exam_model(settings)) is not None:
@@ -74,12 +75,15 @@ class Examiner:
     @property
     def standing(self) -> str:
         """A line for the sheet with the student's drawings."""
-        return in_words(self.student) if self.student else ""
+        return in_words(self.student, from_lora=self.exam.from_lora) if self.student else ""
+
+    def start(self) -> None:
+        """Removes the exam.json of an earlier run. Raises `OutputError` if that is not possible."""
+        with naming_file(self.folder / EXAM_FILE):
+            (self.folder / EXAM_FILE).unlink(missing_ok=True)
 
     def examine(self, trials: list[Trial | None]) -> None:
         """Takes the exam of the rows with a picture, if there is any; prints it and writes exam.json."""
-        with naming_file(self.folder / EXAM_FILE):
-            (self.folder / EXAM_FILE).unlink(missing_ok=True)  # of an earlier run
         trials = [trial for trial in trials if trial is not None]
         if not trials:
             return
@@ -88,6 +92,9 @@ class Examiner:
             is_editor=self.is_editor,
             saw_other=any(trial.seen is not trial.picture for trial in trials),
             saw_picture=self.saw_picture,
+            saw_by_tower=self.saw_by_tower,
+            from_lora=self.settings.lora.init_lora is not None,
+            num_inference_steps=self.settings.validation.num_inference_steps,
             exam_model=self.settings.validation.exam_model,
         )
         logger.info(f"The teacher's exam:\n{as_text(self.exam)}")
@@ -96,7 +103,20 @@ class Examiner:
     def resume(self) -> None:
         """Reads the exam that was taken before the first step."""
         exam = read_exam(self.folder)
-        if exam is not None and exam.exam_model != self.settings.validation.exam_model:
+        if exam is None:
+            return
+        own = self.settings.validation
+        if exam.num_inference_steps != own.num_inference_steps:
+            logger.warning(
+                f"--num_inference_steps {own.num_inference_steps}: the teacher's exam was drawn in "
+                f"{exam.num_inference_steps}, so the student's progress is not measured"
+            )
+            return
+        if exam.exam_model != own.exam_model:
+            logger.warning(
+                f"--exam_model {own.exam_model}: the teacher's exam was taken with {exam.exam_model}, so features are "
+                "not compared"
+            )
             exam = without_features(exam)
         self.exam = exam
 
@@ -107,7 +127,7 @@ class Examiner:
         if self.exam is not None and len(pairs) == len(self.exam.rows):
             images, trials = map(list, zip(*pairs, strict=True))
             self.student = student_figures(self.exam, self.measures.students(images, trials))
-            logger.info(f"The student's exam: {in_words(self.student)}")
+            logger.info(f"The student's exam: {self.standing}")
 
     def refusal(self) -> str | None:
         """Why the run should not start; None if it may. All processes get the same answer."""

@@ -1,6 +1,7 @@
 """--exam_model: an image model whose features compare pictures, read through transformers."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,11 +15,13 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.models.auto import image_processing_auto
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from ..errors import InputError
 from ..loading import check_config, check_loaded, limited_size, read_config, reporting_library_errors
 
 
+REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 EXAMPLE = "pass for example facebook/dinov2-small"
 TRIAL_SIDE = 64  # pixels
 
@@ -45,6 +48,8 @@ class ExamModel:
     def __init__(self, name_or_path: str, cache_dir: str | None):
         self.name_or_path = name_or_path
         self.options = {"cache_dir": cache_dir, "trust_remote_code": False}
+        if not (Path(name_or_path).is_dir() or REPO_ID.fullmatch(name_or_path)):
+            raise InputError(f"--exam_model {name_or_path}: there is no such folder; check the path, or {EXAMPLE}")
         with self.reporting("cannot be read", f"check the name and the connection, or {EXAMPLE}"):
             # Some classes make a list of the layers.
             check_config(read_config(config_path(name_or_path, cache_dir)), "its model")
@@ -133,7 +138,9 @@ def check_weights(name_or_path: str, cache_dir: str | None) -> None:
     if not folder.is_dir():
         for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
             try:
-                hf_hub_download(name_or_path, name, cache_dir=cache_dir)
+                path = hf_hub_download(name_or_path, name, cache_dir=cache_dir)
+                if name == SAFE_WEIGHTS_INDEX_NAME:
+                    get_checkpoint_shard_files(name_or_path, path, cache_dir=cache_dir)
                 return
             except LocalEntryNotFoundError:  # no connection
                 raise

@@ -11,7 +11,7 @@ from .closeness import distance_anywhere, distance_in_place, distance_of_feature
 from .pixels import as_tensor, sharpness, shown_background
 
 
-IN_PLACE, ANYWHERE, TOWER, FEATURES = "latents", "anywhere", "tower", "features"
+IN_PLACE, ANYWHERE, TOWER, FEATURES = "in_place", "anywhere", "tower", "features"
 # Name of a measure of closeness -> what it is called in a sentence.
 MEASURES = {
     IN_PLACE: "latents in place",

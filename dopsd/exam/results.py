@@ -4,12 +4,14 @@ import math
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from .alignment import Alignment
 from .figures import IN_PLACE, Figures, Row
 from .thresholds import (
     BACKGROUND_GIVEN,
     COPY_SHIFT,
     LEAST_DEVIATION,
     MOST_ROWS,
+    SHIFTED,
     SINGLE_DEVIATION,
     STANDARD_ERRORS,
     ZOOMED,
@@ -53,6 +55,9 @@ class Exam:
             picture.
         saw_other: whether the teacher saw another picture of the subject.
         saw_picture: whether it saw any.
+        saw_by_tower: whether it saw them through a vision tower only, which tells what they show, not each detail.
+        from_lora: whether "base" is the student before training, which began as the LoRA of --init_lora.
+        num_inference_steps: of all drawings.
         exam_model: the model of the measure "features", if there is one.
     """
 
@@ -60,7 +65,15 @@ class Exam:
     is_editor: bool = False
     saw_other: bool = False
     saw_picture: bool = True
+    saw_by_tower: bool = False
+    from_lora: bool = False
+    num_inference_steps: int | None = None
     exam_model: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """What the teacher is compared with, in words."""
+        return "the student before training" if self.from_lora else "the base"
 
     @property
     def measures(self) -> list[str]:
@@ -86,15 +99,14 @@ class Exam:
         return mean(row.change for row in self.rows)
 
     @property
-    def relative_sharpness(self) -> float:
-        """The teacher's over the base's."""
-        return ratio(mean(row.teacher.sharpness for row in self.rows), mean(row.base.sharpness for row in self.rows))
-
-    @property
     def sharpness_kept(self) -> float:
         """The teacher's over that of the base or of the picture, whichever is softer."""
+        return self.sharpness("teacher")
+
+    def sharpness(self, who: str) -> float:
+        """The base's or the teacher's over that of the base or of the picture, whichever is softer."""
         softer = mean(min(row.base.sharpness, row.picture_sharpness) for row in self.rows)
-        return ratio(mean(row.teacher.sharpness for row in self.rows), softer)
+        return ratio(mean(one.sharpness for one in self.figures(who)), softer)
 
     def motion(self, who: str) -> Motion | None:
         """Of the base's or the teacher's drawings; see `average_motion`."""
@@ -102,6 +114,22 @@ class Exam:
 
     def figures(self, who: str) -> list[Figures]:
         return [getattr(row, who) for row in self.rows]
+
+    def shares_shift(self, who: str) -> bool:
+        """Whether most drawings have nearly the shift of `motion`: of others, the average means nothing."""
+        motion = self.motion(who)
+        found = [one.alignment for one in self.figures(who) if one.alignment.is_found]
+        return motion is not None and sum(apart(one, motion) < SHIFTED for one in found) >= self.most_rows
+
+    @property
+    def most_rows(self) -> int:
+        return math.ceil(MOST_ROWS * len(self.rows))
+
+    @property
+    def kept_background(self) -> float | None:
+        """Share of the background that the teacher shows in its place; None if it cannot be separated anywhere."""
+        known = [one.background for one in self.figures("teacher") if one.background is not None]
+        return mean(known) if known else None
 
     @property
     def copied_background(self) -> float | None:
@@ -124,6 +152,11 @@ def average_motion(drawings: list[Figures]) -> Motion | None:
         return None
     scale = math.exp(mean(math.log(one.scale) for one in found))
     return Motion(scale, mean(one.right for one in found), mean(one.down for one in found))
+
+
+def apart(first: Alignment | Motion, second: Motion) -> float:
+    """The larger part of the difference of two shifts."""
+    return max(abs(first.right - second.right), abs(first.down - second.down))
 
 
 def lead(base: list[float], other: list[float]) -> Lead:

@@ -31,7 +31,7 @@ def write_exam(exam: Exam, folder: Path) -> None:
         "findings": [asdict(finding) for finding in findings(exam)],
         "average": {
             "leads": {name: asdict(lead) for name, lead in exam.leads.items()},
-            "sharpness": exam.relative_sharpness,
+            "sharpness": exam.sharpness_kept,
             "motion": None if motion is None else asdict(motion),
             "background": exam.copied_background,
         },
@@ -68,12 +68,15 @@ def parse_exam(content: Any) -> Exam:
     measures = {frozenset(figures.distances) for row in rows for figures in (row.base, row.teacher)}
     if len(measures) != 1 or not min(measures):
         raise ValueError("its rows have no measures in common")
-    model = content["exam_model"]
+    model, steps = content["exam_model"], content["num_inference_steps"]
     return Exam(
         rows=rows,
         is_editor=bool(content["is_editor"]),
         saw_other=bool(content["saw_other"]),
         saw_picture=bool(content["saw_picture"]),
+        saw_by_tower=bool(content["saw_by_tower"]),
+        from_lora=bool(content["from_lora"]),
+        num_inference_steps=None if steps is None else int(number(steps)),
         exam_model=None if model is None else str(model),
     )
 

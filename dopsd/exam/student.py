@@ -19,7 +19,7 @@ def progress(exam: Exam, students: list[Figures]) -> dict[str, float]:
 
     Returns:
         "progress/MEASURE" for each measure of closeness in which the teacher surely has a lead, and "progress" for the
-        one in which its lead is the largest. Empty if it leads in none.
+        one with the largest lead among those that tell whether it has the subject, if there is one.
     """
     found, leads = {}, exam.leads
     for name, lead in leads.items():
@@ -27,10 +27,11 @@ def progress(exam: Exam, students: list[Figures]) -> dict[str, float]:
             base, teacher = (mean(exam.distances(who, name)) for who in ("base", "teacher"))
             student = mean(figures.distances[name] for figures in students)
             found[f"{PROGRESS}/{name}"] = 100 * (base - student) / (base - teacher)
-    if not found:
-        return {}
-    headline = max(found, key=lambda key: leads[key.removeprefix(f"{PROGRESS}/")].value)
-    return {PROGRESS: found[headline]} | found
+    deciding = [name for name in exam.deciding_leads if f"{PROGRESS}/{name}" in found]
+    if not deciding:
+        return found
+    headline = max(deciding, key=lambda name: leads[name].value)
+    return {PROGRESS: found[f"{PROGRESS}/{headline}"]} | found
 
 
 def student_figures(exam: Exam, students: list[Figures]) -> dict[str, float]:
@@ -44,12 +45,12 @@ def student_figures(exam: Exam, students: list[Figures]) -> dict[str, float]:
     }
 
 
-def in_words(figures: dict[str, float]) -> str:
+def in_words(figures: dict[str, float], *, from_lora: bool = False) -> str:
     """Such as "Progress: 43 % of the teacher's lead, sharpness 98 % of the base's, zoom x1.02."."""
-    parts = []
+    whose, parts = "the student's before training" if from_lora else "the base's", []
     if PROGRESS in figures:
-        parts.append(f"Progress: {figures[PROGRESS]:.0f} % of the teacher's lead")
-    parts.append(f"sharpness {percent(figures[SHARPNESS])} of the base's")
+        parts.append(f"Progress: {percent(figures[PROGRESS] / 100)} of the teacher's lead")
+    parts.append(f"sharpness {percent(figures[SHARPNESS])} of {whose}")
     if ZOOM in figures:
         parts.append(f"zoom x{figures[ZOOM]:.2f}")
     sentence = ", ".join(parts)

@@ -4,7 +4,7 @@ import unicodedata
 
 from ..text import printable
 from .figures import ANYWHERE, FEATURES, IN_PLACE, TOWER, Row
-from .results import Exam, Motion, lead, ratio
+from .results import Exam, lead
 from .verdict import findings, percent
 
 
@@ -13,8 +13,10 @@ HEADINGS = {IN_PLACE: "in place", ANYWHERE: "anywhere", TOWER: "tower", FEATURES
 NOTE = (
     "In place, anywhere, tower, features: how much closer to the picture the teacher draws than the base, by latents "
     "in their place or wherever they are, by the vision tower, by --exam_model; 100 % is the picture itself. "
-    "Sharpness: over the base's. Zoom and shift (right, down): what aligns it with the picture that the teacher saw. "
-    "Background: how much of it is copied, beyond what the base shows. A dash: it cannot be told."
+    "Sharpness: over the base's or the picture's, whichever is softer. Zoom and shift (right, down): what aligns it "
+    "with the picture that the teacher saw. Background: how much of it is copied, beyond what the base shows. A dash: "
+    "it cannot be told, or is not shared by the rows. With --init_lora, the student before training stands for the "
+    "base."
 )
 
 
@@ -28,11 +30,17 @@ def table_rows(exam: Exam) -> list[list[str]]:
     average = [
         "average",
         *(signed(one.value) for one in exam.leads.values()),
-        percent(exam.relative_sharpness),
-        *motion_cells(exam.motion("teacher")),
+        percent(exam.sharpness_kept),
+        *motion_cells(exam, "teacher"),
         share(exam.copied_background),
     ]
-    base = ["the base", *("0 %" for _ in exam.measures), percent(1), *motion_cells(exam.motion("base")), share(None)]
+    base = [
+        "student before" if exam.from_lora else "the base",
+        *("0 %" for _ in exam.measures),
+        percent(exam.sharpness("base")),
+        *motion_cells(exam, "base"),
+        share(None),
+    ]
     return [*rows, average, base]
 
 
@@ -41,18 +49,22 @@ def row_cells(number: int, row: Row, measures: list[str]) -> list[str]:
     return [
         f"{number} {cut(printable(row.caption))}",
         *(signed(lead([row.base.distances[name]], [row.teacher.distances[name]]).value) for name in measures),
-        percent(ratio(row.teacher.sharpness, row.base.sharpness)),
-        *motion_cells(alone.motion("teacher")),
+        percent(alone.sharpness_kept),
+        *motion_cells(alone, "teacher"),
         share(alone.copied_background),
     ]
 
 
-def motion_cells(motion: Motion | None) -> list[str]:
-    return ["-", "-"] if motion is None else [f"x{motion.scale:.2f}", f"{signed(motion.right)}, {signed(motion.down)}"]
+def motion_cells(exam: Exam, who: str) -> list[str]:
+    motion = exam.motion(who)
+    if motion is None:
+        return ["-", "-"]
+    shift = f"{signed(motion.right)}, {signed(motion.down)}" if exam.shares_shift(who) else "-"
+    return [f"x{motion.scale:.2f}", shift]
 
 
 def signed(value: float) -> str:
-    return f"{100 * value:+.0f} %".replace("-0 %", "+0 %")
+    return f"{round(100 * value):+d} %"
 
 
 def share(value: float | None) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from transformers import (
     BitImageProcessorPil,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from dopsd.errors import InputError
+from dopsd.exam import features
 from dopsd.exam.features import ExamModel, image_features
 
 
@@ -101,7 +103,7 @@ def change(name: str, file: str, **values) -> None:
 @pytest.mark.parametrize(
     "damage, problem",
     [
-        (lambda name: shutil.rmtree(name), "cannot be read"),
+        (lambda name: shutil.rmtree(name), "there is no such folder; check the path"),
         (lambda name: Path(name, "config.json").write_text("{"), "cannot be read"),
         (lambda name: change(name, "config.json", num_hidden_layers=10**9), "cannot be read"),
         (lambda name: Path(name, "model.safetensors").unlink(), "no weights in .safetensors files"),
@@ -121,6 +123,29 @@ def test_what_cannot_be_used_is_refused_without_loading_weights(damage, problem,
     message = str(error.value)
     assert message.startswith(f"--exam_model {name}: ") and problem in message and "\n" not in message
     assert message.endswith("pass for example facebook/dinov2-small")
+
+
+def test_every_file_of_sharded_weights_is_downloaded(monkeypatch):
+    downloaded = []
+
+    def hf_hub_download(name, file, cache_dir):
+        if file == "model.safetensors":
+            raise EntryNotFoundError("none")
+        return f"{name}/{file}"
+
+    def get_checkpoint_shard_files(name, path, cache_dir):
+        downloaded.append((name, path, cache_dir))
+
+    monkeypatch.setattr(features, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(features, "get_checkpoint_shard_files", get_checkpoint_shard_files)
+    features.check_weights("a/b", "cache")
+    assert downloaded == [("a/b", "a/b/model.safetensors.index.json", "cache")]
+
+
+@pytest.mark.parametrize("name", ["/nowhere/x", "./x", "../x", "a/b/c", "~/dino"])
+def test_a_path_that_does_not_exist_is_no_hub_id(name):
+    with pytest.raises(InputError, match=f"--exam_model {name}: there is no such folder; check the path, or pass "):
+        ExamModel(name, None)
 
 
 def test_a_name_that_is_not_on_the_hub(tmp_path):

@@ -10,9 +10,22 @@ from dopsd.exam.alignment import Alignment
 from dopsd.exam.figures import ANYWHERE, FEATURES, IN_PLACE, Figures, Row
 from dopsd.exam.results import Exam, lead
 from dopsd.exam.store import EXAM_FILE, read_exam, write_exam
-from dopsd.exam.student import progress
+from dopsd.exam.student import in_words, progress, student_figures
 from dopsd.exam.table import as_text, columns
-from dopsd.exam.verdict import BLURS, COPIES, EDITS, NO_BETTER, TEACHES, ZOOMS, findings, stop_line, verdict
+from dopsd.exam.verdict import (
+    BLURS,
+    COPIES,
+    EDITS,
+    MISSES,
+    NO_BETTER,
+    NO_FURTHER,
+    TEACHES,
+    ZOOMS,
+    findings,
+    percent,
+    stop_line,
+    verdict,
+)
 
 
 NOWHERE = Alignment(1.3, 0.4, -0.4, quality=0.3)
@@ -80,7 +93,9 @@ def test_a_subject_that_is_drawn_elsewhere_is_taught():
 
 def test_a_teacher_that_draws_as_the_base_does_stops_the_run():
     line = stop_line(exam(1.0, change=0.05), "--teacher_context edit")
-    assert line.startswith("--teacher_context edit: the teacher is no better than the base model (no closer")
+    assert line.startswith(
+        "--teacher_context edit: the teacher is no better than the base (it draws what the base draws; "
+    )
     assert line.endswith("or pass --ignore_exam to train all the same") and "\n" not in line
     assert verdict(exam(1.0, change=0.05)) == NO_BETTER
 
@@ -168,12 +183,77 @@ def test_a_copy_of_another_picture_is_no_reason_to_stop():
 
 
 def test_an_editor_reproduces_the_picture():
-    copies = replace(with_alignments(*[at()] * 4), is_editor=True)
-    assert verdict(copies) == EDITS and stop_line(copies, "") is None
+    copies = replace(with_alignments(*[at()] * 4, background=0.97), is_editor=True)
+    assert str(findings(copies)[0]).endswith("; go ahead") and verdict(copies) == EDITS
+    assert stop_line(copies, "") is None
     assert stop_line(replace(exam(1.0, in_place=0.6), is_editor=True), "") is None  # latents in place count, too
 
 
+def test_an_editor_that_spoils_the_background_or_draws_something_else_is_not_told_to_go_ahead():
+    grey = replace(with_alignments(*[at()] * 4, background=0.01), is_editor=True)
+    assert verdict(grey) == MISSES and "shows 1 % of the result's background); look at preview.png" in str(
+        findings(grey)[0]
+    )
+    nearly = [at(), at(), replace(at(), quality=0.7), replace(at(), quality=0.7)]
+    other_shape = replace(with_alignments(*nearly, background=1.0), is_editor=True)
+    assert verdict(other_shape) == MISSES and "2 of 4 drawings are nearly the result" in str(findings(other_shape)[0])
+    assert verdict(replace(grey, is_editor=False)) == COPIES
+    zoomed = replace(with_alignments(*[at(1.2)] * 4, background=0.5), is_editor=True)
+    assert [finding.verdict for finding in findings(zoomed)] == [ZOOMS]
+    assert "change --teacher_prompt_suffix" in str(findings(grey)[0])
+    assert "make the teacher's captions say more" in str(findings(replace(grey, saw_picture=False))[0])
+
+
+def test_a_teacher_that_sees_through_a_tower_is_not_stopped_for_its_latents():
+    far = replace(exam(1.1), saw_by_tower=True)
+    assert verdict(far) == NO_BETTER and stop_line(far, "") is None and stop_line(exam(1.1), "")
+    assert stop_line(replace(exam(1.0, change=0.05), saw_by_tower=True), "")  # draws what the base draws
+    rows = [replace(row, base=wide(row.base), teacher=wide(row.teacher)) for row in exam(1.1).rows]
+    assert stop_line(Exam(tuple(rows), saw_by_tower=True), "")  # the tower and a model see no lead either
+
+
+def test_with_init_lora_the_teacher_is_compared_with_the_student_before_training():
+    idle = replace(exam(1.0, change=0.05), from_lora=True)
+    line = "no better than the student before training (it draws what the student before training draws"
+    assert verdict(idle) == NO_FURTHER and line in stop_line(idle, "") and "the base" not in stop_line(idle, "")
+    assert "50 % closer to the pictures than the student before training" in str(
+        findings(replace(exam(0.5), from_lora=True))[0]
+    )
+    assert "\nstudent before " in as_text(idle) and "\nthe base " in as_text(exam())
+    assert in_words({"student/sharpness": 1.0}, from_lora=True) == (
+        "Sharpness 100 % of the student's before training."
+    )
+
+
+def test_the_stop_line_has_the_reason_of_the_verdict():
+    for idle in (exam(1.0, change=0.05), exam(1.1)):
+        assert findings(idle)[0].reason in stop_line(idle, "") and findings(idle)[0].advice in stop_line(idle, "")
+
+
 # Table
+
+
+def test_no_figure_is_minus_zero():
+    assert percent(-0.004) == "0 %" and percent(-0.1) == "-10 %"
+    assert in_words({"progress": -0.4, "student/sharpness": 1.0}).startswith("Progress: 0 % of")
+    assert "-0 %" not in as_text(exam(1.003, background=0.799, base=figures(1.0, background=0.8)))
+
+
+def test_a_shift_that_the_rows_do_not_share_has_no_average():
+    def average(*alignments: Alignment) -> list[str]:
+        return as_text(with_alignments(*alignments)).splitlines()[5].split()
+
+    assert "+6" in average(at(right=0.06), at(right=0.06), at(right=0.06), at(right=0.05))
+    apart = average(at(right=0.2), at(right=-0.2), at(down=0.3), at(down=-0.1))
+    assert apart[-3:] == ["x1.00", "-", "-"]  # zoom, shift, background
+
+
+def test_the_tables_sharpness_is_the_one_that_decides():
+    soft_base = exam(sharpness=0.6, base=figures(1.0, sharpness=0.5))
+    soft_picture = Exam(tuple(replace(row, picture_sharpness=0.75) for row in exam(sharpness=0.6).rows))
+    assert " 120 % " in as_text(soft_base).splitlines()[5]
+    rows = as_text(soft_picture).splitlines()
+    assert " 80 % " in rows[1] and " 80 % " in rows[5] and " 133 % " in rows[6]
 
 
 def test_the_table_fits_a_terminal():
@@ -202,6 +282,7 @@ def test_every_finding_is_printed():
 
 def test_an_exam_is_written_and_read(tmp_path):
     written = replace(with_alignments(*[at()] * 4, background=0.5), saw_other=True, exam_model="dino")
+    written = replace(written, saw_by_tower=True, from_lora=True, num_inference_steps=4)
     write_exam(written, tmp_path)
     assert read_exam(tmp_path) == written
     content = json.loads((tmp_path / EXAM_FILE).read_text())
@@ -249,4 +330,13 @@ def test_progress_is_a_percentage_of_the_teachers_lead():
 
 def test_without_a_lead_there_is_no_progress():
     assert progress(exam(1.0), [figures(0.5)] * 4) == {}
-    assert [*progress(exam(1.0, in_place=0.5), [figures(0.5)] * 4)] == ["progress", f"progress/{IN_PLACE}"]
+
+
+def test_the_headline_is_a_measure_that_decides():
+    half = [figures(0.75, in_place=0.7)] * 4
+    in_place_only = exam(1.0, in_place=0.5)
+    assert progress(in_place_only, half) == {f"progress/{IN_PLACE}": pytest.approx(60)}
+    assert "Progress" not in in_words(student_figures(in_place_only, half))
+    assert progress(replace(in_place_only, is_editor=True), half)["progress"] == pytest.approx(60)
+    both = progress(exam(0.5, in_place=0.2), half)  # leads by more in place
+    assert both["progress"] == both[f"progress/{ANYWHERE}"] == pytest.approx(50) and f"progress/{IN_PLACE}" in both

@@ -65,6 +65,7 @@ def test_the_exam_is_printed_and_written(trials, tmp_path, caplog):
 def test_without_pictures_there_is_no_exam_and_no_earlier_one_remains(tmp_path):
     (tmp_path / EXAM_FILE).write_text("an earlier run's")
     examiner = make_examiner(tmp_path)
+    examiner.start()
     examiner.examine([None, None])
     assert not (tmp_path / EXAM_FILE).exists() and examiner.refusal() is None and examiner.verdict == ""
 
@@ -73,6 +74,8 @@ def test_an_exam_that_cannot_be_replaced_names_its_file(trials, tmp_path):
     (tmp_path / EXAM_FILE).mkdir()
     with pytest.raises(OutputError, match="exam.json could not be written"):
         make_examiner(tmp_path).examine(trials)
+    with pytest.raises(OutputError, match="exam.json could not be written"):
+        make_examiner(tmp_path).start()
 
 
 def test_a_teacher_that_draws_as_the_base_is_refused_unless_the_exam_is_ignored(trials, tmp_path):
@@ -124,7 +127,30 @@ def test_a_resumed_run_compares_with_the_exam_before_its_first_step(trials, tmp_
     assert resumed.exam == first.exam and resumed.student["progress"] == pytest.approx(0)
 
 
-def test_features_of_another_model_are_not_compared(trials, tmp_path):
+def test_a_resumed_run_with_another_number_of_steps_measures_no_progress(trials, tmp_path, caplog):
+    make_examiner(tmp_path, num_inference_steps=4).examine(trials)
+    resumed = make_examiner(tmp_path, num_inference_steps=2)
+    resumed.resume()
+    assert resumed.exam is None
+    assert "--num_inference_steps 2: the teacher's exam was drawn in 4, so the student's progress" in caplog.text
+    same = make_examiner(tmp_path, num_inference_steps=4)
+    same.resume()
+    assert same.exam is not None
+
+
+def test_the_exam_knows_what_its_teacher_is_compared_with_and_how_it_sees(trials, tmp_path):
+    examiner = make_examiner(tmp_path, teacher=(Tower(),), init_lora="a.safetensors")
+    examiner.examine(as_the_base(trials))
+    assert examiner.exam.from_lora and examiner.exam.saw_by_tower
+    assert "no better than the student before training" in examiner.refusal()
+    examiner.examine_student([trial.base for trial in trials], trials)
+    assert "of the student's before training" in examiner.standing
+    plain = make_examiner(tmp_path)
+    plain.examine(trials)
+    assert not plain.exam.from_lora and not plain.exam.saw_by_tower
+
+
+def test_features_of_another_model_are_not_compared(trials, tmp_path, caplog):
     first = make_examiner(tmp_path)
     first.examine(trials)
     rows = []
@@ -135,8 +161,10 @@ def test_features_of_another_model_are_not_compared(trials, tmp_path):
     resumed = make_examiner(tmp_path)
     resumed.resume()
     assert resumed.exam.measures == [IN_PLACE, ANYWHERE]
+    assert "--exam_model None: the teacher's exam was taken with dino, so features are not compared" in caplog.text
 
 
 def test_the_exam_model_is_opened_only_for_runs_that_draw():
     assert open_exam_model(default_settings(exam_model="nothing", validation_steps=0)) is None
+    assert open_exam_model(default_settings(exam_model="nothing", encode_only=True)) is None
     assert open_exam_model(default_settings()) is None

@@ -15,6 +15,7 @@ from dopsd.data.requests import Request
 from dopsd.drawing import Drawing, DrawingFailed, DrawingStopped, Subject
 from dopsd.gallery import Gallery, evenly_spaced, story_subjects
 from dopsd.history import read_history
+from dopsd.lessons import Sheet
 from dopsd.settings import RETENTION_PROMPTS, ValidationSettings
 from dopsd.sheets import CELLS_OF_FIVE, SCREEN_PIXELS
 from models import EVERY_CONTEXT, ONE_MODEL, SLOW, both_models, every_context
@@ -173,6 +174,61 @@ def test_a_long_story_fits_a_screens_width_and_its_last_column_stands_out():
     assert sum(image.height for image in images) < 2500
 
 
+# Lessons
+
+
+def lessons_gallery(*, from_lora: bool, cond_images: int = 0) -> tuple[Gallery, list[Sheet]]:
+    """A gallery that draws one lesson, whose drawings are named by who drew them, and the sheets that it writes."""
+    sheets: list[Sheet] = []
+    drawn = {f"{who}_drawing": lambda *_, who=who: Drawing(None, who) for who in ("base", "student", "teacher")}
+    picture = SimpleNamespace(teacher_caption=None)
+    answers = {"caption": "a ball", "picture": picture, "crop": 0, "teacher_crop": 0, "request": None, "pixels": "own"}
+    data = {name: lambda *_, value=value: value for name, value in answers.items()}
+    data["cond_crops"] = lambda _: ["source"] * cond_images
+    gallery = bare_gallery(from_lora=from_lora, lessons=[], lessons_step=0, shown=[0], **drawn)
+    gallery.data, gallery.teacher_context = SimpleNamespace(**data), SimpleNamespace(description="it sees")
+    gallery.share = lambda jobs, _: {key: job() for key, job in jobs.items()}
+    gallery.examiner = SimpleNamespace(examine_student=lambda *_: None, standing="", student={})
+    gallery.write = lambda name, step, sheet: sheets.append(sheet)
+    return gallery, sheets
+
+
+@pytest.mark.parametrize(
+    ("from_lora", "step", "headings", "base", "began"),
+    [
+        (False, 0, ["base", "teacher: it sees"], "base", "began as the base and"),
+        (True, 0, ["student before", "teacher: it sees"], "student", "began as the LoRA of --init_lora and"),
+        (False, 5, ["base", "teacher now: it sees"], "base", "began as the base and"),
+        (True, 5, ["base", "teacher now: it sees"], "base", "began as the LoRA of --init_lora and"),
+    ],
+)
+def test_lessons_say_what_the_student_began_as_and_which_teacher_they_show(from_lora, step, headings, base, began):
+    gallery, sheets = lessons_gallery(from_lora=from_lora)
+    gallery.draw_lessons(step)
+    gallery.write_lessons(7, [Drawing(None, "now")])
+    (sheet,) = sheets
+    assert sheet.columns == [*headings, "student", "the picture"] and began in sheet.note
+    assert sheet.rows == [("a ball", [base, "teacher", "now", "own"])]
+
+
+def test_what_an_editor_should_draw_is_called_the_result():
+    gallery, sheets = lessons_gallery(from_lora=False, cond_images=1)
+    gallery.draw_lessons(0)
+    gallery.write_lessons(7, [])
+    assert sheets[0].columns == ["to edit", "base", "teacher: it sees", "the result"]
+
+
+def test_an_exam_of_an_earlier_run_does_not_remain(tmp_path):
+    """Not even in a run that draws nothing."""
+    removed = []
+    gallery = bare_gallery(accelerator=one_process(), settings=ValidationSettings(validation_steps=0))
+    gallery.examiner = SimpleNamespace(start=lambda: removed.append(True))
+    gallery.draw_before_training(3)
+    assert not removed
+    gallery.draw_before_training(0)
+    assert removed
+
+
 # Retention
 
 
@@ -206,7 +262,7 @@ def test_a_run_whose_retention_prompts_do_not_fit_measures_no_retention(train, t
     assert not [key for line in read_history(tmp_path / "run") for key in line if "retention" in key]
 
 
-@pytest.mark.parametrize("extra", [{}, {"held_out": "a cat", "wrong_word": "a kebidu"}])
+@pytest.mark.parametrize("extra", [{}, {"held_out": "a cat"}, {"held_out": "a cat", "wrong_word": "a kebidu"}])
 def test_the_retention_sheet_says_which_prompts_its_figure_leaves_out(extra):
     gallery, sheets = bare_gallery(), []
     gallery.settings = ValidationSettings(retention_prompts=["a", "b"])
@@ -219,7 +275,8 @@ def test_the_retention_sheet_says_which_prompts_its_figure_leaves_out(extra):
     (sheet,) = sheets
     assert sheet.accent_rows == [1] and [label for label, _ in sheet.rows] == ["base", "student"]
     assert sheet.columns[2:] == [f"{name.replace('_', ' ')}: {prompt}" for name, prompt in extra.items()]
-    assert sheet.note.endswith(" The last 2 prompts are not part of this figure.") == bool(extra)
+    ends = ["", " The last prompt is not part of this figure.", " The last 2 prompts are not part of this figure."]
+    assert sheet.note.endswith(f"another prompt's picture is.{ends[len(extra)]}")
 
 
 def test_evenly_spaced_items():

@@ -115,8 +115,8 @@ def test_the_page_shows_the_teachers_exam_and_the_students_progress(tmp_path):
     report = make_report(tmp_path)
     report.write_page(4, "in progress")
     assert "exam" not in read(tmp_path).text and "Progress" not in read(tmp_path).text
-    figures = Figures({"latents": 1.0, "anywhere": 1.0}, 1.0, Alignment(1.0, 0.0, 0.0, 0.9), None)
-    taught = replace(figures, distances={"latents": 0.8, "anywhere": 0.4})
+    figures = Figures({"in_place": 1.0, "anywhere": 1.0}, 1.0, Alignment(1.0, 0.0, 0.0, 0.9), None)
+    taught = replace(figures, distances={"in_place": 0.8, "anywhere": 0.4})
     report.exam = Exam((Row("<b>a dog</b>", figures, taught, 1.0, 0.7),))
     rows = [{"step": 2, "progress": 25, "progress/anywhere": 25, "student/sharpness": 0.5}]
     rows.append({"step": 4, "progress": 50, "progress/anywhere": 50, "student/sharpness": 0.75, "student/zoom": 1.2})
@@ -127,8 +127,19 @@ def test_the_page_shows_the_teachers_exam_and_the_students_progress(tmp_path):
     text = read(tmp_path).text
     assert "teaches the subject (60 % closer to the pictures than the base by latents anywhere); go ahead" in text
     assert "in placeanywheresharpnesszoomshiftbackground1 <b>a dog</b>+20 %+60 %100 %x1.00+0 %, +0 %-average" in text
-    assert "stepprogresslatents anywheresharpness over the base'szoom450.0050.000.751.20225.0025.000.50" in text
+    assert "stepprogresslatents anywheresharpness over the base'szoom450 %50 %0.75x1.20225 %25 %0.50" in text
     assert "lessons after step 4" in shown_sheets(tmp_path)
+
+
+def test_a_run_that_its_exam_has_stopped_says_why(tmp_path):
+    report = make_report(tmp_path)
+    report.write_page(0, "in progress")
+    assert "The first sheet follows step" in read(tmp_path).text
+    report.refusal = "--teacher_context edit: the teacher is no better"
+    report.write_page(0, "stopped")
+    text = read(tmp_path).text
+    assert "stopped at step 0" in text and "--teacher_context edit: the teacher is no better" in text
+    assert "The first sheet follows" not in text and "The run ended before its first sheet." in text
 
 
 def test_durations():

@@ -49,7 +49,7 @@ def test_a_preview_alone_compares_by_the_exam_model_and_never_fails(train, dino,
     log = succeed(train(**DRAWN, preview_only=True, ignore_exam=None, exam_model=dino)).log
     assert "in place  anywhere  features  sharpness" in log and "Verdict: " in log
     exam = json.loads((tmp_path / "run/exam.json").read_text())
-    assert exam["exam_model"] == str(dino) and [*exam["average"]["leads"]] == ["latents", "anywhere", "features"]
+    assert exam["exam_model"] == str(dino) and [*exam["average"]["leads"]] == ["in_place", "anywhere", "features"]
 
 
 @with_models("flux2-vlm")
