@@ -160,7 +160,7 @@ def test_a_long_story_fits_a_screens_width_and_its_last_column_stands_out():
     gallery.settings = ValidationSettings(
         validation_prompt=prompts, retention_prompts=retained, validation_height=64, validation_width=64
     )
-    gallery.data = SimpleNamespace(editing_requests=[])
+    gallery.data = SimpleNamespace(editing_requests=[], is_editing=False)
     gallery.story = {(step, subject): picture for step in steps for subject in subjects}
     gallery.base_drawings = {subject: Drawing(None, picture) for subject in subjects}
     gallery.folder, gallery.last_step, gallery.shown = Path("corgi"), 3000, []

@@ -8,6 +8,7 @@ from transformers import BertConfig, BertModel, BitImageProcessorPil, Dinov2Conf
 from command_line import succeed
 from dopsd.history import read_history
 from models import ONE_MODEL, SLOW, with_models
+from reading_sheets import place
 
 
 DRAWN = {"validation_steps": 1, "num_validation_images": 1, "retention_prompts": ["a", "b"]}
@@ -79,6 +80,25 @@ def test_an_exam_that_fails_costs_only_itself(train, dino, tmp_path):
     log = succeed(train(**DRAWN, ignore_exam=None)).log
     assert "The exam failed (" in log and "exam.json could not be written" in log and "Traceback" not in log
     assert (tmp_path / "run/preview.png").exists() and (tmp_path / "run/validation-1.png").exists()
+
+
+@ONE_MODEL
+@SLOW
+def test_with_init_lora_the_teacher_is_compared_with_the_student_before_training(train, model, tmp_path):
+    succeed(train("first", max_train_steps=1, learning_rate=1e-2))
+    flags = DRAWN | {"init_lora": tmp_path / "first", "checkpointing_steps": 1, "validation_prompt": ["a ball"]}
+    log = succeed(train(**flags, max_train_steps=1)).log
+    assert "\nstudent before " in log and "the student before training" in log
+    base = model.draw(model.pipeline(), "a ball", 1)
+    stock = model.pipeline()
+    stock.load_lora_weights(tmp_path / "first")
+    before = model.draw(stock, "a ball", 1)
+    for sheet in ("preview.png", "lessons-1.png"):
+        assert place(tmp_path / "run" / sheet, before) and not place(tmp_path / "run" / sheet, base)
+    succeed(train(**flags, max_train_steps=2, resume_from_checkpoint="latest"))
+    sheet = tmp_path / "run/lessons-2.png"
+    assert place(sheet, base) and not place(sheet, before)
+    assert json.loads((tmp_path / "run/exam.json").read_text())["from_lora"] is True
 
 
 REFUSES = """
