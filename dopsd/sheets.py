@@ -39,7 +39,7 @@ PROGRESS_CURVES = (
     (f"progress/{ANYWHERE}", MEASURES[ANYWHERE], "#1b6b8f"),
     (f"progress/{TOWER}", MEASURES[TOWER], "#c77d2e"),
     (f"progress/{FEATURES}", MEASURES[FEATURES], "#1b7f5c"),
-    ("progress", "the largest lead", INK),
+    ("progress", "the largest that decides", INK),
 )
 SMOOTH_FROM = 50  # curves with more points than this are smoothed
 

@@ -87,7 +87,7 @@ class Examiner:
         trials = [trial for trial in trials if trial is not None]
         if not trials:
             return
-        self.exam = Exam(
+        exam = Exam(
             tuple(self.measures.rows(trials)),
             is_editor=self.is_editor,
             saw_other=any(trial.seen is not trial.picture for trial in trials),
@@ -97,8 +97,9 @@ class Examiner:
             num_inference_steps=self.settings.validation.num_inference_steps,
             exam_model=self.settings.validation.exam_model,
         )
-        logger.info(f"The teacher's exam:\n{as_text(self.exam)}")
-        write_exam(self.exam, self.folder)
+        logger.info(f"The teacher's exam:\n{as_text(exam)}")
+        write_exam(exam, self.folder)
+        self.exam = exam
 
     def resume(self) -> None:
         """Reads the exam that was taken before the first step."""
@@ -114,8 +115,8 @@ class Examiner:
             return
         if exam.exam_model != own.exam_model:
             logger.warning(
-                f"--exam_model {own.exam_model}: the teacher's exam was taken with {exam.exam_model}, so features are "
-                "not compared"
+                f"--exam_model {own.exam_model or 'is missing'}: the teacher's exam was taken with "
+                f"{exam.exam_model or 'none'}, so features are not compared"
             )
             exam = without_features(exam)
         self.exam = exam

@@ -72,8 +72,10 @@ def test_without_pictures_there_is_no_exam_and_no_earlier_one_remains(tmp_path):
 
 def test_an_exam_that_cannot_be_replaced_names_its_file(trials, tmp_path):
     (tmp_path / EXAM_FILE).mkdir()
+    examiner = make_examiner(tmp_path)
     with pytest.raises(OutputError, match="exam.json could not be written"):
-        make_examiner(tmp_path).examine(trials)
+        examiner.examine(as_the_base(trials))
+    assert examiner.refusal() is None  # an exam that fails stops no run
     with pytest.raises(OutputError, match="exam.json could not be written"):
         make_examiner(tmp_path).start()
 
@@ -161,7 +163,7 @@ def test_features_of_another_model_are_not_compared(trials, tmp_path, caplog):
     resumed = make_examiner(tmp_path)
     resumed.resume()
     assert resumed.exam.measures == [IN_PLACE, ANYWHERE]
-    assert "--exam_model None: the teacher's exam was taken with dino, so features are not compared" in caplog.text
+    assert "--exam_model is missing: the teacher's exam was taken with dino, so features are not " in caplog.text
 
 
 def test_the_exam_model_is_opened_only_for_runs_that_draw():

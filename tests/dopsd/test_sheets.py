@@ -282,7 +282,7 @@ def test_curves_show_the_values_of_the_history(drawn, tmp_path):
 def test_progress_has_a_panel_of_its_own_once_it_is_measured(drawn, tmp_path):
     history = [{"step": 2, "progress": 10.0, "progress/anywhere": 10.0}, {"step": 4, "progress": 60.0, "loss": 1.0}]
     plot_curves(history, tmp_path / "curves.png", title="")
-    assert ("the largest lead", [2, 4], [10.0, 60.0]) in drawn and ("latents anywhere", [2], [10.0]) in drawn
+    assert ("the largest that decides", [2, 4], [10.0, 60.0]) in drawn and ("latents anywhere", [2], [10.0]) in drawn
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size == (1200, 1250)
 
