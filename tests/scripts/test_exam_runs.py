@@ -120,6 +120,6 @@ def test_both_processes_stop_if_the_teacher_is_no_better(torchrun, model, argume
     assert process.wait(timeout=120) != 0
     text = log.read_text()
     assert text.count("error: --teacher_context edit: is no better") == 2 and "Steps:" not in text
-    assert (tmp_path / "two/preview.png").exists() and "stopped at step 0" in (
-        tmp_path / "two/report.html"
-    ).read_text()
+    report = (tmp_path / "two/report.html").read_text()
+    assert (tmp_path / "two/preview.png").exists() and "stopped at step 0" in report
+    assert "--teacher_context edit: is no better" in report
