@@ -15,12 +15,6 @@ from dopsd.data.cells import FoundPaths, WrittenPaths
 from dopsd.data.images import read_image
 
 
-@pytest.fixture(autouse=True)
-def quiet_datasets(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
-    datasets.disable_progress_bars()
-
-
 def write_parquet(folder, *cells):
     """A cell is a path, or {"bytes": ..., "path": ...}."""
     folder.mkdir(exist_ok=True)

@@ -84,7 +84,6 @@ def test_a_caption_may_have_the_longest_length(tmp_path):
 @pytest.mark.parametrize("line", [row(json.dumps(LONG)), row(r'"half \ud83d"'), row("[" * 20_000)])
 def test_damaged_data_sets_are_one_line(tmp_path, monkeypatch, line):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
-    datasets.disable_progress_bars()
     write_jsonl(tmp_path / "data", GOOD.replace("file_name", "image"), line, name="train.jsonl")
     write_pictures(tmp_path / "data", ".hidden.png")
     message = error_of(

@@ -21,12 +21,6 @@ from data_helpers import (
 from dopsd.data.images import check_pictures, read_image
 
 
-@pytest.fixture(autouse=True)
-def quiet_datasets(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
-    datasets.disable_progress_bars()
-
-
 @pytest.fixture(scope="module")
 def parquet_dataset(tmp_path_factory):
     """Three rows: a red PNG and a blue one as bytes, and no picture; captions in several states."""

@@ -77,7 +77,6 @@ def test_groups_need_metadata(tmp_path, has_sidecar):
 
 def test_groups_of_a_data_set(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
-    datasets.disable_progress_bars()
     write_pictures(tmp_path / "data", "cat/a.png", "rex/b.png")
 
     def read(**flags):

@@ -21,12 +21,6 @@ from data_helpers import (
 from dopsd.data.images import check_pictures, read_image
 
 
-@pytest.fixture(autouse=True)
-def quiet_datasets(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
-    datasets.disable_progress_bars()
-
-
 def read_folder(folder, *cond_columns, **flags):
     flags = {"caption_column": ["text"]} | flags
     return read_pictures(instance_data_dir=str(folder), cond_image_column=list(cond_columns), **flags)
