@@ -16,7 +16,7 @@ def set_command_line(monkeypatch, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", ["experiment.py", *map(str, arguments)])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_experiment_trains_measures_and_reports(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # `main` changes it; this restores it
     monkeypatch.setattr(os, "cpu_count", lambda: 1)

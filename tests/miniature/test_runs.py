@@ -155,6 +155,7 @@ def test_a_baseline_with_prior_pictures_is_trained_from_the_bases_pictures(exper
     assert len(drawn) == 3 and not any(OBJECT.word in prompt for prompt in drawn)
 
 
+@pytest.mark.exhaustive
 def test_costs_stacks_and_times_join_the_result_once_they_are_measured(experiment):
     run = Run(OBJECT, 0, SFT)
     others = [replace(run, concept=concept) for concept in CONCEPTS[1:]]

@@ -66,11 +66,9 @@ finally:
 """
 
 
-@SLOW
+@pytest.mark.exhaustive
 @ONE_MODEL
-@pytest.mark.parametrize(
-    ("quantization", "is_imported"), [(None, False), pytest.param("int8", True, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize(("quantization", "is_imported"), [(None, False), ("int8", True)])
 def test_torchao_is_imported_if_it_is_needed_and_prints_nothing(model, arguments, quantization, is_imported):
     flags = {"pretrained_model_name_or_path": "nowhere", "quantize": quantization}
     command = [sys.executable, "-c", PROBE, str(model.script_path), *arguments(**flags)]

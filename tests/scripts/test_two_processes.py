@@ -64,6 +64,7 @@ def test_two_processes_share_prior_preservation_and_sampled_states(torchrun, com
         assert one == pytest.approx(two, rel=1e-3, abs=1e-9) and len(one) == (3 if name == "loss" else 2)
 
 
+@pytest.mark.exhaustive
 @ONE_MODEL
 def test_two_processes_draw_the_sheets_of_one(torchrun, command, arguments, tmp_path):
     flags = {"validation_steps": 2, "num_validation_images": 2, "validation_prompt": ["a ball"]}
