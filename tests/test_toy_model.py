@@ -66,6 +66,6 @@ def test_a_bad_flag_of_a_toy_model_is_one_line(train, tmp_path):
 
 def test_a_teacher_that_knows_nothing_stops_the_run(train, tmp_path):
     result = train(tmp_path / "run", ignore_exam="false")
-    assert "error: --teacher_context colours: the teacher is no better than the base (it draws what the base " in result.error
+    assert "--teacher_context colours: the teacher is no better than the base (it draws what the base " in result.error
     assert {"preview.png", "exam.json", "report.html"} <= {path.name for path in tmp_path.glob("run/*")}
     assert "Steps:" not in result.log and not (tmp_path / "run/metrics.jsonl").read_text()
