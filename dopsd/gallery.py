@@ -23,7 +23,7 @@ from .exam.examiner import Examiner
 from .exam.student import PROGRESS
 from .history import MetricsLog, read_history
 from .html_report import RunReport, State
-from .lessons import Lesson, Row, Sheet, cond_headings, lesson_sheet
+from .lessons import Lesson, Row, Sheet, cond_headings, filled_up, lesson_sheet
 from .memory import reset_peak_memory
 from .model import FewStepPipeline, Model
 from .model_card import CardImage
@@ -105,7 +105,7 @@ class Gallery(Studio):
         return replace(self.validation_requests()[0], prompt=prompt)
 
     def extra_request(self, name: str, prompt: str) -> Request:
-        """One of the prompts that are drawn with the retention prompts: an editor's are instructions, but for one."""
+        """A prompt that is drawn with the retention prompts. An editor's are edits, except for the held-out one."""
         request = self.request(prompt)
         if self.data.is_editing and name != "held_out":
             request = replace(request, cond_images=self.validation_requests()[0].cond_images)
@@ -339,8 +339,7 @@ class Gallery(Studio):
 
     def cond_cells(self, request: Request, count: int) -> list[Image.Image | None]:
         """The pictures to edit, filled up with empty cells."""
-        images = [self.data.pixels(crop) for crop in request.cond_images]
-        return images + [None] * (count - len(images))
+        return filled_up([self.data.pixels(crop) for crop in request.cond_images], count)
 
     def keep_for_card(self, prompt: str, cond_images: list[Image.Image | None], image: Image.Image) -> None:
         """Saves what the student has drawn, beside the pictures that it has edited."""

@@ -74,11 +74,16 @@ def lesson_sheet(
     headings += ["the result" if num_cond_images else "the picture"] * any(lesson.picture for lesson in lessons)
     rows = []
     for index, lesson in enumerate(lessons):
-        cells = [*lesson.cond_images, *[None] * (num_cond_images - len(lesson.cond_images))]
+        cells = filled_up(lesson.cond_images, num_cond_images)
         cells += [lesson.base.image, lesson.teacher.image, *students[index : index + 1]]
         cells += [picture for picture in (lesson.teacher_picture, lesson.picture) if picture is not None]
         rows.append((lesson.label, cells))
     return Sheet(title, headings, rows, note, accent_columns=[headings.index("student")] if students else ())
+
+
+def filled_up(images: list[Image.Image], count: int) -> list[Image.Image | None]:
+    """The images, and as many empty cells as are missing."""
+    return [*images, *[None] * (count - len(images))]
 
 
 def cond_headings(count: int) -> list[str]:

@@ -107,8 +107,8 @@ class DataSettings:
     )
     group_column: MayDiffer[str | None] = flag(
         None,
-        "With --teacher_picture other: column that names each picture's subject. Default: a folder's pictures, "
-        "without those of its subfolders, show one subject, and so do all of a data set.",
+        "With --teacher_picture other: column that names each picture's subject. Default: the pictures of a "
+        "folder, without those of its subfolders, show one subject; all pictures of a data set do.",
     )
     multiline_captions: MayDiffer[Literal["one_caption", "caption_per_line"] | None] = flag(
         None,

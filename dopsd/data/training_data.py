@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -51,9 +51,9 @@ class TrainingData:
     def __post_init__(self) -> None:
         self.cond_digests = self.cond_digests or [()] * len(self.pictures)
 
-    @property
+    @cached_property
     def is_editing(self) -> bool:
-        """Whether the pictures are results of edits."""
+        """Whether the pictures are results of edits. Asked for each micro-batch, of all pictures."""
         return any(picture.cond_images for picture in self.pictures)
 
     @property
