@@ -100,15 +100,14 @@ from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
 from dopsd.encoders import CondEncoder, PictureAndPromptEncoder, PromptEncoder, ReferenceEncoder, resolve_vlm
-from dopsd.execution import loading_device, prepare_transformer
+from dopsd.execution import loading_device
 from dopsd.gallery import Gallery
-from dopsd.history import HISTORY_FILE, MetricsLog, last_retention
-from dopsd.init_lora import read_init_lora, start_from_lora
+from dopsd.history import MetricsLog, last_retention
 from dopsd.launch import log_plan, resolve_seed, start_accelerator, weight_dtype
 from dopsd.model import Conditioning, Model, TokenLimit
 from dopsd.model_card import CardInfo, write_run_card
 from dopsd.optimizers import build_lr_scheduler, build_optimizer
-from dopsd.output import LORA_FILE, open_output_dir
+from dopsd.output import open_output_dir
 from dopsd.planner.dry_run import plan_run
 from dopsd.pretrained import (
     check_pretrained,
@@ -122,10 +121,10 @@ from dopsd.prior import prior_prompts
 from dopsd.prompts import drawn_prompts, resolve_prompts
 from dopsd.publish import push_to_hub
 from dopsd.resuming import check_resumable, find_checkpoint, resume_contract
-from dopsd.roles import StudentTeacherLoRA, adapter_options
 from dopsd.step import TrainingStep, prepare_student
 from dopsd.stopping import StopRequest
 from dopsd.tracking import end_training, start_trackers
+from dopsd.train_modes import train_mode
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline, KleinContext
 from pipelines.licenses import FLUX2_KLEIN_LICENSES
 from pipelines.vision_encoder import VisionEncoder, default_vlm
@@ -215,7 +214,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     stop = StopRequest()
     accelerator = start_accelerator(settings, model)
     output_dir = Path(settings.training.output_dir)
-    lock = open_output_dir(output_dir, accelerator, (HISTORY_FILE, LORA_FILE))  # noqa: F841 - held until the run ends
+    lock = open_output_dir(output_dir, accelerator)  # noqa: F841 - held until the run ends
     checkpoint = find_checkpoint(settings.training, accelerator)
     seed = resolve_seed(settings.training.seed, checkpoint)
     settings = settings.replace(mixed_precision=accelerator.mixed_precision, seed=seed)
@@ -225,8 +224,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     check_pretrained(model, settings.model)
     dtype = weight_dtype(settings.training.mixed_precision)
     skeleton = load_skeleton(model, settings.model)
-    lora_options = adapter_options(settings.lora, skeleton, model.portable_lora_layers)
-    init_lora = read_init_lora(model, settings.lora.init_lora, skeleton, lora_options, settings.model.cache_dir)
+    mode = train_mode(model, settings, skeleton)
     pipeline, folder, text_config = open_pipeline(model, settings.model, dtype)
     settings = resolve_data_defaults(settings, data, accelerator.num_processes)
     settings = model.resolve_settings(settings, skeleton.config, text_config)
@@ -257,12 +255,11 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         return
     pipeline.transformer = load_transformer(model, settings.model, dtype, loading_device(settings, accelerator))
     set_seed(seed)
-    roles = StudentTeacherLoRA(pipeline.transformer, **lora_options, teacher=settings.distillation.teacher)
-    start_from_lora(roles, init_lora, settings.lora.init_lora)
-    compiled = prepare_transformer(pipeline.transformer, roles.parameters, settings.performance, accelerator)
+    roles, compiled = mode.prepare(pipeline.transformer, settings, accelerator, has_prior=bool(prior.trained))
 
     pictures_per_step = data.pictures_per_step(settings, accelerator.num_processes)
-    optimizer = build_optimizer(settings.optimizer, roles.student_parameters, pictures_per_step)
+    is_full = settings.full.is_full
+    optimizer = build_optimizer(settings.optimizer, roles.student_parameters, pictures_per_step, is_full=is_full)
     lr_scheduler = build_lr_scheduler(settings.optimizer, optimizer, settings.training.max_train_steps)
     student, optimizer = prepare_student(pipeline, optimizer, settings.performance, accelerator)
     train_step = TrainingStep(
@@ -277,15 +274,14 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         prior=prior,
         compiled=compiled,
     )
-    save_dtype = torch.float32 if settings.lora.upcast_before_saving else dtype
+    product = mode.product(folder, dtype)
     checkpoints = Checkpoints(
         settings.training,
         accelerator,
         roles=roles,
-        optimizer=optimizer,
+        state=mode.training_state(roles, optimizer),
         lr_scheduler=lr_scheduler,
-        stock_pipeline_class=model.stock_pipeline_class,
-        save_dtype=save_dtype,
+        product=product,
         contract=contract,
     )
     first_step = checkpoints.resume(checkpoint)
@@ -299,7 +295,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
         roles=roles,
         contexts=contexts,
         model=model,
-        save_dtype=save_dtype,
+        save_dtype=product.dtype,
         metrics_log=metrics_log,
         stop=stop,
         prior=prior,
@@ -331,8 +327,8 @@ def main(settings: Settings, model: Model = MODEL) -> None:
                 stop.end_run(accelerator, num_done)
 
     accelerator.wait_for_everyone()
+    checkpoints.save_final(stop)
     if accelerator.is_main_process:
-        checkpoints.save_final_lora(stop)
         gallery.draw_story()
         write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir))
         if settings.publishing.push_to_hub:

@@ -10,9 +10,9 @@ from benchmarks.miniature.baselines import flow_matching_loss
 from benchmarks.step_measure import Call
 from benchmarks.step_models import RandomModel
 from dopsd.data.order import noise_seed
+from dopsd.lora_roles import adapter_options
 from dopsd.model import Context
 from dopsd.optimizers import build_optimizer
-from dopsd.roles import adapter_options
 from dopsd.rollout import seeded_noise
 
 

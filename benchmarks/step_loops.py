@@ -10,10 +10,10 @@ from diffusers.models.attention_dispatch import attention_backend
 from benchmarks.step_measure import Call
 from benchmarks.step_models import PRIOR_PROMPT, RandomModel
 from dopsd.execution import prepare_transformer
+from dopsd.lora_roles import STUDENT, StudentTeacherLoRA, adapter_options
 from dopsd.model import Context
 from dopsd.optimizers import build_lr_scheduler, build_optimizer
 from dopsd.prior import PriorPrompts
-from dopsd.roles import STUDENT, StudentTeacherLoRA, adapter_options
 from dopsd.step import TrainingStep, prepare_student
 
 

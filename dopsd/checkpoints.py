@@ -1,40 +1,39 @@
-"""Checkpoints and the LoRA file: saving and loading them."""
+"""Checkpoints, and what the run leaves: saving and loading them."""
 
 import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import DiffusionPipeline
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from .context_cache import content_key
-from .errors import OutputError, TrainingDiverged, device_errors, first_line
+from .errors import OutputError, TrainingDiverged, first_line
 from .history import sync_history
 from .loading import reporting_library_errors
 from .output import (
-    ADAPTERS_FILE,
-    LORA_FILE,
     checkpoint_step,
     list_checkpoints,
     remove,
-    replacing,
     reporting_write_errors,
     sync_to_disk,
     tidy_output_dir,
 )
-from .resuming import CHECKPOINT_FILES, STATE_FILE, TRAINER_FILE, file_digest, read_state
-from .roles import StudentTeacherLoRA
+from .products import Product
+from .resuming import STATE_FILE, file_digest, read_state
+from .roles import Roles
 from .settings import TrainingSettings
+from .sharing import failing_together
 from .stopping import StopRequest
+from .training_state import TrainingState
 
 
 logger = get_logger(__name__)
@@ -42,25 +41,16 @@ logger = get_logger(__name__)
 RETRY_SECONDS = 30
 
 
-def save_state(state: dict[str, Any], path: Path) -> None:
-    """`torch.save`, whose RuntimeError for a full disk becomes an OSError. Errors of the GPU stay what they are."""
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:
-        if isinstance(error, device_errors()):
-            raise
-        raise OSError(first_line(error)) from error
-
-
 class Checkpoints:
-    """Saves and loads adapters, optimizer, scheduler and step; never the frozen base model.
+    """Saves and loads what is trained, optimizer, scheduler and step; never the frozen base model.
 
     Args:
         training: names the output folder and the maximum number of checkpoints.
         accelerator: with its gradient scaler, if there is one.
-        roles, optimizer, lr_scheduler: whose state is saved.
-        stock_pipeline_class: writes the LoRA file.
-        save_dtype: of the LoRA file.
+        roles: whose student is saved.
+        state: of the roles and their optimizer.
+        lr_scheduler: whose state is saved.
+        product: what is saved of the student.
         contract: what a resumed run must share, from `resume_contract`.
     """
 
@@ -69,17 +59,15 @@ class Checkpoints:
         training: TrainingSettings,
         accelerator: Accelerator,
         *,
-        roles: StudentTeacherLoRA,
-        optimizer: torch.optim.Optimizer,
+        roles: Roles,
+        state: TrainingState,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-        stock_pipeline_class: type[DiffusionPipeline],
-        save_dtype: torch.dtype,
+        product: Product,
         contract: dict[str, Any],
     ):
         self.folder, self.total_limit = Path(training.output_dir), training.checkpoints_total_limit
-        self.accelerator, self.roles = accelerator, roles
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.stock_pipeline_class, self.save_dtype = stock_pipeline_class, save_dtype
+        self.accelerator, self.roles, self.state = accelerator, roles, state
+        self.lr_scheduler, self.product = lr_scheduler, product
         self.contract = contract
 
     def resume(self, checkpoint: Path | None) -> int:
@@ -95,51 +83,72 @@ class Checkpoints:
         with reporting_library_errors(
             f"--resume_from_checkpoint {checkpoint.name}: is damaged", "remove it and resume again"
         ):
-            adapters = load_file(checkpoint / ADAPTERS_FILE)
-            trainer_state = torch.load(checkpoint / TRAINER_FILE, map_location="cpu", weights_only=True)
-            self.roles.load_state_dict(adapters)
-            self.optimizer.load_state_dict(trainer_state["optimizer"])
-            self.lr_scheduler.load_state_dict(trainer_state["lr_scheduler"])
+            others = self.state.read(checkpoint)
+            self.lr_scheduler.load_state_dict(others["lr_scheduler"])
             if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(trainer_state["scaler"])
+                self.accelerator.scaler.load_state_dict(others["scaler"])
         return read_state(checkpoint)["step"]
 
     def save(self, step: int) -> None:
-        """Saves checkpoint-`step` on the main process, completely or not at all, and removes the oldest ones.
+        """Saves checkpoint-`step`, completely or not at all, and removes the oldest ones.
+
+        The main process writes it, and all of them if each holds a part of the state.
 
         Raises:
             OutputError: it cannot be written. Earlier checkpoints are left as they were.
         """
         target, unfinished = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.tmp"
-        if not self.accelerator.is_main_process or checkpoint_step(target) == step:
+        is_main, together = self.accelerator.is_main_process, self.state.is_collective
+        exists = checkpoint_step(target) == step
+        if together:
+            exists = broadcast_object_list([exists])[0]
+        if exists or not (is_main or together):
             return
-        with reporting_write_errors(self.folder, target.name):
-            sync_history(self.folder)
-            try:
-                self._write(step, unfinished)
-                os.rename(unfinished, target)
-                sync_to_disk(self.folder)
-            except BaseException:
+        try:
+            for stage in (self._begin, self._write, self._complete):
+                with (
+                    failing_together() if together else nullcontext(),
+                    reporting_write_errors(self.folder, target.name),
+                ):
+                    stage(step, unfinished)
+            if is_main:
+                with reporting_write_errors(self.folder, target.name):
+                    os.rename(unfinished, target)
+                    sync_to_disk(self.folder)
+        except BaseException:
+            if is_main:
                 remove(unfinished)
-                raise
-        logger.info(f"Saved {target}")
-        self._remove_old(step)
+            raise
+        if is_main:
+            logger.info(f"Saved {target}")
+            self._remove_old(step)
+
+    def _begin(self, step: int, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            sync_history(self.folder)
+            remove(folder)
+            folder.mkdir(parents=True)
 
     def _write(self, step: int, folder: Path) -> None:
-        remove(folder)
-        folder.mkdir(parents=True)
-        adapters = {name: weight.cpu() for name, weight in self.roles.state_dict().items()}
-        save_file(adapters, folder / ADAPTERS_FILE)
-        trainer_state = {"optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict()}
+        if not folder.is_dir():
+            raise OutputError("it is not the same folder on all machines, which write parts of it")
+        others = {"lr_scheduler": self.lr_scheduler.state_dict()}
         if self.accelerator.scaler is not None:
-            trainer_state["scaler"] = self.accelerator.scaler.state_dict()
-        save_state(trainer_state, folder / TRAINER_FILE)
-        self.save_lora(folder)
-        digests = {name: file_digest(folder / name) for name in CHECKPOINT_FILES}
+            others["scaler"] = self.accelerator.scaler.state_dict()
+        self.state.write(folder, others)
+
+    def _complete(self, step: int, folder: Path) -> None:
+        is_main = self.accelerator.is_main_process
+        weights = self.product.collect(self.roles, keep=is_main)
+        if not is_main:
+            return
+        self.product.write(weights, folder)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        digests = {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
         state = {"step": step, "settings": self.contract, "files": digests}
         content = json.dumps(state | {"checksum": content_key(state)}, indent=2)
         (folder / STATE_FILE).write_text(content, encoding="utf-8")
-        for path in (*folder.iterdir(), folder):
+        for path in (*folder.rglob("*"), folder):
             sync_to_disk(path)
 
     def _remove_old(self, step: int) -> None:
@@ -154,48 +163,43 @@ class Checkpoints:
                 except OSError as error:
                     logger.warning(f"{old} could not be removed ({first_line(error)}); the run continues")
 
-    def save_lora(self, folder: Path) -> None:
-        """Writes the student as stock diffusers reads it."""
-        weights, metadata = self.roles.export(self.save_dtype)
-        with replacing(folder / LORA_FILE) as unfinished:
-            self.stock_pipeline_class.save_lora_weights(
-                folder,
-                transformer_lora_layers=weights,
-                transformer_lora_adapter_metadata=metadata,
-                weight_name=unfinished.name,
-            )
-
-    def save_final_lora(self, stop: StopRequest) -> None:
-        """Writes the LoRA file to the output folder or, if that fails, to a folder elsewhere.
+    def save_final(self, stop: StopRequest) -> None:
+        """Writes what the run leaves to the output folder or, if that fails, to a folder elsewhere.
 
         If there is no room anywhere, it waits until there is some, or until the run is asked to stop.
 
         Raises:
-            OutputError: the LoRA is elsewhere, as the message says, or nowhere.
+            OutputError: it is elsewhere, as the message says, or nowhere.
         """
+        is_main, noun = self.accelerator.is_main_process, self.product.noun
+        weights = None
+        if is_main or self.product.is_collective:
+            weights = self.product.collect(self.roles, keep=is_main)
+        if not is_main:
+            return
         while True:
             try:
-                with reporting_write_errors(self.folder, LORA_FILE):
-                    self.save_lora(self.folder)
+                with reporting_write_errors(self.folder, self.product.name):
+                    self.product.finish(weights, self.folder)
                 break
             except OutputError as error:
-                if elsewhere := self.save_elsewhere():
-                    raise OutputError(f"{error}; the LoRA is in {elsewhere}, move it to a safe place") from error
+                if elsewhere := self.save_elsewhere(weights):
+                    raise OutputError(f"{error}; the {noun} is in {elsewhere}, move it to a safe place") from error
                 if stop.is_set:
                     raise
                 logger.error(f"{error}. There is no room elsewhere either. Trying again every {RETRY_SECONDS} seconds")
                 for _ in range(RETRY_SECONDS):
                     if not stop.is_set:
                         time.sleep(1)
-        logger.info(f"The LoRA is {self.folder / LORA_FILE}; load it: pipe.load_lora_weights({str(self.folder)!r})")
+        logger.info(self.product.loading_line(self.folder))
 
-    def save_elsewhere(self) -> Path | None:
-        """Writes the LoRA file to a new folder on another disk; None if none has room."""
+    def save_elsewhere(self, weights: Any) -> Path | None:
+        """Writes the weights to a new folder on another disk; None if none has room."""
         for place in dict.fromkeys([tempfile.gettempdir(), str(Path.home())]):
             folder = None
             try:
-                folder = Path(tempfile.mkdtemp(prefix="dopsd-lora-", dir=place))
-                self.save_lora(folder)
+                folder = Path(tempfile.mkdtemp(prefix="dopsd-", dir=place))
+                self.product.write(weights, folder)
                 return folder
             except (OSError, SafetensorError):
                 if folder is not None:

@@ -16,8 +16,9 @@ from transformers import HfArgumentParser
 from .errors import InputError, one_line
 from .files import read_regular_file
 from .flag_types import check_ranges
+from .full_settings import FullSettings
 from .model_flags import ModelFlags, TeacherContext
-from .settings import NO_QUANTIZATION, QUANTIZATION_PACKAGES, Settings, TeacherSettings
+from .settings import NO_QUANTIZATION, QUANTIZATION_PACKAGES, LoRASettings, Settings, TeacherSettings
 from .sizes import check_geometry, size_problem
 from .terminal import MAX_REFUSAL_CHARACTERS, as_line
 from .text import argument_problem
@@ -187,7 +188,8 @@ def hide_torchao(settings: Settings) -> None:
     diffusers would import it wherever it is installed, and peft would ask it about every layer.
     """
     kinds = [getattr(settings.model, name) for name in QUANTIZATION_SETTINGS]
-    if not any(QUANTIZATION_PACKAGES.get(kind) == "torchao" for kind in kinds):
+    # Whole models may be trained by its optimizers.
+    if not settings.full.is_full and not any(QUANTIZATION_PACKAGES.get(kind) == "torchao" for kind in kinds):
         sys.modules.setdefault("torchao", None)  # what makes Python's own import statement fail, see its reference
 
 
@@ -333,7 +335,8 @@ def check(settings: Settings, model: ModelFlags) -> None:
         raise InputError("--preview_only: draws the preview, which --validation_steps 0 turns off; drop one of them")
     for flag, package, is_used in (
         ("--optimizer prodigy", "prodigyopt", optimizer.optimizer == "prodigy"),
-        ("--use_8bit_adam", "bitsandbytes", optimizer.use_8bit_adam),
+        ("--use_8bit_adam", "torchao" if settings.full.is_full else "bitsandbytes", optimizer.use_8bit_adam),
+        ("--bf16_update stochastic_rounding", "torchao", settings.full.bf16_update == "stochastic_rounding"),
         *(
             (f"--{name} {kind}", package, getattr(settings.model, name) == kind)
             for kind, package in QUANTIZATION_PACKAGES.items()
@@ -360,12 +363,36 @@ def check(settings: Settings, model: ModelFlags) -> None:
         if kind is not None:
             other, hint = f"--quantize {kind}", f" (--quantize {NO_QUANTIZATION} if a preset or --config sets it)"
         raise InputError(f"{flag}: cannot be combined with {other}; drop one of them{hint}")
+    check_train_mode(settings)
     if settings.performance.card is not None and not settings.performance.dry_run:
         raise InputError("--card: goes with --dry_run; add that, or drop the flag")
     if training.no_context_cache and training.encode_only:
         raise InputError("--encode_only: fills the cache, which --no_context_cache turns off; drop one of them")
     if training.no_context_cache and training.context_cache_dir:
         raise InputError("--no_context_cache: cannot be combined with --context_cache_dir; drop one of them")
+
+
+def check_train_mode(settings: Settings) -> None:
+    """Raises `InputError` for flags of a LoRA with `--train_mode full`, and the other way round."""
+    flags, is_full = settings.flat(), settings.full.is_full
+    defaults = {item.name: item.default for item in (*fields(FullSettings), *fields(LoRASettings))}
+    only_lora, only_full = ("init_lora", "lora_alpha", "lora_dropout"), [item.name for item in fields(FullSettings)]
+    for name in only_lora if is_full else only_full:
+        if flags[name] != defaults[name]:
+            other = "lora" if is_full else "full"
+            raise InputError(f"--{name}: goes with --train_mode {other}; pass that, or drop the flag")
+    if not is_full:
+        return
+    for name in TRANSFORMER_QUANTIZATION:
+        if flags[name] is not None:
+            raise InputError(
+                f"--{name}: cannot be combined with --train_mode full, whose weights are trained themselves; drop one "
+                "of them"
+            )
+    if settings.training.mixed_precision == "fp16":
+        raise InputError("--train_mode full: cannot be combined with --mixed_precision fp16; pass bf16 or no")
+    if settings.optimizer.optimizer != "adamw":
+        raise InputError("--train_mode full: needs --optimizer AdamW; drop one of them")
 
 
 def check_teacher_picture(settings: Settings, model: ModelFlags) -> None:

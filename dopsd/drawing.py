@@ -17,7 +17,7 @@ from .data.order import Sample
 from .data.requests import Request
 from .errors import DOPSDError, one_line
 from .model import Context, FewStepPipeline
-from .roles import StudentTeacherLoRA
+from .roles import Roles
 from .rollout import seeded_noise
 from .settings import Settings
 from .sharding import calls_must_match
@@ -74,7 +74,7 @@ class Studio:
         accelerator: Accelerator,
         *,
         pipeline: FewStepPipeline,
-        roles: StudentTeacherLoRA,
+        roles: Roles,
         contexts: Contexts,
         save_dtype: torch.dtype,
         stop: StopRequest,

@@ -26,14 +26,14 @@ def loading_device(settings: Settings, accelerator: Accelerator) -> torch.device
 
 def prepare_transformer(
     transformer: torch.nn.Module,
-    adapters: Collection[torch.nn.Parameter],
+    adapters: Collection[torch.nn.Parameter] | None,
     settings: PerformanceSettings,
     accelerator: Accelerator,
 ) -> CompiledBlocks | None:
     """Puts the transformer, with its adapters, into the state in which it is trained.
 
     Args:
-        adapters: all of its parameters that are not the pretrained model's.
+        adapters: all of its parameters that are not the pretrained model's; None if it is trained itself.
 
     Returns:
         With `--compile`, its blocks.

@@ -30,7 +30,7 @@ from .model_card import CardImage
 from .output import naming_file
 from .prior import PriorPrompts
 from .retention import distances, mean_distance
-from .roles import StudentTeacherLoRA
+from .roles import Roles
 from .rollout import RolloutStep, rollout
 from .settings import Settings
 from .sheets import beside, save_png, stack
@@ -64,7 +64,7 @@ class Gallery(Studio):
         accelerator: Accelerator,
         *,
         pipeline: FewStepPipeline,
-        roles: StudentTeacherLoRA,
+        roles: Roles,
         contexts: Contexts,
         model: Model,
         save_dtype: torch.dtype,

@@ -7,13 +7,11 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from .errors import first_line
-from .output import replacing, reporting_write_errors, sync_to_disk
+from .output import HISTORY_FILE, replacing, reporting_write_errors, sync_to_disk
 from .tracking import track
 
 
 logger = get_logger(__name__)
-
-HISTORY_FILE = "metrics.jsonl"
 
 
 def read_history(folder: Path) -> list[dict]:

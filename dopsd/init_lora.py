@@ -14,9 +14,9 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from .errors import InputError, naming_flag
 from .loading import PICKLED, brief, reporting_library_errors
+from .lora_roles import LORA_PREFIX, StudentTeacherLoRA
 from .model import Model
 from .output import ADAPTERS_FILE
-from .roles import LORA_PREFIX, StudentTeacherLoRA
 
 
 logger = get_logger(__name__)

@@ -29,7 +29,7 @@ from .errors import InputError, device_errors, first_line
 from .exam.examiner import open_exam_model
 from .model import Model
 from .resuming import read_state
-from .roles import StudentTeacherLoRA
+from .roles import Roles
 from .settings import Settings
 from .terminal import without_tokens
 
@@ -111,6 +111,8 @@ def check_accelerator(accelerator: Accelerator, settings: Settings, model: Model
             "--fsdp: shares the weights among processes, and there is only one; start one process per GPU (see "
             "configs/), or pass --offload_transformer instead"
         )
+    if settings.full.is_full and accelerator.num_processes > 1 and not settings.performance.fsdp:
+        raise InputError("--train_mode full: with several processes, pass --fsdp, so that they share the model")
     precision, on_gpu = accelerator.mixed_precision, accelerator.device.type != "cpu"
     if precision not in ("no", "fp16", "bf16"):
         raise InputError(f"--mixed_precision {precision}: is not supported; pass bf16, fp16 or no")
@@ -120,6 +122,8 @@ def check_accelerator(accelerator: Accelerator, settings: Settings, model: Model
             f"--gradient_accumulation_steps {accumulation_steps}: accelerate is configured for "
             f"{accelerator.gradient_accumulation_steps}; pass the same, or change accelerate's configuration"
         )
+    if precision == "fp16" and settings.full.is_full:
+        raise InputError("--train_mode full: cannot be trained in fp16, which accelerate is configured for; pass bf16")
     if precision == "fp16" and not model.works_in_fp16:
         raise InputError(
             f"--mixed_precision fp16: the activations of {model.name} overflow in it, and images turn black; use "
@@ -174,21 +178,16 @@ def resolve_seed(seed: int | None, checkpoint: Path | None) -> int:
     return seed
 
 
-def log_plan(
-    settings: Settings, accelerator: Accelerator, data: TrainingData, roles: StudentTeacherLoRA, first_step: int
-) -> None:
+def log_plan(settings: Settings, accelerator: Accelerator, data: TrainingData, roles: Roles, first_step: int) -> None:
     """Logs what will be trained, on what and for how long."""
     training = settings.training
-    count = sum(parameter.numel() for parameter in roles.student_parameters)
     pictures_per_step = data.pictures_per_step(settings, accelerator.num_processes)
-    logger.info(f"Training {len(roles.module_names)} modules, {count:,} parameters, rank {settings.lora.rank}")
+    logger.info(f"Training {roles.describe()}")
     logger.info(f"Pictures: {len(data.pictures)}; batches per epoch: {data.order.num_batches}")
     checkpointing = "on" if settings.performance.gradient_checkpointing else "off"
     kind = settings.model.quantize or (settings.model.bnb_quantization_config_path and "fewer bits by bitsandbytes")
     blocks = f", its blocks in {kind}" if kind else ""
-    logger.info(
-        f"Precision of the frozen model: {training.mixed_precision}{blocks}; gradient checkpointing: {checkpointing}"
-    )
+    logger.info(f"Precision of the model: {training.mixed_precision}{blocks}; gradient checkpointing: {checkpointing}")
     logger.info(
         f"Pictures per step over all processes: {pictures_per_step:.3g}; steps: {first_step} to "
         f"{training.max_train_steps}"

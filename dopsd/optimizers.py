@@ -1,4 +1,4 @@
-"""Optimizer and learning rate schedule of the LoRA."""
+"""Optimizer and learning rate schedule."""
 
 import torch
 from accelerate.logging import get_logger
@@ -11,12 +11,18 @@ logger = get_logger(__name__)
 
 
 def build_optimizer(
-    settings: OptimizerSettings, parameters: list[torch.nn.Parameter], pictures_per_step: float
+    settings: OptimizerSettings,
+    parameters: list[torch.nn.Parameter],
+    pictures_per_step: float,
+    *,
+    is_full: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer that the settings name.
 
     Args:
         pictures_per_step: mean over an epoch, over all processes; what `--scale_lr` multiplies by.
+        is_full: whether these are the transformer's own weights. They may be bfloat16, whose steps are then rounded at
+            random, and sharded, which bitsandbytes does not know.
     """
     options = {
         "lr": settings.learning_rate * (pictures_per_step if settings.scale_lr else 1),
@@ -37,11 +43,27 @@ def build_optimizer(
             safeguard_warmup=settings.prodigy_safeguard_warmup,
             **options,
         )
+    rounds = any(parameter.dtype == torch.bfloat16 for parameter in parameters)
+    if is_full and (settings.use_8bit_adam or rounds):
+        return torchao_optimizer(settings.use_8bit_adam, parameters[0].device)(
+            parameters, **options, bf16_stochastic_round=rounds
+        )
     if settings.use_8bit_adam:
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, **options)
+
+
+def torchao_optimizer(in_8_bits: bool, device: torch.device) -> type[torch.optim.Optimizer]:
+    """torchao's AdamW, which can round steps at random. On a CPU it does not compile its steps."""
+    from torchao.optim import AdamW8bit, _AdamW
+
+    kind = AdamW8bit if in_8_bits else _AdamW
+    if device.type != "cpu":
+        return kind
+    eager = torch.compiler.set_stance("force_eager")
+    return type(kind.__name__, (kind,), {"step": eager(kind.step)})
 
 
 def build_lr_scheduler(
@@ -61,4 +83,4 @@ def build_lr_scheduler(
 def effective_learning_rate(optimizer: torch.optim.Optimizer) -> float:
     """The rate of the current step. Prodigy multiplies the schedule's by the step size that it has estimated."""
     group = optimizer.param_groups[0]
-    return group["lr"] * group.get("d", 1.0)
+    return float(group["lr"]) * group.get("d", 1.0)  # torchao keeps the rate in a tensor

@@ -26,6 +26,9 @@ from .sharing import failing_together
 logger = get_logger(__name__)
 
 LORA_FILE, ADAPTERS_FILE = "pytorch_lora_weights.safetensors", "adapters.safetensors"
+MODEL_INDEX, TRANSFORMER_DIR = "model_index.json", "transformer"
+HISTORY_FILE = "metrics.jsonl"
+NEEDED_FILES = (HISTORY_FILE, LORA_FILE, MODEL_INDEX)  # what a run cannot do without
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner.json"
 
@@ -35,11 +38,8 @@ IN_THE_WAY = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def open_output_dir(folder: Path, accelerator: Accelerator, needed: Iterable[str]) -> FileLock | None:
+def open_output_dir(folder: Path, accelerator: Accelerator) -> FileLock | None:
     """Creates the folder, and locks it against other runs.
-
-    Args:
-        needed: names of files that the run cannot do without.
 
     Returns:
         The main process's lock. The system releases it when the process ends, however it ends.
@@ -51,7 +51,7 @@ def open_output_dir(folder: Path, accelerator: Accelerator, needed: Iterable[str
     with failing_together():
         if accelerator.is_main_process:
             make_output_dir(folder)
-            check_nothing_in_the_way(folder, needed)
+            check_nothing_in_the_way(folder, NEEDED_FILES)
             lock = lock_output_dir(folder)
     return lock
 

@@ -20,6 +20,7 @@ from .pretrained import model_identity
 from .prior import PriorPrompts
 from .settings import Settings, TrainingSettings
 from .sharing import failing_together
+from .training_state import TRAINER_FILE
 
 
 logger = get_logger(__name__)
@@ -28,8 +29,8 @@ PICTURES, PRIOR, TRAINED_STATES = "pictures and captions", "prior preservation",
 TEACHER_PICTURE, COND_IMAGES = "--teacher_picture", "pictures to edit"
 CHANGED_DEFAULTS = (TRAINED_STATES, PRIOR)  # earlier versions trained on all states, without a prior
 
-TRAINER_FILE, STATE_FILE = "trainer_state.pt", "state.json"
-CHECKPOINT_FILES = (ADAPTERS_FILE, TRAINER_FILE, LORA_FILE)  # listed in the state file with their SHA-256
+STATE_FILE = "state.json"
+EARLIER_FILES = (ADAPTERS_FILE, TRAINER_FILE, LORA_FILE)  # of versions that saved no checksums
 
 
 def resume_contract(
@@ -160,7 +161,7 @@ def damage(checkpoint: Path) -> str | None:
         state = read_state(checkpoint)
     except StateError as error:
         return str(error)
-    if missing := [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]:
+    if missing := [name for name in state["files"] or EARLIER_FILES if not (checkpoint / name).is_file()]:
         return f"it has no {missing[0]}"
     for name, digest in state["files"].items():
         try:
@@ -200,7 +201,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         if state.keys() == {"step", "settings"} and state["settings"].keys() >= {"--seed", "model", PICTURES}:
             return state | {"files": {}}
         checksum = state.pop("checksum")
-        if checksum == content_key(state) and state["files"].keys() == {*CHECKPOINT_FILES}:
+        if checksum == content_key(state) and state["files"]:
             return state
         problem = "is damaged"
     except FileNotFoundError:
@@ -213,7 +214,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def earlier_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The values that settings which came later had in effect in a checkpoint's run, if it does not name them."""
     trained_states = settings.get("--num_rollout_steps")
-    return {TRAINED_STATES: trained_states, PRIOR: None, TEACHER_PICTURE: "target", COND_IMAGES: None}
+    earlier = {TRAINED_STATES: trained_states, PRIOR: None, TEACHER_PICTURE: "target", COND_IMAGES: None}
+    full = {"--train_mode": "lora", "--trainable_modules": None, "--bf16_update": "master_weights"}
+    return earlier | full
 
 
 def check_resumable(checkpoint: Path, contract: dict[str, Any], max_train_steps: int) -> None:

@@ -23,6 +23,7 @@ from .flag_types import (
     annotations,
     flag,
 )
+from .full_settings import FullSettings
 from .planner.cards import CardName
 
 
@@ -252,7 +253,7 @@ class LoRASettings:
         None, "LoRA file, folder or hub id from which student and teacher start. Default: a new LoRA."
     )
     upcast_before_saving: MayDiffer[bool] = flag(
-        False, "Save the LoRA in float32. By default it is saved in the precision of the frozen model."
+        False, "Save what was trained in float32. By default it is saved in the precision of the model."
     )
 
 
@@ -275,7 +276,7 @@ class TrainingSettings:
     gradient_accumulation_steps: MayDiffer[Count] = flag(1, "Micro-batches per optimizer step and device.")
     mixed_precision: MustMatch[Literal["no", "fp16", "bf16"] | None] = flag(
         None,
-        "Precision of the frozen model; LoRA weights are always float32. Default: what accelerate is configured for.",
+        "Precision of the model; LoRA weights are always float32. Default: what accelerate is configured for.",
     )
     allow_tf32: MayDiffer[bool] = flag(False, "Allow TF32 matrix products on Ampere and later GPUs.")
     checkpointing_steps: MayDiffer[Count] = flag(500, "Steps between checkpoints.")
@@ -364,7 +365,7 @@ class OptimizerSettings:
     _argument_group_name = "optimizer"
 
     optimizer: MustMatch[Literal["adamw", "prodigy"]] = flag("adamw", "Optimizer, in upper or lower case.")
-    use_8bit_adam: MustMatch[bool] = flag(False, "Use AdamW from bitsandbytes, which keeps its states in 8 bits.")
+    use_8bit_adam: MustMatch[bool] = flag(False, "Keep the states of AdamW in 8 bits, as bitsandbytes does.")
     learning_rate: MustMatch[Positive] = flag(1e-4, "Learning rate. Prodigy expects 1.")
     scale_lr: MustMatch[bool] = flag(False, "Multiply the learning rate by the pictures per step over all processes.")
     lr_scheduler: MustMatch[Literal[SCHEDULERS]] = flag("constant", "Learning rate schedule.")
@@ -456,6 +457,7 @@ class Settings:
     prior: PriorSettings
     validation: ValidationSettings
     lora: LoRASettings
+    full: FullSettings
     training: TrainingSettings
     performance: PerformanceSettings
     publishing: PublishingSettings

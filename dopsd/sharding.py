@@ -1,9 +1,10 @@
-"""Frozen weights that are not on the accelerator as a whole: in host memory, or shared among processes.
+"""Weights that are not on the accelerator as a whole: in host memory, or shared among processes.
 
 Both are torch's `fully_shard` (FSDP2): a block's weights come for its forward and for its backward, and leave
 afterwards. Processes that share weights collect the next block's while a block computes; with one process, torch 2.13
 copies them when the block before is through. Adapters, their optimizer and the weights outside of the blocks are on
-every process as a whole, so that roles, EMA, checkpoints and export are what they are without it.
+every process as a whole, so that roles, EMA, checkpoints and export are what they are without it. Without adapters,
+each process holds a part of all weights, of their gradients, averages and optimizer states.
 """
 
 import os
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .contexts import in_units
@@ -38,25 +39,32 @@ def repeated_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
 
 def shard(
     transformer: torch.nn.Module,
-    adapters: Collection[torch.nn.Parameter],
+    adapters: Collection[torch.nn.Parameter] | None,
     settings: PerformanceSettings,
     accelerator: Accelerator,
 ) -> None:
-    """Spreads the blocks' frozen weights over the processes of a machine, or leaves them in host memory.
+    """Spreads the weights over processes, or leaves them in host memory.
 
     Args:
         transformer: on the CPU, with its adapters. Its class becomes one of torch's, derived from its own.
-        adapters: parameters that every process keeps as a whole.
+        adapters: parameters that every process keeps as a whole, with all others that are not in a block; the blocks'
+            are then frozen. None if the transformer itself is trained: all weights are then shared among all
+            processes, whose gradients are averaged in the backward pass.
     """
     device = accelerator.device
     policy = OffloadPolicy()
     if settings.offload_transformer:
         policy = CPUOffloadPolicy(pin_memory=device.type != "cpu")
-    options = {"mesh": process_mesh(accelerator), "offload_policy": policy}
+    mesh = process_mesh(accelerator, within_machines=adapters is not None)
+    options = {"mesh": mesh, "offload_policy": policy, "reshard_after_forward": True}
+    if adapters is None:
+        options["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in repeated_blocks(transformer):
-        fully_shard(block, ignored_params={*adapters}, **options)
-    whole = {parameter for parameter in transformer.parameters() if not isinstance(parameter, DTensor)}
-    # Without weights of its own; as the root, it lets the blocks share their streams.
+        fully_shard(block, ignored_params={*(adapters or ())}, **options)
+    whole = set()
+    if adapters is not None:
+        whole = {parameter for parameter in transformer.parameters() if not isinstance(parameter, DTensor)}
+    # As the root, it lets the blocks share their streams.
     fully_shard(transformer, ignored_params=whole, **options)
     with torch.no_grad():
         for tensor in (*whole, *transformer.buffers()):
@@ -65,7 +73,7 @@ def shard(
     held = sum(piece.to_local().nbytes for piece in pieces)
     place = "in host memory" if settings.offload_transformer else "on its device"
     logger.info(
-        f"Transformer blocks: {in_units(sum(piece.numel() * piece.element_size() for piece in pieces))} of weights; "
+        f"Sharded: {in_units(sum(piece.numel() * piece.element_size() for piece in pieces))} of weights; "
         f"each process holds {in_units(held)} of them {place}"
     )
 
@@ -75,17 +83,21 @@ def processes_per_machine(num_processes: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
 
 
-def process_mesh(accelerator: Accelerator) -> DeviceMesh:
-    """The processes that share the weights: those of one machine, since the weights have no gradients to exchange.
+def process_mesh(accelerator: Accelerator, *, within_machines: bool = True) -> DeviceMesh:
+    """The processes that share the weights: those of one machine, or all.
 
     If machines have different numbers of processes, all of them share.
+
+    Args:
+        within_machines: for weights that have no gradients to exchange.
     """
     if not dist.is_initialized():
         open_process_group(accelerator.device)
     device_type, num_processes = accelerator.device.type, accelerator.num_processes
     per_machine = processes_per_machine(num_processes)
     on_each = torch.tensor([float(per_machine)], device=accelerator.device)
-    if (accelerator.gather(on_each) != per_machine).any() or num_processes % per_machine:
+    differ = (accelerator.gather(on_each) != per_machine).any() or num_processes % per_machine
+    if differ or not within_machines:
         per_machine = num_processes
     shape = (num_processes // per_machine, per_machine)
     return init_device_mesh(device_type, shape, mesh_dim_names=("machine", "process"))["process"]

@@ -9,6 +9,7 @@ from functools import cache, partial
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .compilation import CompiledBlocks
@@ -20,7 +21,7 @@ from .model import Context, FewStepPipeline
 from .optimizers import effective_learning_rate
 from .prefetch import InputReader, MicroBatch, RolloutInputs
 from .prior import PriorPrompts
-from .roles import StudentTeacherLoRA
+from .roles import Roles
 from .rollout import RolloutStep, VelocityFunction, rollout
 from .settings import PerformanceSettings, Settings
 from .sharding import average_gradients, calls_must_match, missing_calls
@@ -78,7 +79,7 @@ class TrainingStep:
         accelerator: Accelerator,
         *,
         pipeline: FewStepPipeline,
-        roles: StudentTeacherLoRA,
+        roles: Roles,
         contexts: Contexts,
         student: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -92,6 +93,7 @@ class TrainingStep:
         self.compiled = compiled
         self.seed, self.max_train_steps = settings.training.seed, settings.training.max_train_steps
         self.accumulation_steps = settings.training.gradient_accumulation_steps
+        self.rounds_at_random = settings.full.rounds_at_random
         self.has_dropout = settings.lora.lora_dropout > 0
         self.max_grad_norm = settings.optimizer.max_grad_norm
         self.num_rollout_steps = settings.distillation.num_rollout_steps
@@ -134,10 +136,12 @@ class TrainingStep:
                     measured = accelerator.reduce(measured / self.accumulation_steps, reduction="mean")
                     loss, figures = mean_figures(measured[0], self.num_trained_states)
                     prior_figures = self.prior_figures(measured[1]) if has_prior else {}
-                    if self.calls_match:
+                    if self.calls_match and not self.roles.averages_gradients:
                         average_gradients(self.roles.student_parameters, accelerator.num_processes)
-                    grad_norm = accelerator.clip_grad_norm_(self.roles.student_parameters, self.max_grad_norm).item()
+                    grad_norm = self.clip_gradients()
                     self.check_finite(step, loss, grad_norm, prior_figures.get("prior_loss", 0.0))
+                if self.rounds_at_random:
+                    torch.manual_seed(place_seed(self.seed, "rounding", f"{step}/{accelerator.process_index}"))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         rate = effective_learning_rate(self.optimizer)
@@ -146,6 +150,11 @@ class TrainingStep:
             self.compiled.report()
         metrics = {"loss": loss, "lr": rate, "grad_norm": grad_norm, **figures, **prior_figures}
         return metrics | {"seconds_per_step": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
+
+    def clip_gradients(self) -> float:
+        """Clips the student's gradients to `--max_grad_norm`, and returns the norm that they had."""
+        norm = self.accelerator.clip_grad_norm_(self.roles.student_parameters, self.max_grad_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def has_prior(self, step: int) -> bool:
         return bool(self.prior.trained) and step % self.prior_settings.prior_every == 0
@@ -267,7 +276,7 @@ class TrainingStep:
         self.num_skipped = count_skipped(self.num_skipped, was_skipped)
         if not was_skipped:
             self.lr_scheduler.step()
-            self.roles.update_teacher(self.ema_decay)
+            self.roles.after_optimizer_step(self.ema_decay)
 
 
 def mean_figures(measured: torch.Tensor, num_trained: int) -> tuple[float, dict[str, float]]:

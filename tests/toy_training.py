@@ -12,11 +12,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from dopsd.checkpoints import Checkpoints
 from dopsd.data.order import Sample
+from dopsd.lora_roles import StudentTeacherLoRA
 from dopsd.prior import PriorPrompts
-from dopsd.roles import StudentTeacherLoRA
+from dopsd.products import LoRAFile
 from dopsd.rollout import seeded_noise
 from dopsd.settings import Settings, TrainingSettings
 from dopsd.step import StudentVelocity, TrainingStep
+from dopsd.training_state import AdapterState
 from short_runs import default_settings, one_process
 from toy_pipeline import ToyContext, ToyPipeline, ToyTransformer, ToyVAE
 
@@ -66,10 +68,9 @@ class ToyTraining:
             TrainingSettings(output_dir=str(folder), checkpoints_total_limit=total_limit),
             self.accelerator,
             roles=self.roles,
-            optimizer=self.optimizer,
+            state=AdapterState(self.roles, self.optimizer),
             lr_scheduler=self.lr_scheduler,
-            stock_pipeline_class=ToyPipeline,
-            save_dtype=torch.float32,
+            product=LoRAFile(ToyPipeline, torch.float32),
             contract=contract or {},
         )
 

@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.miniature import world
 from benchmarks.miniature.methods import SharedSettings
 from dopsd.data.order import place_seed
-from dopsd.roles import StudentTeacherLoRA
+from dopsd.lora_roles import StudentTeacherLoRA
 from dopsd.rollout import (
     Schedule,
     VelocityFunction,

@@ -38,8 +38,8 @@ from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from dopsd.context_cache import files_fingerprint
 from dopsd.errors import DOPSDError
 from dopsd.history import last_retention, read_history
+from dopsd.lora_roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.prior import TriggerWord, word_prompts
-from dopsd.roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.rollout import Schedule
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 from pipelines.published import KLEIN_LORA_LAYERS

@@ -15,11 +15,11 @@ from ..data.order import Sample
 from ..data.training_data import TrainingData, load_training_data, resolve_data_defaults
 from ..launch import weight_dtype
 from ..loading import limited_size, reporting_load_errors
+from ..lora_roles import adapter_options
 from ..model import FewStepPipeline, Model
 from ..pretrained import assemble_pipeline, check_pretrained, hub_options, transformer_skeleton
 from ..prior import PriorPrompts, prior_prompts
 from ..prompts import drawn_prompts, resolve_prompts
-from ..roles import adapter_options
 from ..settings import Settings
 from .simulation import Batch, OneProcess, Shape, Simulator, on_meta
 

@@ -16,9 +16,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from ..lora_roles import StudentTeacherLoRA
 from ..model import Context, FewStepPipeline
 from ..prefetch import MicroBatch, RolloutInputs
-from ..roles import StudentTeacherLoRA
 from ..rollout import RolloutStep, VelocityFunction
 from ..settings import Settings
 from ..step import StudentVelocity, TrainingStep

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dopsd.adapted_linear import AdaptedLinear
-from dopsd.roles import StudentTeacherLoRA, adapter_options
+from dopsd.lora_roles import StudentTeacherLoRA, adapter_options
 from dopsd.rollout import rollout, seeded_noise
 from dopsd.settings import LoRASettings
 

@@ -148,12 +148,12 @@ def test_a_final_lora_that_cannot_be_written_is_saved_elsewhere(tmp_path, monkey
     training = ToyTraining()
     training.step()
     with pytest.raises(OutputError) as caught:
-        training.checkpoints(in_the_way(tmp_path / "run")).save_final_lora(NoStop())
+        training.checkpoints(in_the_way(tmp_path / "run")).save_final(NoStop())
     message = str(caught.value)
     assert f"{LORA_FILE} could not be written" in message and "no checkpoint is complete" in message
     elsewhere = Path(re.search("the LoRA is in (.*), move it to a safe place$", message)[1])
     assert elsewhere.parent == tmp_path / "temporary"
-    training.checkpoints(tmp_path).save_final_lora(NoStop())
+    training.checkpoints(tmp_path).save_final(NoStop())
     assert same_weights(tmp_path, elsewhere)
 
 
@@ -184,7 +184,7 @@ def test_a_final_lora_without_room_anywhere_waits_for_room(tmp_path, monkeypatch
             (folder / f".{LORA_FILE}.tmp").rmdir()
 
     monkeypatch.setattr("dopsd.checkpoints.time.sleep", make_room)
-    ToyTraining().checkpoints(folder).save_final_lora(NoStop())
+    ToyTraining().checkpoints(folder).save_final(NoStop())
     assert len(waits) == 90 and (folder / LORA_FILE).stat().st_size > 0
     messages = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert len(messages) == 3 and all("Trying again every 30 seconds" in message for message in messages)
@@ -193,7 +193,7 @@ def test_a_final_lora_without_room_anywhere_waits_for_room(tmp_path, monkeypatch
 def test_a_stop_request_ends_the_wait_for_room(tmp_path, monkeypatch, no_room_elsewhere):
     monkeypatch.setattr("dopsd.checkpoints.time.sleep", lambda seconds: None)
     with pytest.raises(OutputError, match="could not be written"):
-        ToyTraining().checkpoints(in_the_way(tmp_path)).save_final_lora(NoStop(num_answers=40))
+        ToyTraining().checkpoints(in_the_way(tmp_path)).save_final(NoStop(num_answers=40))
 
 
 # Runs that diverge

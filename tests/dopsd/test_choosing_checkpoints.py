@@ -13,7 +13,7 @@ from dopsd.context_cache import content_key
 from dopsd.errors import InputError
 from dopsd.output import checkpoint_step, list_checkpoints, tidy_output_dir
 from dopsd.resuming import (
-    CHECKPOINT_FILES,
+    EARLIER_FILES,
     PICTURES,
     PRIOR,
     check_resumable,
@@ -34,7 +34,7 @@ def make_checkpoint(folder: Path, step: int, *, contract: dict | None = None) ->
     """An intact checkpoint's folder, whose files are only text."""
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
-    for name in CHECKPOINT_FILES:
+    for name in EARLIER_FILES:
         (checkpoint / name).write_text(f"{name} of step {step}")
     write_state(checkpoint, step=step, settings=contract or {})
     return checkpoint
@@ -42,7 +42,7 @@ def make_checkpoint(folder: Path, step: int, *, contract: dict | None = None) ->
 
 def write_state(checkpoint: Path, **changed) -> None:
     """A state file with a right checksum."""
-    state = {"files": {name: file_digest(checkpoint / name) for name in CHECKPOINT_FILES}} | changed
+    state = {"files": {name: file_digest(checkpoint / name) for name in EARLIER_FILES}} | changed
     (checkpoint / "state.json").write_text(json.dumps(state | {"checksum": content_key(state)}))
 
 
@@ -127,7 +127,7 @@ def swap_in(path: Path) -> None:
     path.write_bytes((path.parents[1] / "checkpoint-2" / path.name).read_bytes())
 
 
-@pytest.mark.parametrize("name", [*CHECKPOINT_FILES, "state.json"])
+@pytest.mark.parametrize("name", [*EARLIER_FILES, "state.json"])
 @pytest.mark.parametrize("harm", [flip_a_bit, truncate, swap_in, Path.unlink])
 def test_latest_falls_back_to_the_newest_intact_checkpoint_and_says_so(tmp_path, caplog, harm, name):
     intact, damaged = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 4)

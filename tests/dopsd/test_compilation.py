@@ -11,7 +11,7 @@ from dopsd import compilation
 from dopsd.compilation import CompiledBlocks
 from dopsd.errors import InputError
 from dopsd.execution import prepare_transformer
-from dopsd.roles import StudentTeacherLoRA, lora_target_modules
+from dopsd.lora_roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.settings import PerformanceSettings
 from models import NEEDS_COMPILER
 from pipelines.flux2_klein import KleinContext

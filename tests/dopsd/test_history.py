@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from dopsd.errors import OutputError
-from dopsd.history import HISTORY_FILE, MetricsLog, last_retention, read_history, rewind_history, sync_history
+from dopsd.history import MetricsLog, last_retention, read_history, rewind_history, sync_history
+from dopsd.output import HISTORY_FILE
 
 
 class Tracker:

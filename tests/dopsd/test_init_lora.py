@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
 from dopsd.init_lora import read_init_lora
+from dopsd.lora_roles import StudentTeacherLoRA, adapter_options
 from dopsd.pretrained import load_skeleton, load_transformer, open_pipeline
-from dopsd.roles import StudentTeacherLoRA, adapter_options
 from models import ONE_MODEL, ZIMAGE
 from short_runs import as_arguments
 

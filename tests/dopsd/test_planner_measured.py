@@ -15,12 +15,12 @@ from diffusers import Flux2Transformer2DModel, ZImageTransformer2DModel
 
 import train_dopsd_flux2
 from dopsd.launch import weight_dtype
+from dopsd.lora_roles import StudentTeacherLoRA, adapter_options
 from dopsd.optimizers import build_lr_scheduler, build_optimizer
 from dopsd.planner.allocations import AllocationTracker, module_bytes, storage_bytes
 from dopsd.planner.plan import Planner
 from dopsd.planner.reading import read_run
 from dopsd.pretrained import load_transformer
-from dopsd.roles import StudentTeacherLoRA, adapter_options
 from dopsd.step import StudentVelocity, TrainingStep
 from editing_pairs import write_pairs
 from models import make_model

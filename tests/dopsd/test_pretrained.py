@@ -7,6 +7,7 @@ import torch
 from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
 from dopsd.init_lora import read_init_lora
+from dopsd.lora_roles import adapter_options
 from dopsd.pretrained import (
     check_pretrained,
     load_skeleton,
@@ -16,7 +17,6 @@ from dopsd.pretrained import (
     open_pipeline,
     read_configs,
 )
-from dopsd.roles import adapter_options
 from short_runs import as_arguments
 
 

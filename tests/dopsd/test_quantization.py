@@ -12,6 +12,7 @@ from torch import nn
 from dopsd.command_line import hide_torchao, parse_settings
 from dopsd.context_cache import checkpoint_fingerprint
 from dopsd.errors import InputError
+from dopsd.lora_roles import StudentTeacherLoRA, adapter_options
 from dopsd.pretrained import check_pretrained, encoder_fingerprints, load_skeleton, load_transformer
 from dopsd.quantization import (
     QuantizedLinear,
@@ -21,7 +22,6 @@ from dopsd.quantization import (
     transformer_quantization,
     unquantized_modules,
 )
-from dopsd.roles import StudentTeacherLoRA, adapter_options
 from dopsd.rollout import seeded_noise
 from models import ONE_MODEL
 from short_runs import as_arguments

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from dopsd.execution import prepare_transformer
-from dopsd.roles import StudentTeacherLoRA, lora_target_modules
+from dopsd.lora_roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.rollout import rollout, seeded_noise
 from dopsd.sharding import average_gradients, missing_calls, repeated_blocks
 from models import both_models

@@ -17,7 +17,7 @@ from benchmarks.miniature.baselines import (
 from benchmarks.miniature.concepts import CONCEPTS, training_pictures
 from benchmarks.miniature.methods import SharedSettings
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH
-from dopsd.roles import StudentTeacherLoRA, lora_target_modules
+from dopsd.lora_roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.rollout import Schedule, distillation_loss, few_step_sample, rollout, seeded_noise
 from pipelines.published import KLEIN_LORA_LAYERS
 

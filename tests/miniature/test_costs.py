@@ -8,7 +8,7 @@ from benchmarks.miniature.baselines import encode_pictures
 from benchmarks.miniature.concepts import CONCEPTS, training_pictures
 from benchmarks.miniature.methods import ALL_STATES, DOPSD, DOPSD_BOTH, EQUAL_COST_TABLE, NUM_TRAIN_STEPS, SFT_PRIOR
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
-from dopsd.roles import StudentTeacherLoRA, lora_target_modules
+from dopsd.lora_roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.rollout import rollout, seeded_noise
 from pipelines.published import KLEIN_LORA_LAYERS
 

@@ -9,8 +9,8 @@ from benchmarks.miniature import world
 from benchmarks.miniature.files import MODEL
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from dopsd.command_line import parse_settings
+from dopsd.lora_roles import StudentTeacherLoRA, adapter_options
 from dopsd.pretrained import load_skeleton, load_text_encoder, load_transformer
-from dopsd.roles import StudentTeacherLoRA, adapter_options
 from dopsd.rollout import seeded_noise
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 

@@ -8,7 +8,7 @@ from diffusers import Flux2Transformer2DModel, ZImageTransformer2DModel
 
 import train_dopsd_flux2
 import train_dopsd_zimage
-from dopsd.roles import lora_target_modules
+from dopsd.lora_roles import lora_target_modules
 
 
 KLEIN_DOUBLE = """

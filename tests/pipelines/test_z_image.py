@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
+from dopsd.lora_roles import lora_target_modules
 from dopsd.pretrained import transformer_skeleton
-from dopsd.roles import lora_target_modules
 from dopsd.rollout import rollout, seeded_noise
 from pipelines.published import Z_IMAGE_LORA_LAYERS
 from pipelines.vision_encoder import VisionEncoder

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from command_line import LORA_FILE, assert_close_weights, same_weights, succeed, weights
 from dopsd.history import read_history
-from dopsd.roles import StudentTeacherLoRA
+from dopsd.lora_roles import StudentTeacherLoRA
 from models import ONE_MODEL, SLOW, both_models, every_context
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from dopsd.adapted_linear import CastLinear
 from dopsd.errors import InputError
+from dopsd.lora_roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.pretrained import transformer_skeleton
-from dopsd.roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.rollout import rollout, seeded_noise
 from pipelines.published import KLEIN_LORA_LAYERS
 

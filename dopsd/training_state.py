@@ -1,0 +1,115 @@
+"""The weights and optimizer states of a checkpoint."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from .errors import device_errors, first_line
+from .lora_roles import StudentTeacherLoRA
+from .output import ADAPTERS_FILE
+from .weight_roles import StudentTeacherWeights
+
+
+TRAINER_FILE, WEIGHTS_DIR = "trainer_state.pt", "weights"
+
+
+class TrainingState(ABC):
+    """What a checkpoint holds of the roles and the optimizer.
+
+    Attributes:
+        is_collective: whether all processes write and read it together, since each holds a part.
+    """
+
+    is_collective: bool
+
+    @abstractmethod
+    def write(self, folder: Path, others: dict[str, Any]) -> None:
+        """Writes it into a folder, with other small states. Raises OSError or SafetensorError if it cannot."""
+
+    @abstractmethod
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Restores it, and returns the other states."""
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """`torch.save`, whose RuntimeError for a full disk becomes an OSError. Errors of the GPU stay what they are."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        if isinstance(error, device_errors()):
+            raise
+        raise OSError(first_line(error)) from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class AdapterState(TrainingState):
+    """The adapters and their optimizer, written by one process."""
+
+    is_collective = False
+
+    def __init__(self, roles: StudentTeacherLoRA, optimizer: torch.optim.Optimizer):
+        self.roles, self.optimizer = roles, optimizer
+
+    def write(self, folder: Path, others: dict[str, Any]) -> None:
+        save_file({name: weight.cpu() for name, weight in self.roles.state_dict().items()}, folder / ADAPTERS_FILE)
+        save_state({"optimizer": self.optimizer.state_dict(), **others}, folder / TRAINER_FILE)
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        adapters, others = load_file(folder / ADAPTERS_FILE), load_state(folder / TRAINER_FILE)
+        self.roles.load_state_dict(adapters)
+        self.optimizer.load_state_dict(others.pop("optimizer"))
+        return others
+
+
+class WeightState(TrainingState):
+    """The transformer's weights, their averages and the optimizer's states, by torch.distributed.checkpoint.
+
+    Each process writes its part. Another number of processes can read them.
+    """
+
+    is_collective = True
+
+    def __init__(self, roles: StudentTeacherWeights, optimizer: torch.optim.Optimizer):
+        self.roles = roles
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+        # The optimizer's states get the names of the weights.
+        self.named = nn.Module()
+        for name, parameter in roles.trained.items():
+            self.named.register_parameter(name.replace(".", "/"), parameter)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.roles.state_dict(), "optimizer": get_optimizer_state_dict(self.named, self.optimizer)}
+
+    def write(self, folder: Path, others: dict[str, Any]) -> None:
+        try:
+            dcp.save(self.state_dict(), checkpoint_id=folder / WEIGHTS_DIR, no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            raise write_error(error) from error
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            save_state(others, folder / TRAINER_FILE)
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        state = self.state_dict()
+        dcp.load(state, checkpoint_id=folder / WEIGHTS_DIR, no_dist=not dist.is_initialized())
+        self.roles.copy_masters_to_weights()
+        set_optimizer_state_dict(self.named, self.optimizer, state["optimizer"])
+        return load_state(folder / TRAINER_FILE)
+
+
+def write_error(error: CheckpointException) -> Exception:
+    """The first process's failure; one of the GPU stays what it is."""
+    failure = next(iter(error.failures.values()))[0]
+    if isinstance(failure, (OSError, *device_errors())):
+        return failure
+    return OSError(first_line(failure))
