@@ -60,10 +60,13 @@ def torchao_optimizer(in_8_bits: bool, device: torch.device) -> type[torch.optim
     from torchao.optim import AdamW8bit, _AdamW
 
     kind = AdamW8bit if in_8_bits else _AdamW
-    if device.type != "cpu":
-        return kind
-    eager = torch.compiler.set_stance("force_eager")
-    return type(kind.__name__, (kind,), {"step": eager(kind.step)})
+    changed = {}
+    if not in_8_bits:
+        # In bfloat16, as torchao keeps it, the average of squared gradients stalls below what it should be.
+        changed["_new_buffer"] = lambda self, p, signed: torch.zeros_like(p, dtype=torch.float32)
+    if device.type == "cpu":
+        changed["step"] = torch.compiler.set_stance("force_eager")(kind.step)
+    return type(kind.__name__, (kind,), changed)
 
 
 def build_lr_scheduler(

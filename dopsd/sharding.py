@@ -33,7 +33,7 @@ def calls_must_match(settings: PerformanceSettings, accelerator: Accelerator) ->
 
 def repeated_blocks(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     """The blocks that diffusers lists as repeated, in the model's order. `fully_shard` derives their class anew."""
-    names = {*transformer._repeated_blocks}
+    names = {*(getattr(transformer, "_repeated_blocks", None) or ())}
     return [module for module in transformer.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
 
 

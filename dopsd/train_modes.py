@@ -148,6 +148,6 @@ def bytes_per_weight(settings: Settings, dtype: torch.dtype) -> int:
     """What training keeps for each trained weight besides the weight itself, in bytes."""
     has_masters = dtype != torch.float32 and settings.full.bf16_update == "master_weights"
     trained = 4 if has_masters else dtype.itemsize
-    states = 2 * (1 if settings.optimizer.use_8bit_adam else trained)
+    states = 2 * (1 if settings.optimizer.use_8bit_adam else 4)
     gradient, master, ema, base = trained, trained * has_masters, 4, dtype.itemsize
     return gradient + master + states + ema + base
