@@ -393,8 +393,8 @@ def check_train_mode(settings: Settings) -> None:
         raise InputError("--train_mode full: cannot be combined with --mixed_precision fp16; pass bf16 or no")
     if settings.full.rounds_at_random and settings.optimizer.use_8bit_adam and settings.performance.is_sharded:
         raise InputError(
-            "--bf16_update stochastic_rounding: torchao's 8-bit optimizer cannot round sharded weights at random; drop "
-            "--use_8bit_adam, or pass --bf16_update master_weights"
+            "--bf16_update stochastic_rounding: torchao's 8-bit optimizer cannot round sharded weights at random; "
+            "drop --use_8bit_adam, or pass --bf16_update master_weights"
         )
     if settings.optimizer.optimizer != "adamw":
         raise InputError("--train_mode full: needs --optimizer AdamW; drop one of them")

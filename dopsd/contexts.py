@@ -205,10 +205,10 @@ class Contexts:
     def teacher(self, samples: list[Sample]) -> Context:
         return self._stack([self.teacher_encodings(sample) for sample in samples])
 
-    def load(self, samples: list[Sample]) -> tuple[Context, Context]:
-        """Contexts of the student and of the teacher for one batch."""
+    def load(self, samples: list[Sample], *, num_copies: int = 1) -> tuple[Context, Context]:
+        """Contexts of the student and of the teacher for one batch; the teacher's holds it `num_copies` times."""
         captions, cond_images = (list(map(part, samples)) for part in (self.data.caption, self.data.cond_crops))
-        return self.student(captions, cond_images), self.teacher(samples)
+        return self.student(captions, cond_images), self.teacher(samples * num_copies)
 
     def _stack(self, samples: list[tuple[Encoding, ...]]) -> Context:
         return self.conditioning.stack([tuple(map(self.tensor, encodings)) for encodings in samples]).to(self.device)

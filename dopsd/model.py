@@ -55,7 +55,7 @@ class FewStepPipeline(Protocol):
         """The steps that the stock pipeline takes at that image size."""
 
     def predict_velocity(self, latents: torch.Tensor, timestep: torch.Tensor, context: Any) -> torch.Tensor:
-        """noise - x0, (B, C, h, w), at a scalar timestep of the schedule."""
+        """noise - x0, (B, C, h, w), at a timestep of the schedule, a scalar or one per sample."""
 
     def sample(self, context: Any, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
         """What the stock pipeline returns for `output_type="latent"`, from (B, C, h, w) noise."""

@@ -1,7 +1,9 @@
 """What rollouts start from: contexts and noise, read one micro-batch ahead of their use."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,22 +39,25 @@ class RolloutInputs:
         size: (height, width) in pixels.
         noise: (B, C, h, w), the state at sigma = 1.
         student: the student's context.
-        teacher: the teacher's; None if it is the student's.
+        teacher: the context of the teacher or, for prompts of the prior, of the base model. It may hold all samples
+            several times, one after another.
     """
 
     size: tuple[int, int]
     noise: torch.Tensor
     student: Context
-    teacher: Context | None = None
+    teacher: Context
 
     def pin_memory(self) -> "RolloutInputs":
-        teacher = None if self.teacher is None else self.teacher.pin_memory()
-        return RolloutInputs(self.size, self.noise.pin_memory(), self.student.pin_memory(), teacher)
+        return self._each(lambda part: part.pin_memory())
 
     def to(self, device: torch.device) -> "RolloutInputs":
         """On a device. The copy of pinned memory does not wait for the device."""
-        teacher = None if self.teacher is None else self.teacher.to(device, non_blocking=True)
-        noise, student = (part.to(device, non_blocking=True) for part in (self.noise, self.student))
+        return self._each(lambda part: part.to(device, non_blocking=True))
+
+    def _each(self, function: Callable[[Any], Any]) -> "RolloutInputs":
+        noise, student = function(self.noise), function(self.student)
+        teacher = student if self.teacher is self.student else function(self.teacher)
         return RolloutInputs(self.size, noise, student, teacher)
 
 
@@ -67,11 +72,21 @@ class InputReader:
         prior: prompts of prior preservation.
         seed: `--seed`.
         device: the accelerator. Inputs are pinned if it is a CUDA device.
+        num_copies, num_prior_copies: how often the teacher's, and the base model's, context holds all samples.
     """
 
     def __init__(
-        self, pipeline: FewStepPipeline, contexts: Contexts, prior: PriorPrompts, *, seed: int, device: torch.device
+        self,
+        pipeline: FewStepPipeline,
+        contexts: Contexts,
+        prior: PriorPrompts,
+        *,
+        seed: int,
+        device: torch.device,
+        num_copies: int = 1,
+        num_prior_copies: int = 1,
     ):
+        self.num_copies, self.num_prior_copies = num_copies, num_prior_copies
         self.pipeline, self.prior, self.seed, self.data = pipeline, prior, seed, contexts.data
         self.latents_dtype = pipeline.latents_dtype  # a pipeline may look for it in all of the VAE's modules
         self._is_cached = contexts.cache is not None
@@ -102,7 +117,8 @@ class InputReader:
         """
         size = self.data.bucket(batch.samples[0])
         seeds = [noise_seed(self.seed, sample) for sample in batch.samples]
-        inputs = [RolloutInputs(size, self._noise(size, seeds), *self._contexts.load(batch.samples))]
+        contexts = self._contexts.load(batch.samples, num_copies=self.num_copies)
+        inputs = [RolloutInputs(size, self._noise(size, seeds), *contexts)]
         if batch.has_prior:
             is_editing, count = self.data.is_editing, len(batch.samples)
             prompts = self.prior.draw(self.seed, batch.place, count, have_one_kind=is_editing)
@@ -110,7 +126,10 @@ class InputReader:
             if is_editing and not self.prior.is_unrelated(prompts[0]):
                 cond_images = [self.data.cond_crops(sample) for sample in batch.samples]
             seeds = [place_seed(self.seed, "prior noise", f"{batch.place}/{index}") for index in range(len(prompts))]
-            inputs.append(RolloutInputs(size, self._noise(size, seeds), self._contexts.student(prompts, cond_images)))
+            student = base = self._contexts.student(prompts, cond_images)
+            if (copies := self.num_prior_copies) > 1:
+                base = self._contexts.student(prompts * copies, cond_images and cond_images * copies)
+            inputs.append(RolloutInputs(size, self._noise(size, seeds), student, base))
         return [one.pin_memory() for one in inputs] if self._pins else inputs
 
     def _noise(self, size: tuple[int, int], seeds: list[int]) -> torch.Tensor:

@@ -109,6 +109,8 @@ def rollout(
     *,
     trained: Collection[int] | None = None,
     loss_space: LossSpace = "x0",
+    asks_once: bool = False,
+    walks_all: bool = False,
 ) -> Iterator[RolloutStep]:
     """Follows the student's few-step trajectory and evaluates the teacher at states on it (arXiv 2605.05204).
 
@@ -125,10 +127,19 @@ def rollout(
         trained: indices of the states to yield, at least one. The student passes the others without a gradient or a
             teacher, and stops after the last of them. Default: all.
         loss_space: see `distillation_loss`.
+        asks_once: call the teacher once, for all trained states in one batch: (num_trained * B, ...), with a timestep
+            per sample. For a teacher whose weights come from elsewhere at each call. The student first walks the
+            states without a gradient, one more forward per trained state.
+        walks_all: with `asks_once`, walk all states, so that the number of calls does not depend on `trained`.
 
     Yields:
         The trained states, the noisiest first.
     """
+    if asks_once:
+        yield from rollout_with_one_question(
+            student, teacher, noise, schedule, trained=trained, loss_space=loss_space, walks_all=walks_all
+        )
+        return
     trained = range(len(schedule)) if trained is None else trained
     latents = noise
     for index, timestep in enumerate(schedule.timesteps[: max(trained) + 1]):
@@ -138,19 +149,58 @@ def rollout(
                 latents = euler_step(latents, student(latents, timestep), sigma, next_sigma)
             continue
         teacher_velocity = teacher(latents, timestep)
-        assert not teacher_velocity.requires_grad, "the teacher's velocity must not require a gradient"
-        student_velocity = student(latents, timestep)
-        next_latents = euler_step(latents, student_velocity.detach(), sigma, next_sigma)
-        yield RolloutStep(
-            index=index,
-            sigma=sigma,
-            latents=latents,
-            student_velocity=student_velocity,
-            teacher_velocity=teacher_velocity,
-            loss=distillation_loss(student_velocity, teacher_velocity, sigma, loss_space=loss_space),
-            next_latents=next_latents,
-        )
-        latents = next_latents
+        state = rollout_step(student, teacher_velocity, latents, schedule, index, loss_space=loss_space)
+        yield state
+        latents = state.next_latents
+
+
+def rollout_with_one_question(
+    student: VelocityFunction,
+    teacher: VelocityFunction,
+    noise: torch.Tensor,
+    schedule: Schedule,
+    *,
+    trained: Collection[int] | None,
+    loss_space: LossSpace,
+    walks_all: bool,
+) -> Iterator[RolloutStep]:
+    """See `rollout` with `asks_once`."""
+    trained = sorted(range(len(schedule)) if trained is None else trained)
+    visited, latents = [], noise
+    with torch.no_grad():
+        for index in range(len(schedule) if walks_all else trained[-1] + 1):
+            visited.append(latents)
+            if walks_all or index < trained[-1]:
+                velocity = student(latents, schedule.timesteps[index])
+                latents = euler_step(latents, velocity, schedule.sigmas[index], schedule.sigmas[index + 1])
+    timesteps = schedule.timesteps[trained].repeat_interleave(len(noise))
+    velocities = teacher(torch.cat([visited[index] for index in trained]), timesteps).chunk(len(trained))
+    for index, velocity in zip(trained, velocities, strict=True):
+        yield rollout_step(student, velocity, visited[index], schedule, index, loss_space=loss_space)
+
+
+def rollout_step(
+    student: VelocityFunction,
+    teacher_velocity: torch.Tensor,
+    latents: torch.Tensor,
+    schedule: Schedule,
+    index: int,
+    *,
+    loss_space: LossSpace,
+) -> RolloutStep:
+    """The student, with a gradient, at a state whose teacher velocity is known."""
+    assert not teacher_velocity.requires_grad, "the teacher's velocity must not require a gradient"
+    sigma, next_sigma = schedule.sigmas[index], schedule.sigmas[index + 1]
+    student_velocity = student(latents, schedule.timesteps[index])
+    return RolloutStep(
+        index=index,
+        sigma=sigma,
+        latents=latents,
+        student_velocity=student_velocity,
+        teacher_velocity=teacher_velocity,
+        loss=distillation_loss(student_velocity, teacher_velocity, sigma, loss_space=loss_space),
+        next_latents=euler_step(latents, student_velocity.detach(), sigma, next_sigma),
+    )
 
 
 @torch.no_grad()

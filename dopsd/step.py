@@ -103,7 +103,19 @@ class TrainingStep:
         self.prior, self.prior_settings = prior, settings.prior
         # Processes that share the transformer's weights exchange gradients here rather than in DDP.
         self.calls_match = calls_must_match(settings.performance, accelerator)
-        self.inputs = InputReader(pipeline, contexts, prior, seed=self.seed, device=accelerator.device)
+        # A role whose weights come from elsewhere is asked about all trained states at once.
+        several = self.num_trained_states > 1
+        self.asks_teacher_once = several and roles.teacher_is_elsewhere
+        self.asks_base_once = several and roles.base_is_elsewhere
+        self.inputs = InputReader(
+            pipeline,
+            contexts,
+            prior,
+            seed=self.seed,
+            device=accelerator.device,
+            num_copies=self.num_trained_states if self.asks_teacher_once else 1,
+            num_prior_copies=self.num_trained_states if self.asks_base_once else 1,
+        )
         # (height, width) -> schedule. Each is made once, since making it waits for the accelerator.
         self.schedule = cache(partial(pipeline.schedule, num_steps=self.num_rollout_steps, device=accelerator.device))
         self.num_skipped = 0  # steps in a row that the fp16 gradient scaler skipped
@@ -178,17 +190,21 @@ class TrainingStep:
         inputs = inputs.to(self.accelerator.device)
         trained = self.trained_states("states", batch.place)
         teacher = self.roles.as_teacher(partial(self.pipeline.predict_velocity, context=inputs.teacher))
-        teacher = self.called_as_often(teacher, "states", batch.place)
-        states = self.visited_states(inputs, teacher, trained, exchanges=exchanges)
+        asks_once = self.asks_teacher_once
+        if not asks_once:
+            teacher = self.called_as_often(teacher, "states", batch.place)
+        states = self.visited_states(inputs, teacher, trained, exchanges=exchanges, asks_once=asks_once)
         return self.backpropagate_states(states, batch.weight)
 
     def backpropagate_prior(self, batch: MicroBatch, inputs: RolloutInputs) -> torch.Tensor:
         """Backpropagates the loss of prior preservation, on as many prompts as the micro-batch has samples."""
         inputs = inputs.to(self.accelerator.device)
         trained = self.trained_states("prior states", batch.place)
-        base = self.roles.as_base(partial(self.pipeline.predict_velocity, context=inputs.student))
-        base = self.called_as_often(base, "prior states", batch.place)
-        states = self.visited_states(inputs, base, trained, exchanges=True)
+        base = self.roles.as_base(partial(self.pipeline.predict_velocity, context=inputs.teacher))
+        asks_once = self.asks_base_once
+        if not asks_once:
+            base = self.called_as_often(base, "prior states", batch.place)
+        states = self.visited_states(inputs, base, trained, exchanges=True, asks_once=asks_once)
         return self.backpropagate_states(states, batch.weight, self.prior_settings.prior_loss_weight)
 
     def trained_states(self, purpose: str, place: int) -> list[int]:
@@ -232,17 +248,33 @@ class TrainingStep:
         return measured * weight
 
     def visited_states(
-        self, inputs: RolloutInputs, teacher: VelocityFunction, trained: list[int], *, exchanges: bool
+        self,
+        inputs: RolloutInputs,
+        teacher: VelocityFunction,
+        trained: list[int],
+        *,
+        exchanges: bool,
+        asks_once: bool = False,
     ) -> Iterator[RolloutStep]:
         """Rolls out the student, all samples in one batch; yields the trained states.
 
         Args:
             inputs: on the accelerator.
             exchanges: whether processes exchange gradients in the last of these backward passes.
+            asks_once: see `rollout`.
         """
         student = self.student_velocity(inputs.student, trained[-1] + 1 if exchanges else None)
         schedule = self.schedule(*inputs.size)
-        return rollout(student, teacher, inputs.noise, schedule, trained=trained, loss_space=self.loss_space)
+        return rollout(
+            student,
+            teacher,
+            inputs.noise,
+            schedule,
+            trained=trained,
+            loss_space=self.loss_space,
+            asks_once=asks_once,
+            walks_all=self.calls_match,  # processes then call the transformer equally often
+        )
 
     def student_velocity(self, context: Context, last_call: int | None) -> VelocityFunction:
         """The student as the rollout calls it. Processes exchange gradients in the backward pass of one call only."""

@@ -50,6 +50,7 @@ class WeightCopy:
         self.is_resident = all(
             value.device == weight.device and value.dtype == weight.dtype for weight, value in self.swaps
         )
+        self.is_elsewhere = any(value.device != weight.device for weight, value in self.swaps)
         self.blocks = [] if self.is_sharded or self.is_resident else blocks_of(transformer, self.swaps)
 
     def in_place(self) -> AbstractContextManager[None]:

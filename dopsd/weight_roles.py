@@ -73,6 +73,7 @@ class StudentTeacherWeights(Roles):
         self._ema = None
         if teacher == "ema":
             self._ema = WeightCopy(transformer, self.weights, device=ema_device, dtype=torch.float32)
+        self._teacher = {"ema": self._ema, "base": self._base, "student": None}[teacher]
         self._masters = {}
         if has_master_weights:
             for name, weight in self.weights.items():
@@ -83,7 +84,7 @@ class StudentTeacherWeights(Roles):
     # Roles
 
     def teacher_role(self) -> AbstractContextManager[None]:
-        return self._role({"ema": self._ema, "base": self._base, "student": None}[self.teacher])
+        return self._role(self._teacher)
 
     def base_role(self) -> AbstractContextManager[None]:
         return self._role(self._base)
@@ -91,6 +92,14 @@ class StudentTeacherWeights(Roles):
     def shipped_role(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """The student: its weights are those that the stock pipeline loads in its own dtype."""
         return self._role(None)
+
+    @property
+    def teacher_is_elsewhere(self) -> bool:
+        return self._teacher is not None and self._teacher.is_elsewhere
+
+    @property
+    def base_is_elsewhere(self) -> bool:
+        return self._base.is_elsewhere
 
     @contextmanager
     def _role(self, copy: WeightCopy | None) -> Iterator[None]:

@@ -190,7 +190,7 @@ class Flux2KleinDOPSDPipeline(FewStepMixin, Flux2KleinPipeline):
 
         Args:
             latents: (B, C, h, w), patchified.
-            timestep: scalar, from `Schedule.timesteps`.
+            timestep: from `Schedule.timesteps`, a scalar or one per sample.
             context: for the same batch. Latents, context and transformer have the same device and dtype.
 
         Returns:

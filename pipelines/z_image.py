@@ -123,7 +123,7 @@ class ZImageDOPSDPipeline(FewStepMixin, ZImagePipeline):
 
         Args:
             latents: (B, C, h, w), float32.
-            timestep: scalar, from `Schedule.timesteps`.
+            timestep: from `Schedule.timesteps`, a scalar or one per sample.
             context: for the same batch, on the same device, in the transformer's dtype.
 
         Returns:

@@ -93,7 +93,7 @@ class ToyPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         batch, _, height, width = latents.shape
         pictures = torch.zeros_like(latents) if context.pictures is None else context.pictures
         prompts = context.prompts[:, :, None, None].expand(-1, -1, height, width)
-        time = (timestep / 1000).expand(batch, 1, height, width)
+        time = (timestep / 1000).reshape(-1, 1, 1, 1).expand(batch, 1, height, width)
         tokens = torch.cat([latents, pictures, time, prompts], dim=1).permute(0, 2, 3, 1)
         return self.transformer(tokens).permute(0, 3, 1, 2)
 

@@ -143,11 +143,12 @@ class ToyContexts:
     def student(self, prompts: list[str], cond_images: None = None) -> ToyContext:
         return ToyContext(seeded_noise((16,), [zlib.crc32(prompt.encode()) for prompt in prompts]))
 
-    def load(self, samples: list[Sample]) -> tuple[ToyContext, ToyContext]:
+    def load(self, samples: list[Sample], *, num_copies: int = 1) -> tuple[ToyContext, ToyContext]:
         prompts = seeded_noise((16,), [sample.example for sample in samples])
         height, width = self.size(samples[0])
         pictures = seeded_noise((3, height // 16, width // 16), [100 + sample.example for sample in samples])
-        return ToyContext(prompts), ToyContext(prompts, pictures)
+        teacher = ToyContext(prompts.repeat(num_copies, 1), pictures.repeat(num_copies, 1, 1, 1))
+        return ToyContext(prompts), teacher
 
 
 def make_settings(**flags: Any) -> Settings:

@@ -34,7 +34,7 @@ class CachedContexts(ToyContexts):
         assert device == torch.device("cpu")
         return self
 
-    def load(self, samples: list[Sample]) -> tuple[ToyContext, ToyContext]:
+    def load(self, samples: list[Sample], *, num_copies: int = 1) -> tuple[ToyContext, ToyContext]:
         examples = [sample.example for sample in samples]
         self.reads.append((threading.current_thread().name, examples))
         if self.damaged in examples:
@@ -166,7 +166,7 @@ from dopsd.terminal import ending_in_one_line
 from test_prefetch import BATCHES, CachedContexts, reader_of
 
 class SlowContexts(CachedContexts):
-    def load(self, samples):
+    def load(self, samples, *, num_copies=1):
         if samples == BATCHES[1]:
             time.sleep(0.5)
         return super().load(samples)
