@@ -62,15 +62,15 @@ def load_script(path: Path = TRAINING_SCRIPT) -> ModuleType:
     return script
 
 
-def write_data(folder: Path, num_captions: int, num_pictures: int) -> list[str]:
-    """Writes pictures of 64 x 64 pixels and a metadata.jsonl. Returns its caption columns."""
+def write_data(folder: Path, num_captions: int, num_pictures: int, *, side: int = 64) -> list[str]:
+    """Writes square pictures of noise and a metadata.jsonl. Returns its caption columns."""
     rng = random.Random(0)
     words = [word for appearance in world.all_appearances() for word in appearance.words.split()]
     folder.mkdir()
     columns = [f"text{number}" for number in range(num_captions // num_pictures)]
     rows = []
     for number in range(num_pictures):
-        Image.effect_noise((64, 64), 50).convert("RGB").save(folder / f"{number}.png")
+        Image.effect_noise((side, side), 50).convert("RGB").save(folder / f"{number}.png")
         captions = {column: f"{number} {column} " + " ".join(rng.choices(words, k=12)) for column in columns}
         rows.append({"file_name": f"{number}.png"} | captions)
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -8,20 +8,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.miniature.parts import SPECIAL_TOKENS, make_scheduler, qwen_tokenizer
-
-
-def byte_tokenizer() -> Qwen2TokenizerFast:
-    """Byte-level tokenizer: one token per byte, plus Qwen's special tokens and chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
-    return qwen_tokenizer(tokenizer)
+from benchmarks.miniature.parts import byte_tokenizer, make_scheduler
 
 
 def make_tiny_klein(folder: str | Path, *, seed: int = 0, is_distilled: bool = True) -> Path:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import Qwen3Config, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3Config, Qwen3VLForConditionalGeneration
 
-from pipelines.vision_encoder import LANGUAGE_FIELDS
-from tiny_klein import byte_tokenizer
+from benchmarks.miniature.parts import byte_tokenizer
+from benchmarks.real_shapes.checkpoint import PREPROCESSOR, TINY, vlm_config
 
 
 def make_tiny_vlm(
@@ -38,31 +38,8 @@ def make_tiny_vlm(
             num_key_value_heads=1,
             head_dim=16,
         )
-    # Of each head's 64 frequencies, Qwen3-VL uses 24 for time and 20 each for height and width.
-    frequencies = text_config.head_dim // 2
-    spatial = frequencies * 20 // 64
-    rope = {
-        "rope_type": "default",
-        "mrope_interleaved": True,
-        "mrope_section": [frequencies - 2 * spatial, spatial, spatial],
-    }
-    config = Qwen3VLConfig(
-        text_config={
-            **{field: getattr(text_config, field) for field in LANGUAGE_FIELDS},
-            "initializer_range": 0.2,
-            "rope_parameters": {**rope, "rope_theta": 5e6},
-        },
-        vision_config={
-            "depth": 4,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": text_config.hidden_size,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 2, 3],
-        },
-        tie_word_embeddings=tie_word_embeddings,
-    )
+    vision_tower = TINY.vision_tower | {"out_hidden_size": text_config.hidden_size}
+    config = vlm_config(text_config, vision_tower, tie_word_embeddings=tie_word_embeddings, initializer_range=0.2)
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
     # As in make_tiny_klein: the default gain would leave little of the picture.
@@ -76,18 +53,8 @@ def make_tiny_vlm(
 
     # The Hub's form of the rotary settings, which transformers reads and no longer writes.
     saved = json.loads((folder / "config.json").read_text())
-    del saved["text_config"]["rope_parameters"]
-    saved["text_config"] |= {"rope_theta": 5000000, "rope_scaling": rope}
+    rope = saved["text_config"].pop("rope_parameters")
+    saved["text_config"] |= {"rope_theta": int(rope.pop("rope_theta")), "rope_scaling": rope}
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
-    preprocessor = {
-        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "processor_class": "Qwen3VLProcessor",
-        "image_processor_type": "Qwen2VLImageProcessorFast",
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
     return folder

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from transformers import Qwen3Config, Qwen3Model
 
-from tiny_klein import byte_tokenizer
+from benchmarks.miniature.parts import byte_tokenizer
 
 
 def tiny_text_config(**changed) -> Qwen3Config:

@@ -16,8 +16,8 @@ from diffusers.loaders import PeftAdapterMixin, ZImageLoraLoaderMixin
 from PIL import Image
 from transformers import Qwen3Config, Qwen3Model
 
+from benchmarks.miniature.parts import byte_tokenizer
 from dopsd.rollout import Schedule, few_step_sample
-from tiny_klein import byte_tokenizer
 
 
 class ToyTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):

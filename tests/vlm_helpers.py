@@ -7,8 +7,8 @@ import safetensors.torch
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.miniature.parts import byte_tokenizer
 from pipelines.vision_encoder import VisionEncoder
-from tiny_klein import byte_tokenizer
 
 
 PROMPT = "a striped ball on grass"

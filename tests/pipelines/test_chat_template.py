@@ -5,10 +5,10 @@ import threading
 
 import pytest
 
+from benchmarks.miniature.parts import byte_tokenizer
 from dopsd.errors import InputError
 from pipelines import chat_template
 from pipelines.chat_template import apply_chat_template
-from tiny_klein import byte_tokenizer
 
 
 @pytest.fixture

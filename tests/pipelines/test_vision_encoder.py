@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from transformers import Qwen3ForCausalLM, Qwen3Model, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from benchmarks.miniature.parts import byte_tokenizer
 from dopsd.errors import InputError
 from dopsd.quantization import text_encoder_quantization
 from pipelines.vision_encoder import PatchProjection
-from tiny_klein import byte_tokenizer
 from tiny_vlm import make_tiny_vlm
 from vlm_helpers import (
     PROMPT,

@@ -11,10 +11,10 @@ import safetensors.torch
 from PIL import Image
 from transformers import Qwen3Config
 
-import tiny_klein
+from benchmarks.miniature import parts
+from benchmarks.miniature.parts import byte_tokenizer
 from dopsd.errors import InputError
 from pipelines.vision_encoder import LANGUAGE_FIELDS, default_vlm
-from tiny_klein import byte_tokenizer
 from vlm_helpers import (
     COMMIT,
     FILES_WITHOUT_WEIGHTS,
@@ -233,8 +233,8 @@ def test_weights_without_a_tower_are_refused(vlm_copy, tmp_path):
 @pytest.mark.parametrize("unknown", [None, "<|endoftext|>"])
 @pytest.mark.parametrize("token", ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"])
 def test_a_tokenizer_without_the_image_tokens_is_refused(vlm_path, monkeypatch, token, unknown):
-    tokens = tuple("<|other|>" if special == token else special for special in tiny_klein.SPECIAL_TOKENS)
-    monkeypatch.setattr(tiny_klein, "SPECIAL_TOKENS", tokens)
+    tokens = tuple("<|other|>" if special == token else special for special in parts.SPECIAL_TOKENS)
+    monkeypatch.setattr(parts, "SPECIAL_TOKENS", tokens)
     tokenizer = byte_tokenizer()
     tokenizer.unk_token = unknown
     with refused(vlm_path, f"tokenizer lacks {token}, needed"):
