@@ -93,7 +93,9 @@ class InputReader:
         self._contexts = contexts.on(torch.device("cpu")) if self._is_cached else contexts
         self._pins = self._is_cached and device.type == "cuda"
         # The thread starts with the first task. CUDA's current device is the thread's own.
-        own_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if self._pins else {}
+        own_device = (
+            {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)} if self._pins else {}
+        )
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", **own_device)
         self._ahead: tuple[MicroBatch, Future] | None = None
 

@@ -112,6 +112,7 @@ def test_a_damaged_entry_ends_the_step_that_needs_it():
 
 def test_tensors_for_a_gpu_are_pinned_and_copied_without_waiting(monkeypatch):
     copies = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **options: copies.append(options) or tensor)
     batch = MicroBatch(0, [sample(1)], 1.0, has_prior=True)
@@ -120,7 +121,21 @@ def test_tensors_for_a_gpu_are_pinned_and_copied_without_waiting(monkeypatch):
     copies.clear()
     moved = [one.to(torch.device("cuda")) for one in pinned]
     assert same_tensors(tensors(moved), tensors(pinned)) and moved[0].size == pinned[0].size
-    assert copies == [{"non_blocking": True}] * len(tensors(pinned))
+    num_shared = sum(one.teacher is one.student for one in pinned)  # the prior's contexts, which are copied once
+    assert num_shared == 1 and copies == [{"non_blocking": True}] * (len(tensors(pinned)) - num_shared)
+
+
+def test_the_reading_thread_uses_the_gpu_that_trains(monkeypatch):
+    """accelerate's device has no number if there is one process, and torch sets a numbered device only."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    reader = reader_of(CachedContexts(BATCHES), "cuda")
+    first, second = (MicroBatch(place, BATCHES[place], 1.0) for place in range(2))
+    reader.get(first, second)
+    reader.get(second)
+    assert chosen == [3]
 
 
 def test_a_schedule_is_made_once_per_size(monkeypatch):
