@@ -142,7 +142,7 @@ class OneState(TrainingStep):
             parameter.grad = torch.zeros_like(parameter)
 
     def visited_states(
-        self, inputs: RolloutInputs, teacher: VelocityFunction, trained: list[int], *, exchanges: bool
+        self, inputs: RolloutInputs, teacher: VelocityFunction, trained: list[int], **options: bool
     ) -> Iterator[RolloutStep]:
         def then_gradients(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             velocity = teacher(latents, timestep)
@@ -150,7 +150,7 @@ class OneState(TrainingStep):
                 self.leave_gradients()
             return velocity
 
-        return super().visited_states(inputs, then_gradients, trained, exchanges=exchanges)
+        return super().visited_states(inputs, then_gradients, trained, **options)
 
 
 def on_meta(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
@@ -237,7 +237,7 @@ class Simulator:
                     trained = counter.total
                     if batch.prior is not None and not repeats:
                         prior = contexts.of(batch.prior)
-                        step.backpropagate_prior(micro_batch, RolloutInputs(batch.size, noise, prior))
+                        step.backpropagate_prior(micro_batch, RolloutInputs(batch.size, noise, prior, prior))
                     trained_prior = counter.total - trained
                 passed = self.forward_flops(step.student_velocity(student, None), batch)
                 passed_prior = 0
