@@ -72,8 +72,9 @@ def shard(
     pieces = [parameter for parameter in transformer.parameters() if isinstance(parameter, DTensor)]
     held = sum(piece.to_local().nbytes for piece in pieces)
     place = "in host memory" if settings.offload_transformer else "on its device"
+    part = "Transformer" if adapters is None else "Transformer blocks"
     logger.info(
-        f"Sharded: {in_units(sum(piece.numel() * piece.element_size() for piece in pieces))} of weights; "
+        f"{part}: {in_units(sum(piece.numel() * piece.element_size() for piece in pieces))} of weights; "
         f"each process holds {in_units(held)} of them {place}"
     )
 

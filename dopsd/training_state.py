@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from .errors import device_errors, first_line
 from .lora_roles import StudentTeacherLoRA
@@ -89,7 +89,9 @@ class WeightState(TrainingState):
             self.named.register_parameter(name.replace(".", "/"), parameter)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.roles.state_dict(), "optimizer": get_optimizer_state_dict(self.named, self.optimizer)}
+        """The tensors themselves, into which they are read again. The optimizer's are made if there are none yet."""
+        states = get_optimizer_state_dict(self.named, self.optimizer)["state"]
+        return {**self.roles.state_dict(), "optimizer": states}
 
     def write(self, folder: Path, others: dict[str, Any]) -> None:
         try:
@@ -97,14 +99,21 @@ class WeightState(TrainingState):
         except CheckpointException as error:
             raise write_error(error) from error
         if not dist.is_initialized() or dist.get_rank() == 0:
-            save_state(others, folder / TRAINER_FILE)
+            groups = [{key: value for key, value in group.items() if key != "params"} for group in self.groups]
+            save_state({"param_groups": groups, **others}, folder / TRAINER_FILE)
 
     def read(self, folder: Path) -> dict[str, Any]:
-        state = self.state_dict()
-        dcp.load(state, checkpoint_id=folder / WEIGHTS_DIR, no_dist=not dist.is_initialized())
+        dcp.load(self.state_dict(), checkpoint_id=folder / WEIGHTS_DIR, no_dist=not dist.is_initialized())
         self.roles.copy_masters_to_weights()
-        set_optimizer_state_dict(self.named, self.optimizer, state["optimizer"])
-        return load_state(folder / TRAINER_FILE)
+        others = load_state(folder / TRAINER_FILE)
+        # `load_state_dict` would cast float32 states to the dtype of bfloat16 weights.
+        for group, saved in zip(self.groups, others.pop("param_groups"), strict=True):
+            group.update(saved)
+        return others
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
 
 
 def write_error(error: CheckpointException) -> Exception:
