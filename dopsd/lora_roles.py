@@ -120,6 +120,10 @@ class StudentTeacherLoRA(Roles):
         """Context in which the transformer is the teacher, without gradients or dropout."""
         return self._role({"ema": TEACHER, "base": None, "student": STUDENT}[self.teacher])
 
+    def idle_role(self) -> AbstractContextManager[None]:
+        """The base's: adapters are not shared."""
+        return self._role(None)
+
     def base_role(self) -> AbstractContextManager[None]:
         """Context in which the transformer is the model before training, without adapters or gradients."""
         return self._role(None)

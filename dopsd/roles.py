@@ -58,6 +58,13 @@ class Roles(ABC):
         """
 
     @abstractmethod
+    def idle_role(self) -> AbstractContextManager[None]:
+        """Context for calls whose result is not used, without gradients or dropout.
+
+        The shared weights are the student's.
+        """
+
+    @abstractmethod
     def after_optimizer_step(self, ema_decay: float) -> None:
         """Updates what follows from the student's weights, such as the teacher's average of them."""
 

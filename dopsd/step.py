@@ -192,7 +192,7 @@ class TrainingStep:
         teacher = self.roles.as_teacher(partial(self.pipeline.predict_velocity, context=inputs.teacher))
         asks_once = self.asks_teacher_once
         if not asks_once:
-            teacher = self.called_as_often(teacher, "states", batch.place)
+            teacher = self.called_as_often(teacher, inputs.student, "states", batch.place)
         states = self.visited_states(inputs, teacher, trained, exchanges=exchanges, asks_once=asks_once)
         return self.backpropagate_states(states, batch.weight)
 
@@ -203,7 +203,7 @@ class TrainingStep:
         base = self.roles.as_base(partial(self.pipeline.predict_velocity, context=inputs.teacher))
         asks_once = self.asks_base_once
         if not asks_once:
-            base = self.called_as_often(base, "prior states", batch.place)
+            base = self.called_as_often(base, inputs.student, "prior states", batch.place)
         states = self.visited_states(inputs, base, trained, exchanges=True, asks_once=asks_once)
         return self.backpropagate_states(states, batch.weight, self.prior_settings.prior_loss_weight)
 
@@ -211,10 +211,16 @@ class TrainingStep:
         counts = {"num_states": self.num_rollout_steps, "num_trained": self.num_trained_states}
         return trained_states(self.seed, purpose, place, **counts)
 
-    def called_as_often(self, teacher: VelocityFunction, purpose: str, place: int) -> VelocityFunction:
-        """The teacher; if processes share weights, it also makes the calls that this process lacks beside others.
+    def called_as_often(
+        self, teacher: VelocityFunction, context: Context, purpose: str, place: int
+    ) -> VelocityFunction:
+        """The teacher; if processes share weights, calls that this process lacks beside others come before it.
 
-        They cost no time: processes wait for the one that computes most in any case.
+        The others make them as students, so this process does too: each must hold out the same role's weights. They
+        cost no time, since processes wait for the one that computes most in any case.
+
+        Args:
+            context: for such calls.
         """
         if not self.calls_match:
             return teacher
@@ -223,8 +229,9 @@ class TrainingStep:
         missing = iter(missing_calls(by_process[self.accelerator.process_index], by_process))
 
         def padded(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            for _ in range(next(missing)):
-                teacher(latents, timestep)
+            with self.roles.idle_role():
+                for _ in range(next(missing)):
+                    self.pipeline.predict_velocity(latents, timestep, context)
             return teacher(latents, timestep)
 
         return padded

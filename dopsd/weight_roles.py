@@ -93,6 +93,9 @@ class StudentTeacherWeights(Roles):
         """The student: its weights are those that the stock pipeline loads in its own dtype."""
         return self._role(None)
 
+    def idle_role(self) -> AbstractContextManager[None]:
+        return self._role(None)
+
     @property
     def teacher_is_elsewhere(self) -> bool:
         return self._teacher is not None and self._teacher.is_elsewhere

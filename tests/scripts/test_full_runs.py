@@ -14,7 +14,14 @@ from models import ONE_MODEL, SLOW, both_models
 
 METHOD = {"num_trained_states": 1, "with_prior_preservation": True, "trigger_word": "ball"}
 # Adam divides the first gradients by themselves, whatever their size, and so enlarges rounding.
-FULL = METHOD | {"train_mode": "full", "rank": None, "learning_rate": 1e-4, "adam_epsilon": 1e-3, "max_train_steps": 3}
+FULL = METHOD | {
+    "train_mode": "full",
+    "rank": None,
+    "learning_rate": 1e-4,
+    "adam_epsilon": 1e-3,
+    "max_train_steps": 3,
+    "ema_decay": 0.5,
+}
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
 
