@@ -48,12 +48,14 @@ class Product(ABC):
         name: of its file or folder in the output folder.
         dtype: in which it is saved.
         is_collective: whether all processes must call `collect`, since each may hold a part of the weights.
+        restart: what to do after a step that diverged.
     """
 
     noun: str
     name: str
     dtype: torch.dtype
     is_collective: bool
+    restart: str
 
     @abstractmethod
     def collect(self, roles: Roles, *, keep: bool) -> Any:
@@ -85,6 +87,10 @@ class LoRAFile(Product):
     """
 
     noun, name, is_collective = "LoRA", LORA_FILE, False
+    restart = (
+        "start in another --output_dir with a lower --learning_rate (a checkpoint's folder can be --init_lora), or "
+        "without fp16"
+    )
 
     def __init__(self, pipeline_class: type[DiffusionPipeline], dtype: torch.dtype):
         self.pipeline_class, self.dtype = pipeline_class, dtype
@@ -137,6 +143,7 @@ class PipelineFolder(Product):
     """
 
     noun, name, is_collective = "model", TRANSFORMER_DIR, True
+    restart = "start in another --output_dir with a lower --learning_rate"
 
     def __init__(self, model: Model, settings: Settings, source: Path, dtype: torch.dtype):
         self.model, self.settings, self.source, self.trained_dtype = model, settings, source, dtype
