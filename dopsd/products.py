@@ -236,7 +236,7 @@ class PipelineFolder(Product):
 def describe(lora: ExtractedLoRA) -> str:
     count = f"{len(lora.modules)} {'module' if len(lora.modules) == 1 else 'modules'}"
     outside = ""
-    if lora.share_outside > 0:
+    if lora.share_outside >= 0.0005:
         outside = f"; {lora.share_outside:.1%} is in weights of other kinds, which no LoRA changes"
     return f"A LoRA of rank {lora.rank} for {count} holds {lora.share:.1%} of the change{outside}"
 

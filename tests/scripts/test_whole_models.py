@@ -21,6 +21,7 @@ from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
 from dopsd.history import read_history
 from dopsd.output import checkpoint_step, extracted_lora, list_checkpoints
+from dopsd.resuming import damage
 from models import ONE_MODEL, SLOW, both_models
 from waiting import wait_until
 
@@ -136,6 +137,25 @@ def test_a_stopped_run_saves_and_ends_with_the_same_model(command, arguments, tr
     succeed(train_full("longer", **flags | latest | {"max_train_steps": 13, "lr_scheduler": "cosine"}))
     assert not same_transformers(tmp_path / "stopped", tmp_path / "longer")
     assert (tmp_path / "longer/model_index.json").is_file()
+
+
+@ONE_MODEL
+@SLOW
+def test_kills_while_checkpoints_are_written_change_no_weight(command, arguments, train_full, tmp_path):
+    flags = FULL | {"max_train_steps": 20, "resume_from_checkpoint": "latest", "context_cache_dir": tmp_path / "cache"}
+    succeed(train_full("undisturbed", **flags))
+    folder, num_unfinished = tmp_path / "killed", 0
+    for number in range(4):
+        process, log = command.start(*arguments("killed", **flags | {"checkpointing_steps": 1}))
+        wait_until(lambda number=number: len(list_checkpoints(folder)) >= 4 * number, process, log)
+        wait_until(lambda: list(folder.glob(".checkpoint-*.tmp")), process, log)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        num_unfinished += bool(list(folder.glob(".checkpoint-*.tmp")))
+        assert not [problem for path in list_checkpoints(folder) if (problem := damage(path))]
+    succeed(train_full("killed", **flags))
+    assert num_unfinished > 0 and same_transformers(tmp_path / "undisturbed", folder)
+    assert [row["step"] for row in read_history(folder)] == list(range(1, 21))
 
 
 @ONE_MODEL
