@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ from dopsd.errors import InputError
 from dopsd.output import extracted_lora, tidy_output_dir
 from dopsd.products import PipelineFolder
 from dopsd.publish import publish, published_files
-from models import both_models
+from models import SLOW, both_models
 from short_runs import default_settings
 
 
@@ -167,62 +168,46 @@ def test_parts_that_cannot_be_put_beside_the_transformer_lose_nothing_else(klein
 # Kills
 
 
-def count_or_die(folder: str, place: int) -> list[str]:
-    """Hooks the calls that change files in the folder: the process ends before the call of that number."""
-    calls = []
+def finish_until(source: str, folder: str, place: int) -> None:
+    """Replaces the folder's model. The process ends before it changes a name in the folder for the `place`-th time."""
+    changes, count = ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir"), 0
 
     def hook(event: str, arguments: tuple) -> None:
-        changes = ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir")
+        nonlocal count
         if event in changes and any(folder in str(path) for path in arguments):
-            calls.append(event)
-            if len(calls) == place:
+            count += 1
+            if count == place:
                 os._exit(9)
 
+    os.fsync = lambda descriptor: None  # takes most of the time
     sys.addaudithook(hook)
-    return calls
+    make_product(Path(source)).finish(student(Path(source), 2), Path(folder))
 
 
-def in_child(function, *arguments) -> int:
-    """The exit status of a child process that calls the function."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            function(*arguments)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def test_a_kill_at_any_moment_leaves_the_old_model_or_the_new_one_or_none(klein_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # takes most of the time
-    old, new = student(klein_path, 1), student(klein_path, 2)
-    product = make_product(klein_path)
-
-    def replace(folder: Path, place: int) -> None:
-        count_or_die(str(folder), place)
-        product.finish(new, folder)
-
-    product.finish(new, tmp_path / "new")
-    make_product(klein_path).finish(old, tmp_path / "old")
-    models = [digests(tmp_path / name) for name in ("new", "old")]
+@pytest.mark.parametrize("stride", [6, pytest.param(1, marks=SLOW)])
+def test_a_kill_at_any_moment_leaves_the_old_model_or_the_new_one_or_none(klein_path, tmp_path, forkserver, stride):
+    models = []  # the new one, the old one
+    for seed in (2, 1):
+        folder = tmp_path / f"model-{seed}"
+        make_product(klein_path).finish(student(klein_path, seed), folder)
+        models.append(digests(folder))
     found = []
-    for place in range(1, 99):
-        folder = shutil.copytree(tmp_path / "old", tmp_path / str(place))
-        status = in_child(replace, folder, place)
-        assert status in (0, 9)
-        if (folder / "model_index.json").exists():
-            visible = {name: digest for name, digest in digests(folder).items() if not name.startswith(".")}
-            found.append(models.index(visible))
-        else:
-            found.append(None)
-        tidy_output_dir(folder, 0)
-        kept = {name: digest for name, digest in digests(folder).items() if name.startswith("transformer")}
-        assert any(kept == {name: model[name] for name in model if name in kept} for model in models) and kept
-        assert not list(folder.glob(".transformer*"))
-        if status == 0:
+    for number in itertools.count(1, stride):
+        place = shutil.copytree(folder, tmp_path / str(number))
+        process = forkserver.start(finish_until, str(klein_path), str(place), number)
+        process.join(timeout=60)
+        assert process.exitcode in (0, 9)
+        found.append(None)
+        if (place / "model_index.json").exists():
+            visible = {name: digest for name, digest in digests(place).items() if not name.startswith(".")}
+            found[-1] = models.index(visible)
+        tidy_output_dir(place, 0)
+        transformer = {name: digest for name, digest in digests(place).items() if name.startswith("transformer")}
+        assert any(transformer.items() <= model.items() for model in models) and transformer
+        assert not list(place.glob(".transformer*"))
+        if process.exitcode == 0:
             break
-    assert status == 0 and len(found) > 20 and None in found
+    assert number > 20
     assert [*dict.fromkeys(found)] == [1, None, 0]  # the old one, none, the new one
 
 
