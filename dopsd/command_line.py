@@ -193,8 +193,10 @@ def hide_torchao(settings: Settings) -> None:
     diffusers would import it wherever it is installed, and peft would ask it about every layer.
     """
     kinds = [getattr(settings.model, name) for name in QUANTIZATION_SETTINGS]
-    # Whole models may be trained by its optimizers.
-    if not settings.full.is_full and not any(QUANTIZATION_PACKAGES.get(kind) == "torchao" for kind in kinds):
+    quantizes = any(QUANTIZATION_PACKAGES.get(kind) == "torchao" for kind in kinds)
+    # Its optimizers train whole models.
+    optimizes = settings.full.rounds_at_random or (settings.full.is_full and settings.optimizer.use_8bit_adam)
+    if not (quantizes or optimizes):
         sys.modules.setdefault("torchao", None)  # what makes Python's own import statement fail, see its reference
 
 
