@@ -217,7 +217,4 @@ class Checkpoints:
                 self.save(step)
                 safe = f"the weights before it are in checkpoint-{step}"
             self.accelerator.wait_for_everyone()  # The launcher ends all processes when one exits.
-            raise TrainingDiverged(
-                f"{error}; {safe}; start in another --output_dir with a lower --learning_rate (a checkpoint's folder "
-                "can be --init_lora), or without fp16"
-            ) from error
+            raise TrainingDiverged(f"{error}; {safe}; {self.product.restart}") from error

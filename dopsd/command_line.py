@@ -16,9 +16,9 @@ from transformers import HfArgumentParser
 from .errors import InputError, one_line
 from .files import read_regular_file
 from .flag_types import check_ranges
-from .full_settings import FullSettings
+from .full_settings import FULL_FLAGS, FullSettings
 from .model_flags import ModelFlags, TeacherContext
-from .settings import NO_QUANTIZATION, QUANTIZATION_PACKAGES, LoRASettings, Settings, TeacherSettings
+from .settings import LORA_FLAGS, NO_QUANTIZATION, QUANTIZATION_PACKAGES, LoRASettings, Settings, TeacherSettings
 from .sizes import check_geometry, size_problem
 from .terminal import MAX_REFUSAL_CHARACTERS, as_line
 from .text import argument_problem
@@ -32,6 +32,11 @@ TRANSFORMER_QUANTIZATION = ("quantize", "bnb_quantization_config_path")
 QUANTIZATION_SETTINGS = ("quantize", "quantize_text_encoder")
 GENERAL_TEACHER_FLAGS = {"teacher_context", "teacher_prompt_suffix", "teacher_picture"}  # all contexts use them
 EDITING_FLAGS = ("cond_image_column", "validation_image")
+# With --train_mode full, in the place of a LoRA's flags.
+INSTEAD = {
+    "rank": "; --extract_lora saves a LoRA of that rank beside a whole model",
+    "lora_layers": "; --trainable_modules says what of a whole model is trained",
+}
 TRACKER_PACKAGES = ("tensorboard", "wandb", "comet_ml")
 
 
@@ -188,8 +193,10 @@ def hide_torchao(settings: Settings) -> None:
     diffusers would import it wherever it is installed, and peft would ask it about every layer.
     """
     kinds = [getattr(settings.model, name) for name in QUANTIZATION_SETTINGS]
-    # Whole models may be trained by its optimizers.
-    if not settings.full.is_full and not any(QUANTIZATION_PACKAGES.get(kind) == "torchao" for kind in kinds):
+    quantizes = any(QUANTIZATION_PACKAGES.get(kind) == "torchao" for kind in kinds)
+    # Its optimizers train whole models.
+    optimizes = settings.full.rounds_at_random or (settings.full.is_full and settings.optimizer.use_8bit_adam)
+    if not (quantizes or optimizes):
         sys.modules.setdefault("torchao", None)  # what makes Python's own import statement fail, see its reference
 
 
@@ -265,7 +272,7 @@ def resolve(settings: Settings, model: ModelFlags) -> Settings:
         max_train_steps=num_steps,
         validation_height=height,
         validation_width=width,
-        lora_alpha=settings.lora.lora_alpha or 2 * settings.lora.rank,
+        lora_alpha=None if settings.full.is_full else settings.lora.lora_alpha or 2 * settings.lora.rank,
         context_cache_dir=training.context_cache_dir or str(Path(training.output_dir, "context_cache")),
     )
 
@@ -353,17 +360,8 @@ def check(settings: Settings, model: ModelFlags) -> None:
         )
     if settings.performance.offload_activations and not settings.performance.gradient_checkpointing:
         raise InputError("--offload_activations: goes with --gradient_checkpointing; add that, or drop the flag")
-    quantized = [f"--{name}" for name in TRANSFORMER_QUANTIZATION if getattr(settings.model, name) is not None]
-    if len(quantized) > 1:
-        raise InputError(f"{quantized[0]}: cannot be combined with {quantized[1]}; drop one of them")
-    if settings.performance.is_sharded and quantized:
-        flag = "--fsdp" if settings.performance.fsdp else "--offload_transformer"
-        kind = settings.model.quantize
-        other, hint = quantized[0], ""
-        if kind is not None:
-            other, hint = f"--quantize {kind}", f" (--quantize {NO_QUANTIZATION} if a preset or --config sets it)"
-        raise InputError(f"{flag}: cannot be combined with {other}; drop one of them{hint}")
-    check_train_mode(settings)
+    check_quantization_flags(settings)
+    check_train_mode(settings, model)
     if settings.performance.card is not None and not settings.performance.dry_run:
         raise InputError("--card: goes with --dry_run; add that, or drop the flag")
     if training.no_context_cache and training.encode_only:
@@ -372,23 +370,36 @@ def check(settings: Settings, model: ModelFlags) -> None:
         raise InputError("--no_context_cache: cannot be combined with --context_cache_dir; drop one of them")
 
 
-def check_train_mode(settings: Settings) -> None:
+def check_quantization_flags(settings: Settings) -> None:
+    """Raises `InputError` for a quantization of the transformer that does not go with other flags."""
+    quantized = [f"--{name}" for name in TRANSFORMER_QUANTIZATION if getattr(settings.model, name) is not None]
+    if len(quantized) > 1:
+        raise InputError(f"{quantized[0]}: cannot be combined with {quantized[1]}; drop one of them")
+    refusals = {
+        "--train_mode full": settings.full.is_full,
+        "--fsdp": settings.performance.fsdp,
+        "--offload_transformer": settings.performance.offload_transformer,
+    }
+    for flag, is_given in refusals.items():
+        if is_given and quantized:
+            kind = settings.model.quantize
+            other, hint = quantized[0], ""
+            if kind is not None:
+                other, hint = f"--quantize {kind}", f" (--quantize {NO_QUANTIZATION} if a preset or --config sets it)"
+            raise InputError(f"{flag}: cannot be combined with {other}; drop one of them{hint}")
+
+
+def check_train_mode(settings: Settings, model: ModelFlags) -> None:
     """Raises `InputError` for flags of a LoRA with `--train_mode full`, and the other way round."""
     flags, is_full = settings.flat(), settings.full.is_full
-    defaults = {item.name: item.default for item in (*fields(FullSettings), *fields(LoRASettings))}
-    only_lora, only_full = ("init_lora", "lora_alpha", "lora_dropout"), [item.name for item in fields(FullSettings)]
-    for name in only_lora if is_full else only_full:
-        if flags[name] != defaults[name]:
-            other = "lora" if is_full else "full"
-            raise InputError(f"--{name}: goes with --train_mode {other}; pass that, or drop the flag")
+    others = LORA_FLAGS if is_full else FULL_FLAGS
+    defaults = {item.name: item.default for group in (LoRASettings, FullSettings) for item in fields(group)}
+    for name in others:
+        if flags[name] != model.default_settings.get(name, defaults[name]):
+            other, hint = "lora" if is_full else "full", INSTEAD.get(name, "")
+            raise InputError(f"--{name}: goes with --train_mode {other}; pass that, or drop the flag{hint}")
     if not is_full:
         return
-    for name in TRANSFORMER_QUANTIZATION:
-        if flags[name] is not None:
-            raise InputError(
-                f"--{name}: cannot be combined with --train_mode full, whose weights are trained themselves; drop one "
-                "of them"
-            )
     if settings.training.mixed_precision == "fp16":
         raise InputError("--train_mode full: cannot be combined with --mixed_precision fp16; pass bf16 or no")
     if settings.full.rounds_at_random and settings.optimizer.use_8bit_adam and settings.performance.is_sharded:
@@ -398,6 +409,17 @@ def check_train_mode(settings: Settings) -> None:
         )
     if settings.optimizer.optimizer != "adamw":
         raise InputError("--train_mode full: needs --optimizer AdamW; drop one of them")
+    if settings.full.ema_device == "cuda" and settings.performance.offload_transformer:
+        raise InputError(
+            "--ema_device cuda: cannot be combined with --offload_transformer, which keeps all weights in host "
+            "memory; drop one of them"
+        )
+    source, target = (Path(path) for path in (flags["pretrained_model_name_or_path"], flags["output_dir"]))
+    if source.is_dir() and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source)):
+        raise InputError(
+            f"--output_dir {target}: is in the folder of --pretrained_model_name_or_path, which is left as it is; "
+            "choose another folder"
+        )
 
 
 def check_teacher_picture(settings: Settings, model: ModelFlags) -> None:

@@ -53,14 +53,14 @@ class Drawing:
 class Studio:
     """Draws with base, student and teacher at the deployed number of steps.
 
-    Every image is what the stock pipeline draws from the same noise with the saved LoRA. Drawing touches neither the
+    Every image is what the stock pipeline draws from the same noise with what is saved. Drawing touches neither the
     weights nor the random generators that training uses.
 
     Args:
         settings: resolved.
         accelerator: of the run.
         pipeline, roles, contexts: used to draw images.
-        save_dtype: of the saved LoRA.
+        save_dtype: of the saved weights.
         stop: if it is set, what is left of a group of drawings is not drawn.
 
     Attributes:

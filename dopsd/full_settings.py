@@ -1,6 +1,6 @@
 """Settings of `--train_mode`: a LoRA, or the transformer's own weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from .flag_types import Count, MayDiffer, MustMatch, flag
@@ -45,3 +45,7 @@ class FullSettings:
     @property
     def rounds_at_random(self) -> bool:
         return self.is_full and self.bf16_update == "stochastic_rounding"
+
+
+# Flags without effect on a LoRA.
+FULL_FLAGS = tuple(item.name for item in fields(FullSettings) if item.name != "train_mode")

@@ -416,7 +416,7 @@ class Gallery(Studio):
     def draw_story(self) -> None:
         """After the last step: the whole run on one sheet, and its report. An error does not end the run."""
         if self.story:
-            with self.guarded("The story", after="the LoRA is saved"):
+            with self.guarded("The story", after="the weights are saved"):
                 self.write("story", self.last_step, *self.story_sheets())
         self.write_report(self.last_step, "finished")
 

@@ -9,9 +9,8 @@ there is no room for them, are only named.
 """
 
 import base64
-import html
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -33,9 +32,18 @@ from .exam.table import NOTE, headings, table_rows
 from .exam.verdict import findings
 from .files import read_regular_file
 from .history import read_history
+from .markup import POLICY, STYLE, Markup, element, folded, from_user, prompt_list, section, table
 from .model import Model
-from .model_card import PACKAGES, CardImage, formatted, public_name, shown_settings, usage
-from .output import LORA_FILE, list_checkpoints, naming_file, numbered_sheets, replacing
+from .model_card import PACKAGES, CardImage, formatted, noun, public_name, shown_settings, usage
+from .output import (
+    LORA_FILE,
+    MODEL_INDEX,
+    TRANSFORMER_DIR,
+    list_checkpoints,
+    naming_file,
+    numbered_sheets,
+    replacing,
+)
 from .settings import Settings
 from .sheets import RETENTION_CURVES, plot_curves
 
@@ -55,83 +63,6 @@ STUDENT_FIGURES = {
 PACE_STEPS = 100  # the time per step is the median of this many
 
 State = Literal["in progress", "finished", "stopped", "preview only"]
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1d2433; --faint: #5b6475; --rule: #d5d9e1; --soft: #f1f3f6;
-  --accent: #1b6b8f; --on-accent: #fff; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171d; --ink: #e4e7ed; --faint: #a0a8b8; --rule: #343a46;
-  --soft: #1f242d; --accent: #6cc0e5; --on-accent: #10141a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 88rem; padding: 1.5rem clamp(1rem, 3vw, 2.5rem) 4rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; }
-h2 { margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--rule); font-size: 1.2rem; }
-p, ul, ol { max-width: 48rem; margin: .5rem 0; }
-.faint, figcaption { color: var(--faint); font-size: .9rem; }
-.state { display: inline-block; padding: 0 .6rem; border-radius: 1rem; background: var(--accent);
-  color: var(--on-accent); font-weight: 600; }
-figure { margin: .75rem 0; overflow-x: auto; }
-figure img { display: block; height: auto; max-width: max(100%, 40rem); border-radius: .3rem; background: #fff; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
-.numbers td, .numbers th { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-code, .settings td:first-child { font: .875rem/1.5 ui-monospace, monospace; }
-.settings td:first-child { white-space: nowrap; }
-.settings td:last-child { white-space: pre-wrap; }
-@media (max-width: 40rem) { .settings td { display: block; padding: 0; } .settings td:first-child { border: 0; } }
-code { white-space: nowrap; }
-pre { overflow-x: auto; padding: 1rem; border-radius: .3rem; background: var(--soft); }
-pre code { white-space: pre; }
-summary { cursor: pointer; margin: .75rem 0; color: var(--accent); }
-.tabs { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .75rem; }
-.tabs > input { position: absolute; opacity: 0; pointer-events: none; }
-.tabs > label { padding: .15rem .7rem; border-radius: .3rem; background: var(--soft); cursor: pointer; }
-.tabs > input:checked + label { background: var(--accent); color: var(--on-accent); }
-.tabs > input:focus-visible + label { outline: 3px solid var(--ink); }
-.tabs > figure { display: none; order: 1; flex: 0 0 100%; }
-.tabs > input:checked + label + figure { display: block; }
-@media print { .tabs > figure { display: block; } }
-"""
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
-# HTML
-
-
-class Markup(str):
-    """Text that is HTML. Any other text is escaped by `element`."""
-
-
-def element(name: str, /, *content: str | None, **attributes: str) -> Markup:
-    """An element without the parts that are None. An attribute's trailing underscore is dropped, as in `class_`."""
-    opening = "".join(f' {key.removesuffix("_")}="{html.escape(value)}"' for key, value in attributes.items())
-    end = "" if name in ("meta", "link", "img", "input") else f"</{name}>"
-    parts = (part if isinstance(part, Markup) else html.escape(part) for part in content if part is not None)
-    return Markup(f"<{name}{opening}>{''.join(parts)}{end}")
-
-
-def from_user(name: str, text: str, /, **attributes: str) -> Markup:
-    """An element with a user's text, which may be written from right to left."""
-    return element(name, text, dir="auto", **attributes)
-
-
-def table(rows: Iterable[Iterable[str]], headings: Iterable[str] = (), **attributes: str) -> Markup:
-    header = element("tr", *(element("th", text, scope="col") for text in headings)) if headings else None
-    body = [element("tr", *(from_user("td", text) for text in row)) for row in rows]
-    return element("div", element("table", header, *body, **attributes), class_="wide")
-
-
-def section(title: str, *content: str | None) -> Markup:
-    return element("section", element("h2", title), *content)
-
-
-def folded(summary: str, *content: str) -> Markup:
-    return element("details", element("summary", summary), *content)
-
-
-def prompt_list(prompts: Iterable[str]) -> Markup:
-    return folded("The prompts", element("ol", *(from_user("li", prompt) for prompt in prompts)))
 
 
 # Pictures
@@ -349,7 +280,11 @@ class RunReport:
             facts.append(f"{pace:.3g} s per step")
             if step < last_step:
                 facts.append(f"about {duration(pace * (last_step - step))} left at that pace, without validation")
-        base_model = public_name(self.settings.model.pretrained_model_name_or_path)
+        base_model = f"{self.model.name} ({public_name(self.settings.model.pretrained_model_name_or_path)})"
+        trained = f"A LoRA of rank {self.settings.lora.rank} for {base_model}"
+        if self.settings.full.is_full:
+            modules = self.settings.full.trainable_modules
+            trained = f"{f'The modules {modules}' if modules else 'All weights'} of the transformer of {base_model}"
         count, noun = (self.num_pictures, "picture") if self.num_pictures else (self.num_captions, "caption")
         material = f"{count} {noun}" if count == 1 else f"{count} {noun}s"
         label = f"stopped at step {step}" if state == "stopped" else state
@@ -360,8 +295,7 @@ class RunReport:
             from_user("h1", self.folder.resolve().name),
             element(
                 "p",
-                f"A LoRA of rank {self.settings.lora.rank} for {self.model.name} ({base_model}), trained by "
-                f"on-policy self-distillation (D-OPSD) on {material}.",
+                f"{trained}, trained by on-policy self-distillation (D-OPSD) on {material}.",
             ),
             element("p", element("span", label, class_="state"), " " + " · ".join(facts)),
             from_user("p", self.refusal) if self.refusal else None,
@@ -477,15 +411,20 @@ class RunReport:
         )
 
     def usage(self, state: State) -> Markup:
-        """The model card's example, with the newest LoRA in the output folder."""
+        """The model card's example, with the newest weights in the output folder."""
         folder, checkpoints = self.folder.resolve().name, list_checkpoints(self.folder)
-        if state == "finished" and (self.folder / LORA_FILE).is_file():
-            note = f"The LoRA is {LORA_FILE}, beside this page."
-        elif checkpoints:
-            folder, note = f"{folder}/{checkpoints[-1].name}", f"The newest LoRA is that of {checkpoints[-1].name}."
-        else:
-            note = "There is no LoRA yet."
         settings = self.settings.flat()
+        what = noun(settings)
+        name = TRANSFORMER_DIR if self.settings.full.is_full else LORA_FILE
+        is_whole = self.settings.full.is_full and (self.folder / MODEL_INDEX).is_file()
+        if state == "finished" and (self.folder / name).exists():
+            note = "The model is the folder of this page." if is_whole else f"The {what} is {name}, beside this page."
+        elif checkpoints:
+            is_whole = False
+            folder, note = f"{folder}/{checkpoints[-1].name}", f"The newest {what} is that of {checkpoints[-1].name}."
+        else:
+            note = f"There is no {what} yet."
+        settings["save_transformer_only"] = not is_whole
         asked = [CardImage(request.prompt, "", len(request.cond_images)) for request in self.editing_requests]
         asked = asked or [CardImage(prompt, "") for prompt in settings["validation_prompt"] or []]
         *_, example = usage(
@@ -497,4 +436,4 @@ class RunReport:
             settings,
         )
         code = "\n".join(example.splitlines()[1:-1])  # without Markdown's fence
-        return section("Use the LoRA", element("p", note), element("pre", element("code", code)))
+        return section(f"Use the {what}", element("p", note), element("pre", element("code", code)))

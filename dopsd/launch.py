@@ -111,6 +111,8 @@ def check_accelerator(accelerator: Accelerator, settings: Settings, model: Model
             "--fsdp: shares the weights among processes, and there is only one; start one process per GPU (see "
             "configs/), or pass --offload_transformer instead"
         )
+    if settings.full.ema_device == "cuda" and accelerator.device.type != "cuda":
+        raise InputError("--ema_device cuda: there is no GPU; pass auto or cpu")
     if settings.full.is_full and accelerator.num_processes > 1 and not settings.performance.fsdp:
         raise InputError("--train_mode full: with several processes, pass --fsdp, so that they share the model")
     precision, on_gpu = accelerator.mixed_precision, accelerator.device.type != "cpu"

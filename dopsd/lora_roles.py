@@ -41,13 +41,18 @@ def lora_target_modules(transformer: nn.Module, lora_layers: str, portable: str 
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     names = select_names(f"--lora_layers {lora_layers}", lora_layers, linear, "linear module")
+    warn_of_unportable("--lora_layers", names, portable)
+    return names
+
+
+def warn_of_unportable(flag: str, names: list[str], portable: str | None) -> None:
+    """Warns if other software cannot load the LoRA of all these modules; see `Model.portable_lora_layers`."""
     unknown = [] if portable is None else [name for name in names if not re.fullmatch(portable, name)]
     if unknown:
         logger.warning(
-            f"--lora_layers: ComfyUI and Forge have no name for {len(unknown)} of the {len(names)} trained modules, "
+            f"{flag}: ComfyUI and Forge have no name for {len(unknown)} of the {len(names)} trained modules, "
             f"such as {unknown[0]}, and leave their part of the LoRA out; diffusers loads all of it"
         )
-    return names
 
 
 def adapter_options(settings: LoRASettings, transformer: nn.Module, portable: str | None = None) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from accelerate.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
 
 from .errors import OutputError
-from .output import naming_file, replacing
-from .settings import ON_BY_DEFAULT, Settings
+from .full_settings import FULL_FLAGS
+from .output import LORA_FILE, TRANSFORMER_DIR, LoRAOfChange, extracted_lora, naming_file, replacing
+from .settings import LORA_FLAGS, ON_BY_DEFAULT, Settings
 
 
 logger = get_logger(__name__)
@@ -22,6 +23,7 @@ CARD_FILE = "README.md"
 PAPER = "https://arxiv.org/abs/2605.05204"
 TASK, EDITING_TASK = "text-to-image", "image-to-image"  # the Hub's names
 TAGS = ("diffusers", "diffusers-training", "lora", "d-opsd", "template:sd-lora")
+LORA_TAGS = ("lora", "template:sd-lora")  # not those of whole models
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub")
 
 # Left out of the card: secrets, local paths, and settings that do not affect the weights.
@@ -48,15 +50,15 @@ class CardImage(NamedTuple):
 
 @dataclass(frozen=True)
 class License:
-    """License of some base models. It also applies to a LoRA that was trained from one of them.
+    """License of some base models. It also applies to what was trained from one of them.
 
     Attributes:
         hub_ids: regular expression that matches the complete hub ids of these base models, in upper or lower case.
         title: what to call the license on the card.
         id: the Hub's identifier, such as "apache-2.0", or "other".
         name: what the Hub shows for the identifier "other".
-        file: path of the license in the base model's repository, if the card must link to it and call the LoRA a
-            derivative.
+        file: path of the license in the base model's repository, if the card must link to it and call what was trained
+            a derivative.
         notice: Markdown that the license requires on derivatives.
     """
 
@@ -86,7 +88,7 @@ class CardInfo:
         tags: tags for this kind of model, in addition to `TAGS`.
         guidance_scale: guidance scale of few-step sampling.
         sampling_defaults: flag without dashes -> the stock pipeline's default for this argument. The card's example
-            passes the argument if the run had another value, because the LoRA needs the same one.
+            passes the argument if the run had another value, because what was trained needs the same one.
         licenses: licenses of the known base models. For other base models, folders included, the card only says that
             their own license applies.
     """
@@ -112,7 +114,7 @@ def write_run_card(settings: Settings, info: CardInfo, gallery: list[CardImage],
         settings: of the run.
         info, gallery, retention: see `write_card`.
 
-    If it cannot be written, that is an error in the log: the LoRA is saved already.
+    If it cannot be written, that is an error in the log: the weights are saved already.
     """
     folder = Path(settings.training.output_dir)
     card = folder / CARD_FILE
@@ -136,7 +138,7 @@ def write_run_card(settings: Settings, info: CardInfo, gallery: list[CardImage],
                 retention=retention,
             )
     except OutputError as error:
-        logger.error(f"{error}; the LoRA is saved")
+        logger.error(f"{error}; the weights are saved")
 
 
 def write_card(
@@ -158,7 +160,7 @@ def write_card(
         repo_id: the repository that the card is for. If it has no account, the card's example says ACCOUNT instead.
         base_model: hub id, or a folder, of which only the last part is shown.
         instance_prompt: caption of all training pictures, if they share one.
-        gallery: what the LoRA draws.
+        gallery: what the student draws.
         settings: flag without dashes -> value. Must contain `num_inference_steps` and the size of validation images.
             Left out are None, False unless it is on by default, hub flags, tokens, folders and paths.
         retention: last measured retention, as defined in `measured`, or None.
@@ -166,13 +168,14 @@ def write_card(
     Returns:
         The path of the card.
     """
+    general = [tag for tag in TAGS if not (is_full(settings) and tag in LORA_TAGS)]
     license, task = info.license_of(base_model), EDITING_TASK if is_editor(settings) else TASK
     data = ModelCardData(
         base_model=base_model if is_hub_id(base_model) else None,
-        base_model_relation="adapter" if is_hub_id(base_model) else None,
+        base_model_relation=("finetune" if is_full(settings) else "adapter") if is_hub_id(base_model) else None,
         library_name="diffusers",
         pipeline_tag=task,
-        tags=[task, *TAGS, *info.tags],
+        tags=[task, *general, *info.tags],
         instance_prompt=instance_prompt,
         widget=[{"text": image.prompt, "output": {"url": image.path}} for image in gallery] or None,
         **(license.metadata(base_model) if license else {"license": "other"}),
@@ -182,9 +185,10 @@ def write_card(
             *introduction(repo_id, base_model, instance_prompt, settings),
             *pictures(folder, gallery),
             *usage(info, repo_id, base_model, instance_prompt, gallery, settings),
+            *extracted(extracted_lora(folder), repo_id, base_model),
             *measured(retention),
             *training(settings),
-            *licensing(license, base_model),
+            *licensing(license, base_model, noun(settings)),
         ]
     )
     path = folder / CARD_FILE
@@ -204,16 +208,31 @@ def public_name(model: str) -> str:
 
 
 def is_editor(settings: dict[str, Any]) -> bool:
-    """Whether the LoRA edits pictures."""
+    """Whether what was trained edits pictures."""
     return settings.get("cond_image_column") is not None
+
+
+def is_full(settings: dict[str, Any]) -> bool:
+    """Whether a whole model was trained."""
+    return settings.get("train_mode") == "full"
+
+
+def noun(settings: dict[str, Any]) -> str:
+    """What was trained."""
+    return "model" if is_full(settings) else "LoRA"
 
 
 def introduction(repo_id: str, base_model: str, instance_prompt: str | None, settings: dict[str, Any]) -> list[str]:
     prompt = [f"Trained with the prompt: {escape(instance_prompt)}"] if instance_prompt else []
-    purpose = ", which edits pictures," if is_editor(settings) else ","
+    editing = ", which edits pictures," if is_editor(settings) else ""
+    what = f"A LoRA for {link_to(base_model)}{editing or ','}"
+    if is_full(settings):
+        modules = settings.get("trainable_modules")
+        part = f"the modules {escape(modules)} of its transformer" if modules else "its whole transformer"
+        what = f"{link_to(base_model)}{editing} with {part}"
     return [
         f"# {escape(repo_id.rpartition('/')[2])}",
-        f"A LoRA for {link_to(base_model)}{purpose} trained by on-policy self-distillation (D-OPSD, "
+        f"{what} trained by on-policy self-distillation (D-OPSD, "
         f"[arXiv 2605.05204]({PAPER})): on what the model itself draws in few steps, so that it goes on drawing in "
         f"{settings['num_inference_steps']}.",
         *prompt,
@@ -245,11 +264,10 @@ def usage(
     gallery: list[CardImage],
     settings: dict[str, Any],
 ) -> list[str]:
-    """Example code that loads the LoRA and generates an image, or edits one."""
+    """Example code that loads what was trained and generates an image, or edits one."""
     first = next(iter(gallery), None)
     prompt = instance_prompt or (first.prompt if first else "your prompt")
-    source = base_model if is_hub_id(base_model) else f"path/to/{public_name(base_model)}"
-    target = repo_id if "/" in repo_id else f"ACCOUNT/{repo_id}"
+    source, target = places(repo_id, base_model)
     defaults = info.sampling_defaults
     values = {name: settings.get(name, default) for name, default in defaults.items()}
     imports = []
@@ -260,11 +278,7 @@ def usage(
     lines = [
         "```python",
         "import torch",
-        f"from diffusers import {info.pipeline}",
-        *imports,
-        "",
-        f'pipe = {info.pipeline}.from_pretrained({quoted(source)}, dtype=torch.bfloat16).to("cuda")',
-        f"pipe.load_lora_weights({quoted(target)})",
+        *loading(info.pipeline, source, target, imports, settings),
         "image = pipe(",
         f"    prompt={quoted(prompt)},",
         *subject,
@@ -276,6 +290,62 @@ def usage(
         "```",
     ]
     return ["## Use it", "\n".join(lines)]
+
+
+def places(repo_id: str, base_model: str) -> tuple[str, str]:
+    """Of the base model, and of what was trained, for code."""
+    return (
+        base_model if is_hub_id(base_model) else f"path/to/{public_name(base_model)}",
+        repo_id if "/" in repo_id else f"ACCOUNT/{repo_id}",
+    )
+
+
+def loading(pipeline: str, source: str, target: str, imports: list[str], settings: dict[str, Any]) -> list[str]:
+    """Lines of code that import and load the pipeline.
+
+    Args:
+        source, target: see `places`.
+        imports: what else is imported.
+    """
+    variant = settings.get("variant")
+    options = "" if variant is None else f"variant={quoted(variant)}, "
+    load = f"{pipeline}.from_pretrained"
+    if not is_full(settings):
+        return [
+            f"from diffusers import {pipeline}",
+            *imports,
+            "",
+            f'pipe = {load}({quoted(source)}, dtype=torch.bfloat16).to("cuda")',
+            f"pipe.load_lora_weights({quoted(target)})",
+        ]
+    if not settings.get("save_transformer_only"):
+        return [
+            f"from diffusers import {pipeline}",
+            *imports,
+            "",
+            f'pipe = {load}({quoted(target)}, {options}dtype=torch.bfloat16).to("cuda")',
+        ]
+    place = f"{quoted(target)}, subfolder={quoted(TRANSFORMER_DIR)}"
+    return [
+        f"from diffusers import AutoModel, {pipeline}",
+        *imports,
+        "",
+        f"transformer = AutoModel.from_pretrained({place}, {options}dtype=torch.bfloat16)",
+        f'pipe = {load}({quoted(source)}, transformer=transformer, dtype=torch.bfloat16).to("cuda")',
+    ]
+
+
+def extracted(lora: LoRAOfChange | None, repo_id: str, base_model: str) -> list[str]:
+    """The LoRA beside a whole model, if there is one."""
+    if lora is None:
+        return []
+    _, target = places(repo_id, base_model)
+    return [
+        "## As a LoRA",
+        f"`{LORA_FILE}` is the LoRA of rank {lora.rank} that is nearest to what training has changed: "
+        f"it holds **{lora.share:.1%}** of the change (sum of squares over all weights). It goes with "
+        f"{link_to(base_model)}: `pipe.load_lora_weights({quoted(target)})`.",
+    ]
 
 
 def loaded_images(count: int) -> str:
@@ -296,8 +366,8 @@ def measured(retention: float | None) -> list[str]:
     return [
         "## Retention",
         f"**{retention:.3f}** after the last step: on prompts that have nothing to do with the training pictures, how "
-        "far the LoRA's final latents lie from the base's, from the same noise, over how far the base's lie from one "
-        "another. 0 is unchanged, 1 is as unlike as another prompt's picture.",
+        "far the student's final latents lie from the base's, from the same noise, over how far the base's lie from "
+        "one another. 0 is unchanged, 1 is as unlike as another prompt's picture.",
     ]
 
 
@@ -315,7 +385,8 @@ def training(settings: dict[str, Any]) -> list[str]:
 
 def shown_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that may be shown to others, paths by their last part."""
-    shown = {name: value for name, value in settings.items() if is_shown(name, value)}
+    unused = LORA_FLAGS if is_full(settings) else FULL_FLAGS
+    shown = {name: value for name, value in settings.items() if name not in unused and is_shown(name, value)}
     return shown | {name: public_name(shown[name]) for name in PATH_OR_HUB_ID if name in shown}
 
 
@@ -341,15 +412,15 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>&|~$])", r"\\\1", " ".join(text.split()))
 
 
-def licensing(license: License | None, base_model: str) -> list[str]:
+def licensing(license: License | None, base_model: str, noun: str) -> list[str]:
     if license is None:
         paragraphs = [f"The licence of the base model, {link_to(base_model)}, applies."]
     elif license.file is None:
         paragraphs = [f"{license.title}, as {link_to(base_model)}."]
     else:
         paragraphs = [
-            f"A derivative of {link_to(base_model)}, modified by training this LoRA, and under the same licence: the "
-            f"[{license.title}]({license.link(base_model)})."
+            f"A derivative of {link_to(base_model)}, modified by training this {noun}, and under the same licence: "
+            f"the [{license.title}]({license.link(base_model)})."
         ]
     if license is not None and license.notice:
         paragraphs.append(license.notice)

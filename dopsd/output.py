@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from inspect import signature
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .errors import InputError, OutputError, first_line
 from .files import read_regular_file
@@ -29,6 +30,8 @@ LORA_FILE, ADAPTERS_FILE = "pytorch_lora_weights.safetensors", "adapters.safeten
 MODEL_INDEX, TRANSFORMER_DIR = "model_index.json", "transformer"
 HISTORY_FILE = "metrics.jsonl"
 NEEDED_FILES = (HISTORY_FILE, LORA_FILE, MODEL_INDEX)  # what a run cannot do without
+RESULTS = (LORA_FILE, TRANSFORMER_DIR, MODEL_INDEX)  # what a finished run leaves: some of these
+CHANGE_KEY = "d-opsd_change"  # in the header of an extracted LoRA's file
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner.json"
 
@@ -77,10 +80,10 @@ def check_nothing_in_the_way(folder: Path, names: Iterable[str]) -> None:
         names: of these files.
 
     Raises:
-        InputError: a folder has the name of a file, or a file that of a checkpoint.
+        InputError: a folder has the name of a file, or a file that of a folder.
     """
     for path in folder.iterdir():
-        if CHECKPOINT_NAME.fullmatch(path.name) and not path.is_dir():
+        if (CHECKPOINT_NAME.fullmatch(path.name) or path.name == TRANSFORMER_DIR) and not path.is_dir():
             raise InputError(f"--output_dir {folder}: its {path.name} is not a folder; remove it")
     for name in names:
         if os.path.lexists(folder / name) and not (folder / name).is_file():
@@ -130,6 +133,48 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
+def pipeline_parts(folder: Path) -> list[str]:
+    """The folders of the components of the pipeline in a folder; none if there is no pipeline.
+
+    Raises:
+        InputError: its `MODEL_INDEX` is damaged.
+    """
+    path = folder / MODEL_INDEX
+    try:
+        names = [*json.loads(read_regular_file(path))]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be used ({first_line(error)}); copy it from the pretrained model") from error
+    return [name for name in names if str(name).isidentifier() and (folder / name).is_dir()]
+
+
+class LoRAOfChange(NamedTuple):
+    """What the LoRA beside a whole model holds of its change.
+
+    Attributes:
+        share: of the sum of squares over all weights.
+    """
+
+    rank: int
+    share: float
+
+    @property
+    def header(self) -> dict[str, str]:
+        """For the LoRA's file. Loaders ignore it."""
+        return {CHANGE_KEY: json.dumps(self._asdict())}
+
+
+def extracted_lora(folder: Path) -> LoRAOfChange | None:
+    """The LoRA that was extracted from the whole model in a folder; None if there is none."""
+    try:
+        with safe_open(folder / LORA_FILE, "pt") as opened:
+            text = (opened.metadata() or {}).get(CHANGE_KEY)
+    except (OSError, SafetensorError):
+        return None
+    return None if text is None else LoRAOfChange(**json.loads(text))
+
+
 def numbered_sheets(folder: Path, kind: str) -> dict[int, str]:
     """Step -> file name of the sheets of one kind, such as validation-250.png, in the order of the steps."""
     found = (re.fullmatch(rf"{kind}-(\d+)\.png", path.name) for path in folder.iterdir())
@@ -144,7 +189,10 @@ def tidy_output_dir(folder: Path, first_step: int) -> None:
     Raises:
         OutputError: one of them cannot be moved.
     """
-    for path in folder.glob(".checkpoint-*.tmp"):
+    transformer = folder / TRANSFORMER_DIR
+    if set_aside(transformer).exists() and not transformer.exists():
+        set_aside(transformer).rename(transformer)
+    for path in (*folder.glob(".checkpoint-*.tmp"), unfinished(transformer), set_aside(transformer)):
         remove(path)
     for path in list_checkpoints(folder):
         if checkpoint_step(path) > first_step:
@@ -152,6 +200,24 @@ def tidy_output_dir(folder: Path, first_step: int) -> None:
             with reporting_write_errors(folder, aside.name):
                 path.rename(aside)
             logger.warning(f"Moved the damaged {path.name} to {aside}")
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Puts a complete folder in the place of another one, or of none.
+
+    If the run is killed between the two renames, `tidy_output_dir` puts the old one back.
+    """
+    aside = set_aside(old)
+    remove(aside)
+    if old.exists():
+        old.rename(aside)
+    new.rename(old)
+    sync_to_disk(old.parent)
+    remove(aside)
+
+
+def set_aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def unused_name(path: Path) -> Path:
@@ -204,18 +270,23 @@ def replacing(path: Path) -> Iterator[Path]:
 
     So `path` never holds an incomplete file, even after a power cut.
     """
-    unfinished = path.with_name(f".{path.name}.tmp")
+    temporary = unfinished(path)
     with suppress(FileNotFoundError):  # left by a killed run, or a link to another file
-        unfinished.unlink()
+        temporary.unlink()
     try:
-        yield unfinished
-        sync_to_disk(unfinished)
-        os.replace(unfinished, path)
+        yield temporary
+        sync_to_disk(temporary)
+        os.replace(temporary, path)
         sync_to_disk(path.parent)
     except BaseException:
         with suppress(OSError):
-            unfinished.unlink()
+            temporary.unlink()
         raise
+
+
+def unfinished(path: Path) -> Path:
+    """The hidden name of a file or folder while it is written."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def sync_to_disk(path: Path) -> None:

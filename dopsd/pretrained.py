@@ -1,11 +1,13 @@
 """Reading and loading a pretrained checkpoint: its configurations first, its components when they are needed."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -208,6 +210,29 @@ def read_text_config(model: Model, folder: Path) -> PretrainedConfig:
     config = AutoConfig.from_pretrained(folder, subfolder="text_encoder", trust_remote_code=False)
     check_text_config(config)
     return config
+
+
+@contextmanager
+def open_weights(folder: Path, variant: str | None) -> Iterator[Callable[[str], torch.Tensor]]:
+    """A function that reads one tensor of a component in `folder`, by its name.
+
+    Raises:
+        ValueError: by that function, if there is no such tensor.
+        OSError, SafetensorError: a file is missing or damaged.
+    """
+    with ExitStack() as stack:
+        file_of = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            if path.name.count(".") == 1 if variant is None else f".{variant}" in path.name:
+                file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
+                file_of |= dict.fromkeys(file.keys(), file)
+
+        def read(name: str) -> torch.Tensor:
+            if name not in file_of:
+                raise ValueError(f"{folder} has no {name}")
+            return file_of[name].get_tensor(name)
+
+        yield read
 
 
 def load_vae(model: Model, settings: ModelSettings, folder: Path, dtype: torch.dtype) -> torch.nn.Module:

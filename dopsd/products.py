@@ -6,17 +6,38 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from .loading import read_config
-from .lora_roles import StudentTeacherLoRA
+from .errors import first_line
+from .extraction import ExtractedLoRA, extract_lora
+from .loading import PICKLED
+from .lora_roles import StudentTeacherLoRA, warn_of_unportable
 from .model import Model
-from .output import LORA_FILE, MODEL_INDEX, TRANSFORMER_DIR, remove, replacing, sync_to_disk
-from .pretrained import load_skeleton
+from .output import (
+    LORA_FILE,
+    MODEL_INDEX,
+    TRANSFORMER_DIR,
+    LoRAOfChange,
+    pipeline_parts,
+    remove,
+    replace_folder,
+    replacing,
+    sync_to_disk,
+    unfinished,
+)
+from .pretrained import load_skeleton, open_weights
 from .roles import Roles
 from .settings import Settings
 from .weight_roles import StudentTeacherWeights
+
+
+logger = get_logger(__name__)
 
 
 class Product(ABC):
@@ -27,12 +48,14 @@ class Product(ABC):
         name: of its file or folder in the output folder.
         dtype: in which it is saved.
         is_collective: whether all processes must call `collect`, since each may hold a part of the weights.
+        restart: what to do after a step that diverged.
     """
 
     noun: str
     name: str
     dtype: torch.dtype
     is_collective: bool
+    restart: str
 
     @abstractmethod
     def collect(self, roles: Roles, *, keep: bool) -> Any:
@@ -47,7 +70,7 @@ class Product(ABC):
         """Writes the weights into a folder, completely or not at all."""
 
     def finish(self, weights: Any, folder: Path) -> None:
-        """Writes all that the run leaves."""
+        """Writes all that the run leaves. Raises what `write` raises; all else that fails is an error in the log."""
         self.write(weights, folder)
 
     @abstractmethod
@@ -64,6 +87,10 @@ class LoRAFile(Product):
     """
 
     noun, name, is_collective = "LoRA", LORA_FILE, False
+    restart = (
+        "start in another --output_dir with a lower --learning_rate (a checkpoint's folder can be --init_lora), or "
+        "without fp16"
+    )
 
     def __init__(self, pipeline_class: type[DiffusionPipeline], dtype: torch.dtype):
         self.pipeline_class, self.dtype = pipeline_class, dtype
@@ -79,16 +106,28 @@ class LoRAFile(Product):
 
 
 def save_lora(
-    pipeline_class: type[DiffusionPipeline], weights: dict[str, torch.Tensor], metadata: dict, folder: Path
+    pipeline_class: type[DiffusionPipeline],
+    weights: dict[str, torch.Tensor],
+    metadata: dict,
+    folder: Path,
+    header: dict[str, str] | None = None,
 ) -> None:
-    """Writes `LORA_FILE` as stock diffusers reads it."""
-    with replacing(folder / LORA_FILE) as unfinished:
+    """Writes `LORA_FILE` as stock diffusers reads it.
+
+    Args:
+        header: what else its header says. Loaders ignore it.
+    """
+    with replacing(folder / LORA_FILE) as temporary:
         pipeline_class.save_lora_weights(
             folder,
             transformer_lora_layers=weights,
             transformer_lora_adapter_metadata=metadata,
-            weight_name=unfinished.name,
+            weight_name=temporary.name,
         )
+        if header:
+            with safetensors.safe_open(temporary, "pt") as opened:
+                header = opened.metadata() | header
+            save_file(load_file(temporary), temporary, metadata=header)
 
 
 class PipelineFolder(Product):
@@ -97,80 +136,129 @@ class PipelineFolder(Product):
     Args:
         model, settings: of the run.
         source: folder of the checkpoint that was trained, whose other parts are linked or copied.
-        dtype: of the saved transformer.
+        dtype: of the transformer in training.
+
+    Attributes:
+        part_names: the pipeline's folders besides the transformer's.
     """
 
     noun, name, is_collective = "model", TRANSFORMER_DIR, True
+    restart = "start in another --output_dir with a lower --learning_rate"
 
     def __init__(self, model: Model, settings: Settings, source: Path, dtype: torch.dtype):
-        self.model, self.settings, self.source, self.dtype = model, settings, source, dtype
-        self.has_parts = not settings.full.save_transformer_only
+        self.model, self.settings, self.source, self.trained_dtype = model, settings, source, dtype
+        self.dtype = torch.float32 if settings.lora.upcast_before_saving else dtype
+        self.has_parts, self.rank = not settings.full.save_transformer_only, settings.full.extract_lora
+        self.part_names = [name for name in pipeline_parts(source) if name != TRANSFORMER_DIR]
 
     def collect(self, roles: StudentTeacherWeights, *, keep: bool) -> dict[str, torch.Tensor]:
-        return roles.whole_state_dict(self.dtype, keep=keep)
+        # A LoRA is extracted from the master weights: rounded ones hide small changes.
+        return roles.whole_state_dict(self.dtype if self.rank is None else torch.float32, keep=keep)
 
     def write(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
-        unfinished = folder / f".{TRANSFORMER_DIR}.tmp"
-        remove(unfinished)
+        target, temporary = folder / TRANSFORMER_DIR, unfinished(folder / TRANSFORMER_DIR)
+        remove(temporary)
         try:
-            self.save_transformer(weights, unfinished)
-            replace_folder(unfinished, folder / TRANSFORMER_DIR)
+            self.save_transformer(weights, temporary)
+            replace_folder(temporary, target)
         finally:
-            remove(unfinished)
+            remove(temporary)
 
     def save_transformer(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
-        """As `save_pretrained` of the transformer's class."""
+        """As `save_pretrained` of the transformer's class: in shards with an index, if it is large."""
         transformer = load_skeleton(self.model, self.settings.model)
-        transformer.load_state_dict(weights, assign=True)
+        cast = {
+            name: weight.to(self.dtype) if weight.is_floating_point() else weight for name, weight in weights.items()
+        }
+        transformer.load_state_dict(cast, assign=True)
         transformer.save_pretrained(folder, variant=self.settings.model.variant)
         for path in (*folder.iterdir(), folder):
             sync_to_disk(path)
 
     def finish(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        # An earlier end of this run, which has been resumed: what follows from its weights must not outlive them.
+        for name in (MODEL_INDEX, LORA_FILE):
+            (folder / name).unlink(missing_ok=True)
+        sync_to_disk(folder)
         self.write(weights, folder)
         if self.has_parts:
+            self.add_parts(folder)
+        if self.rank is not None:
+            self.add_lora(weights, folder)
+
+    def add_parts(self, folder: Path) -> None:
+        """Makes a pipeline of the folder. Without `MODEL_INDEX`, which comes last, it is none."""
+        try:
             for name in self.part_names:
                 link_or_copy(self.source / name, folder / name)
-            # Last: without it, the folder is no pipeline.
-            with replacing(folder / MODEL_INDEX) as unfinished:
-                shutil.copyfile(self.source / MODEL_INDEX, unfinished)
+            with replacing(folder / MODEL_INDEX) as temporary:
+                shutil.copyfile(self.source / MODEL_INDEX, temporary)
+        except OSError as error:
+            logger.error(
+                f"--output_dir {folder}: the transformer is saved, but not the pipeline's other parts "
+                f"({first_line(error)}); copy {', '.join(self.part_names)} and {MODEL_INDEX} from {self.source}"
+            )
 
-    @property
-    def part_names(self) -> list[str]:
-        """The pipeline's folders besides the transformer's."""
-        return [
-            name
-            for name in read_config(self.source / MODEL_INDEX)
-            if name != TRANSFORMER_DIR and (self.source / name).is_dir()
-        ]
+    def add_lora(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """Extracts a LoRA from the change (`--extract_lora`)."""
+        try:
+            with open_weights(self.source / TRANSFORMER_DIR, self.settings.model.variant) as read:
+                lora = extract_lora(
+                    load_skeleton(self.model, self.settings.model),
+                    weights,
+                    # Training began from the rounded ones.
+                    lambda name: read(name).to(self.trained_dtype),
+                    rank=self.rank,
+                    device=PartialState().device,
+                )
+            header = LoRAOfChange(lora.rank, lora.share).header
+            save_lora(self.model.stock_pipeline_class, *lora.export(self.dtype), folder, header)
+        except (OSError, SafetensorError, RuntimeError, MemoryError, ValueError) as error:
+            logger.error(f"--extract_lora {self.rank}: no LoRA is saved ({first_line(error)}); the model is saved")
+            return
+        warn_of_unportable("--extract_lora", lora.modules, self.model.portable_lora_layers)
+        logger.info(f"{describe(lora)}; it is {folder / LORA_FILE}")
 
     def loading_line(self, folder: Path) -> str:
-        if self.has_parts:
-            return f"The model is {folder}; load it: {self.model.card.pipeline}.from_pretrained({str(folder)!r})"
-        loader = f"{self.model.transformer_class.__name__}.from_pretrained({str(folder)!r}, subfolder='transformer')"
+        if (folder / MODEL_INDEX).is_file():
+            loader = f"{self.model.card.pipeline}.from_pretrained({str(folder)!r}{self.variant_argument})"
+            return f"The model is {folder}; load it: {loader}"
+        place = f"{str(folder)!r}, subfolder={TRANSFORMER_DIR!r}{self.variant_argument}"
+        loader = f"{self.model.transformer_class.__name__}.from_pretrained({place})"
         return f"The transformer is {folder / TRANSFORMER_DIR}; load it: {loader}"
 
+    @property
+    def variant_argument(self) -> str:
+        variant = self.settings.model.variant
+        return "" if variant is None else f", variant={variant!r}"
 
-def replace_folder(new: Path, old: Path) -> None:
-    """Puts a complete folder in the place of another one, or of none."""
-    aside = old.with_name(f".{old.name}.old")
-    remove(aside)
-    if old.exists():
-        old.rename(aside)
-    new.rename(old)
-    sync_to_disk(old.parent)
-    remove(aside)
+
+def describe(lora: ExtractedLoRA) -> str:
+    count = f"{len(lora.modules)} {'module' if len(lora.modules) == 1 else 'modules'}"
+    outside = ""
+    if lora.share_outside >= 0.0005:
+        outside = f"; {lora.share_outside:.1%} is in weights of other kinds, which no LoRA changes"
+    return f"A LoRA of rank {lora.rank} for {count} holds {lora.share:.1%} of the change{outside}"
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Puts a folder's files into another one: as hard links, where the file system can, otherwise as copies."""
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
+    """Puts a component's files into another folder.
+
+    Weights become hard links, where the file system can; small files, which people edit, are copied, so that the
+    source stays as it is. Pickled weights are left out, since nothing here loads them.
+    """
+    for path in sorted(source.rglob("[!.]*")):
+        if path.is_file() and path.suffix not in PICKLED:
             place = target / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(place) as unfinished:
-                real = path.resolve()  # the hub's cache holds symbolic links
-                try:
-                    os.link(real, unfinished)
-                except OSError:
-                    shutil.copyfile(real, unfinished)
+            with replacing(place) as temporary:
+                link_or_copy_file(path.resolve(), temporary)  # the hub's cache holds symbolic links
+
+
+def link_or_copy_file(source: Path, target: Path) -> None:
+    if source.suffix == ".safetensors":
+        try:
+            return os.link(source, target)
+        except OSError:  # another file system, or one without links
+            pass
+    shutil.copyfile(source, target)

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HTTPError
 
 from .errors import InputError, OutputError
 from .model_card import CARD_FILE
-from .output import LORA_FILE, numbered_sheets
+from .output import LORA_FILE, MODEL_INDEX, TRANSFORMER_DIR, numbered_sheets, pipeline_parts
 from .settings import Settings
 
 
@@ -32,13 +32,22 @@ def published_files(folder: Path) -> list[str]:
     """Paths of the files that `publish` uploads, relative to the folder.
 
     These are the weights, the card, the sheets and the images of the gallery; of numbered sheets only the last one.
+    The weights are a LoRA, or a transformer with the other parts of its pipeline, as far as they are there.
     Note that preview.png and story.png show training pictures, and the gallery of an editor those to edit. So does
     report.html, which is not published.
     """
-    names = [name for name in (LORA_FILE, CARD_FILE, *SHEETS) if (folder / name).is_file()]
+    names = [name for name in (MODEL_INDEX, LORA_FILE, CARD_FILE, *SHEETS) if (folder / name).is_file()]
+    for part in model_parts(folder):
+        paths = (path for path in (folder / part).rglob("[!.]*") if path.is_file())
+        names += sorted(path.relative_to(folder).as_posix() for path in paths)
     for kind in NUMBERED_SHEETS:
         names += [*numbered_sheets(folder, kind).values()][-1:]
     return names + sorted(f"images/{path.name}" for path in folder.glob("images/*.png"))
+
+
+def model_parts(folder: Path) -> list[str]:
+    """The folders of a whole model's components: all of a pipeline's, or its transformer's alone."""
+    return pipeline_parts(folder) or [TRANSFORMER_DIR] * (folder / TRANSFORMER_DIR).is_dir()
 
 
 def push_to_hub(settings: Settings) -> None:
@@ -72,9 +81,10 @@ def publish(folder: Path, *, repo_id: str | None, private: bool, token: str | No
         InputError: the folder has no weights.
         OutputError: the upload failed. The message says how to publish later and never contains the token.
     """
-    if not (folder / LORA_FILE).is_file():
+    if not (folder / LORA_FILE).is_file() and not model_parts(folder):
         raise InputError(
-            f"--output_dir {folder}: has no {LORA_FILE}; --push_only publishes the output folder of a finished run"
+            f"--output_dir {folder}: has no {LORA_FILE} and no {TRANSFORMER_DIR}; --push_only publishes the output "
+            "folder of a finished run"
         )
     repo_id = repo_id or folder.resolve().name
     try:
@@ -98,8 +108,9 @@ def upload(folder: Path, repo_id: str, private: bool, token: str) -> str:
     url = api.create_repo(repo_id, private=private or None, exist_ok=True)
     if private and not api.model_info(url.repo_id).private:
         raise ValueError("the repository exists and is public: make it private on the Hub, or choose another name")
+    noun = "model" if model_parts(folder) else "LoRA"
     operations = [CommitOperationAdd(name, folder / name) for name in published_files(folder)]
-    api.create_commit(url.repo_id, operations, commit_message="Add the LoRA, its model card and its images")
+    api.create_commit(url.repo_id, operations, commit_message=f"Add the {noun}, its model card and its images")
     return str(url)
 
 

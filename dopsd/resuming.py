@@ -15,7 +15,7 @@ from .encoders import VLM_FLAG
 from .errors import InputError, first_line
 from .files import read_regular_file
 from .model import Conditioning
-from .output import ADAPTERS_FILE, LORA_FILE, checkpoint_step, list_checkpoints
+from .output import ADAPTERS_FILE, LORA_FILE, RESULTS, checkpoint_step, list_checkpoints
 from .pretrained import model_identity
 from .prior import PriorPrompts
 from .settings import Settings, TrainingSettings
@@ -113,9 +113,9 @@ def choose_checkpoint(settings: TrainingSettings) -> Path | None:
 
 
 def refuse_finished(output_dir: Path) -> None:
-    if (output_dir / LORA_FILE).exists():
+    if found := [name for name in RESULTS if (output_dir / name).exists()]:
         raise InputError(
-            f"--output_dir {output_dir}: holds a finished run's {LORA_FILE} and no checkpoint to continue from; "
+            f"--output_dir {output_dir}: holds a finished run's {found[0]} and no checkpoint to continue from; "
             "choose another folder"
         )
 
@@ -234,7 +234,7 @@ def check_resumable(checkpoint: Path, contract: dict[str, Any], max_train_steps:
     if state["step"] > max_train_steps:
         raise InputError(
             f"--max_train_steps {max_train_steps}: {checkpoint.name} is past it; pass at least {state['step']}, or "
-            "use the LoRA in that folder"
+            "use what is in that folder"
         )
 
 

@@ -261,7 +261,7 @@ class LoRASettings:
 class TrainingSettings:
     _argument_group_name = "training"
 
-    output_dir: MayDiffer[str] = flag("dopsd-lora", "Folder for the LoRA, checkpoints, sheets and logs.")
+    output_dir: MayDiffer[str] = flag("dopsd-lora", "Folder for the LoRA or the model, checkpoints, sheets and logs.")
     seed: MustMatch[Seed | None] = flag(
         None, "Random seed. Default: chosen at random, logged and saved in the checkpoints."
     )
@@ -436,7 +436,7 @@ class PublishingSettings:
     _argument_group_name = "publishing"
 
     push_to_hub: MayDiffer[bool] = flag(
-        False, "Publish the LoRA, its model card and its sheets on the Hugging Face Hub after training."
+        False, "Publish the LoRA or the model, its card and its sheets on the Hugging Face Hub after training."
     )
     push_only: MayDiffer[bool] = flag(False, "Publish the finished run in --output_dir without training anything.")
     hub_model_id: MayDiffer[str | None] = flag(
@@ -489,6 +489,8 @@ class Settings:
         }
 
 
+# Flags without effect on whole models.
+LORA_FLAGS = tuple(item.name for item in fields(LoRASettings) if item.name != "upcast_before_saving")
 # Switches that `false` turns off.
 ON_BY_DEFAULT = frozenset(
     item.name for group in fields(Settings) for item in fields(group.type) if item.default is True

@@ -140,8 +140,7 @@ class FullMode(TrainMode):
         return WeightState(roles, optimizer)
 
     def product(self, folder: Path, dtype: torch.dtype) -> Product:
-        save_dtype = torch.float32 if self.settings.lora.upcast_before_saving else dtype
-        return PipelineFolder(self.model, self.settings, folder, save_dtype)
+        return PipelineFolder(self.model, self.settings, folder, dtype)
 
 
 def bytes_per_weight(settings: Settings, dtype: torch.dtype) -> int:

@@ -313,7 +313,7 @@ def test_drawings_that_fail_lose_no_weights(train, tmp_path):
     for message in (
         r"The preview failed \(.*preview.png could not be written .*\); the run continues",
         r"Validation at step 1 failed \(.*validation-1.png could not be written .*\); the run continues",
-        r"The story failed \(.*story.png could not be written .*\); the LoRA is saved",
+        r"The story failed \(.*story.png could not be written .*\); the weights are saved",
     ):
         assert re.search(message, log), log
     assert "Traceback" not in log

@@ -104,6 +104,29 @@ def test_the_page_says_what_is_trained_and_how_far_it_is(tmp_path, state, step, 
     assert "A LoRA of rank 64 for FLUX.2-klein (a/b), trained by on-policy self-distillation (D-OPSD) on 4 pic" in text
 
 
+def test_the_page_of_a_whole_model_speaks_of_no_lora(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    report = make_report(tmp_path, train_mode="full", trainable_modules="to_q")
+    assert own_settings(report.settings, MODEL) == {
+        *("pretrained_model_name_or_path", "instance_data_dir", "output_dir", "max_train_steps", "seed"),
+        *("mixed_precision", "validation_prompt", "train_mode", "trainable_modules"),
+    }
+    alone, whole = "The model is transformer, beside this page.", "The model is the folder of this page."
+    for state, loader, note in (("in progress", "", "There is no model yet."), ("finished", "AutoModel", alone)):
+        report.write_page(8, state)
+        text = read(tmp_path).text
+        assert "The modules to_q of the transformer of FLUX.2-klein (a/b), trained by on-policy" in text
+        assert note in text and loader in text and "LoRA" not in text and "--rank" not in text
+    (tmp_path / "model_index.json").touch()
+    report.write_page(8, "finished")
+    assert whole in read(tmp_path).text and "AutoModel" not in read(tmp_path).text
+    (tmp_path / "checkpoint-4").mkdir()
+    report.write_page(4, "stopped")
+    text = read(tmp_path).text
+    assert "The newest model is that of checkpoint-4." in text
+    assert f'"path/to/{tmp_path.name}/checkpoint-4", subfolder="transformer"' in text
+
+
 @pytest.mark.parametrize("num_pictures, expected", [(1, "on 1 picture."), (7, "on 7 pictures."), (0, "on 1 caption.")])
 def test_the_page_counts_pictures_or_captions(tmp_path, num_pictures, expected):
     make_report(tmp_path, num_pictures).write_page(0, "in progress")

@@ -124,6 +124,21 @@ def test_fsdp_needs_several_processes():
     check_accelerator(stub, fsdp, Flux2Klein())
 
 
+@pytest.mark.parametrize(
+    ("flags", "accelerator", "problem"),
+    [
+        ({"ema_device": "cuda"}, {}, "--ema_device cuda: there is no GPU; pass auto or cpu"),
+        ({}, {"num_processes": 2}, "--train_mode full: with several processes, pass --fsdp, so that they share"),
+        ({}, {"mixed_precision": "fp16"}, "--train_mode full: cannot be trained in fp16, which accelerate is"),
+    ],
+)
+def test_what_whole_models_cannot_do_is_one_line(flags, accelerator, problem):
+    stub = accelerator_stub()
+    vars(stub).update(accelerator)
+    with pytest.raises(InputError, match=f"^{problem}"):
+        check_accelerator(stub, SETTINGS.replace(train_mode="full", **flags), Flux2Klein())
+
+
 def test_processes_wait_for_hours_while_others_draw(monkeypatch):
     options = {}
 

@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 import train_dopsd_flux2
 import train_dopsd_zimage
 from dopsd.command_line import parse_settings
 from dopsd.model_card import CardImage, escape, write_card, write_run_card
+from dopsd.output import LORA_FILE, LoRAOfChange
 from loopback_hub import TOKEN
 
 
@@ -83,6 +86,40 @@ def test_card_of_klein_4b(tmp_path):
     for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub"):
         assert re.search(rf"^\| {package} \| \d+\.\d+", card.text, re.MULTILINE)
     assert "story.png" not in card.text and "Non-Commercial" not in card.text
+
+
+FULL = {"num_inference_steps": 4, "train_mode": "full", "rank": 64, "bf16_update": "master_weights"}
+
+
+def test_card_of_a_whole_model(tmp_path):
+    card = write(tmp_path, settings=FULL)
+    assert (card.data.base_model, card.data.base_model_relation) == (KLEIN_4B, "finetune")
+    assert card.data.tags == ["text-to-image", "diffusers", "diffusers-training", "d-opsd", "flux2", "flux2-klein"]
+    assert "with its whole transformer trained by on-policy self-distillation" in card.text
+    assert 'Flux2KleinPipeline.from_pretrained("someone/corgi", dtype=' in card.text
+    assert "| `--bf16_update` | master\\_weights |" in card.text
+    assert "lora" not in str(card).lower() and "`--rank`" not in card.text
+    assert "`--bf16_update`" not in write(tmp_path, settings=FULL | {"train_mode": "lora"}).text
+
+
+def test_card_of_a_part_of_a_whole_model_without_its_pipeline(tmp_path):
+    flags = {"trainable_modules": "to_q,[x]", "save_transformer_only": True, "variant": "half"}
+    card = write(tmp_path, settings=FULL | flags | {"cond_image_column": "before"})
+    title = rf"[{KLEIN_4B}](https://huggingface.co/{KLEIN_4B}), which edits pictures, with the modules "
+    assert title + r"to\_q,\[x\] of its transformer trained by" in card.text
+    place = '"someone/corgi", subfolder="transformer", variant="half", dtype=torch.bfloat16'
+    assert f"transformer = AutoModel.from_pretrained({place})" in card.text
+    assert f'Flux2KleinPipeline.from_pretrained("{KLEIN_4B}", transformer=transformer, dtype' in card.text
+
+
+def test_the_card_says_what_the_extracted_lora_holds(tmp_path):
+    header = LoRAOfChange(16, 0.877).header
+    save_file({"x": torch.zeros(1)}, tmp_path / LORA_FILE, metadata=header)
+    text = write(tmp_path, settings=FULL).text
+    assert "the LoRA of rank 16 that is nearest" in text and "**87.7%** of the change" in text
+    assert 'pipe.load_lora_weights("someone/corgi")' in text
+    save_file({"x": torch.zeros(1)}, tmp_path / LORA_FILE)
+    assert "nearest" not in write(tmp_path, settings=FULL).text
 
 
 def test_card_of_klein_9b_links_to_its_license(tmp_path):
@@ -333,5 +370,5 @@ def test_a_card_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, 
     run = ["--pretrained_model_name_or_path", KLEIN_4B, "--output_dir", str(tmp_path)]
     write_run_card(parse_settings(train_dopsd_flux2.MODEL, "", run), FLUX2, [], retention=None)
     (record,) = caplog.records
-    assert re.search("README.md could not be written .*: make room; the LoRA is saved", record.getMessage())
+    assert re.search("README.md could not be written .*: make room; the weights are saved", record.getMessage())
     assert record.exc_info is None and not list(tmp_path.iterdir())

@@ -145,6 +145,40 @@ def test_these_files_and_no_others_are_published(hub, run_folder, call_publish):
     }
 
 
+MODEL_PARTS = {
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
+    "transformer/diffusion_pytorch_model-00002-of-00002.safetensors",
+    "transformer/diffusion_pytorch_model.safetensors.index.json",
+}
+OTHER_PARTS = {
+    "model_index.json",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "tokenizer/more/a.jinja",
+}
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_whole_model_is_published_with_its_other_parts_if_it_has_them(hub, run_folder, call_publish, is_whole):
+    (run_folder / LORA_FILE).unlink()
+    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": True}
+    index |= {name: ["diffusers", "Some"] for name in ("transformer", "vae", "tokenizer", "scheduler", "../other")}
+    hidden = {"transformer/.cache", ".transformer.tmp/config.json", "checkpoint-500/transformer/config.json"}
+    for name in MODEL_PARTS | OTHER_PARTS | hidden | {"../other/secret", "unknown/file"}:
+        (run_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_folder / name).write_text(json.dumps(index) if name == "model_index.json" else name)
+    if not is_whole:
+        (run_folder / "model_index.json").unlink()
+    expected = PUBLISHED - {LORA_FILE} | MODEL_PARTS | (OTHER_PARTS if is_whole else set())
+    assert set(published_files(run_folder)) == expected
+    assert call_publish(hub.url, run_folder) == {"url": f"{hub.url}/someone/corgi"}
+    repository = hub.repositories["someone/corgi"]
+    assert repository["files"] == {name: (run_folder / name).read_bytes() for name in expected}
+    assert hub.lfs_files == {name for name in expected if name.endswith(".safetensors")}
+    assert sum(path.endswith("/commit/main") for _, path, _ in hub.requests) == 1
+
+
 def test_a_run_can_be_published_again_to_the_same_repository(hub, run_folder, call_publish):
     call_publish(hub.url, run_folder)
     (run_folder / LORA_FILE).write_bytes(WEIGHTS[::-1])
@@ -256,5 +290,6 @@ def test_the_error_for_an_invalid_name_is_one_line(hub, run_folder, call_publish
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "README.md").touch()
-    with pytest.raises(InputError, match=r"^--output_dir .*: has no pytorch_lora_weights.safetensors; --push_only"):
+    expected = r"^--output_dir .*: has no pytorch_lora_weights.safetensors and no transformer; --push_only"
+    with pytest.raises(InputError, match=expected):
         publish(tmp_path, repo_id="someone/corgi", private=False, token=TOKEN)

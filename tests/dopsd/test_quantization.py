@@ -267,9 +267,13 @@ def test_a_run_that_quantizes_nothing_does_not_import_torchao(settings, monkeypa
     del modules["torchao"]
     hide_torchao(settings(quantize_text_encoder="int8"))
     hide_torchao(settings(quantize="float8"))
+    hide_torchao(settings(train_mode="full", use_8bit_adam=True))
+    hide_torchao(settings(train_mode="full", bf16_update="stochastic_rounding"))
     assert "torchao" not in modules
-    hide_torchao(settings(quantize="nf4"))
-    assert modules == {"torchao": None}
+    for flags in ({"quantize": "nf4"}, {"train_mode": "full"}, {"use_8bit_adam": True}):
+        modules.pop("torchao", None)
+        hide_torchao(settings(**flags))
+        assert modules == {"torchao": None}
     modules["torchao"] = psutil
     hide_torchao(settings())
     assert modules["torchao"] is psutil

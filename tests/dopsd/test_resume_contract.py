@@ -191,6 +191,9 @@ LATER_SETTINGS = {
     "prior preservation",
     "--quantize",
     "--quantize_text_encoder",
+    "--train_mode",
+    "--trainable_modules",
+    "--bf16_update",
 }
 IDENTITIES = {"model", "--vlm_model_name_or_path", "pictures and captions"}
 
