@@ -147,3 +147,32 @@ def test_predicted_clean_latents_and_agreement_equal_values_computed_by_hand():
     assert step.student_x0.tolist() == [[-0.5, 0.0]]
     assert step.teacher_x0.tolist() == [[1.0, -3.0]]
     torch.testing.assert_close(step.agreement, torch.tensor([0.8, 0.5]))
+
+
+@pytest.mark.parametrize(("trained", "walks_all", "walked"), [([0, 2], False, 2), ([0, 2], True, 4), ([1], False, 1)])
+def test_asking_once_gives_the_states_of_asking_at_each(trained, walks_all, walked):
+    schedule = Schedule(torch.tensor([1.0, 0.8, 0.6, 0.3, 0.0]), torch.tensor([1000.0, 800.0, 600.0, 300.0]))
+    noise, weight = seeded_noise((3,), [0, 1]), torch.tensor(0.7, requires_grad=True)
+    calls, walks = [], []
+
+    def student(latents, timestep):
+        walks.append(torch.is_grad_enabled())
+        return weight * latents * timestep / 1000
+
+    def teacher(latents, timestep):
+        calls.append(timestep)
+        return latents.sin() + timestep.reshape(-1, 1) / 1000
+
+    plain = list(rollout(student, teacher, noise, schedule, trained=trained))
+    calls.clear()
+    walks.clear()
+    once = list(rollout(student, teacher, noise, schedule, trained=trained, asks_once=True, walks_all=walks_all))
+    (timesteps,) = calls
+    assert torch.equal(timesteps, schedule.timesteps[trained].repeat_interleave(2))
+    assert walks == [False] * walked + [True] * len(trained)
+    for one, other in zip(once, plain, strict=True):
+        assert one.index == other.index
+        for name in ("sigma", "latents", "student_velocity", "teacher_velocity", "loss", "next_latents"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name))
+    gradients = [torch.autograd.grad(sum(step.loss for step in steps), weight)[0] for steps in (plain, once)]
+    torch.testing.assert_close(*gradients)

@@ -320,3 +320,40 @@ def test_an_fp16_run_that_finds_no_scale_saves_the_weights_before(tmp_path):
     assert (
         ToyTraining(seed=1, scaler=torch.amp.GradScaler("cpu")).checkpoints(tmp_path).load(tmp_path / "checkpoint-19")
     )
+
+
+# Roles whose weights come from elsewhere
+
+
+@pytest.mark.parametrize("elsewhere", [("teacher_is_elsewhere",), ("teacher_is_elsewhere", "base_is_elsewhere")])
+def test_a_role_that_comes_from_elsewhere_comes_once_for_all_trained_states(monkeypatch, elsewhere):
+    results = []
+    for names in ((), elsewhere):
+        training = ToyTraining()
+        training.step()  # so that student, teacher and base differ
+        for name in names:
+            setattr(training.roles, name, True)
+        entered = {"teacher_role": 0, "base_role": 0}
+        for name in entered:
+            role = getattr(training.roles, name)
+
+            def counted(name=name, role=role, entered=entered):
+                entered[name] += 1
+                return role()
+
+            monkeypatch.setattr(training.roles, name, counted)
+        batches = [[sample(0), sample(1)]]
+        options = {"num_rollout_steps": 3, "num_trained_states": 2, "max_grad_norm": 1e9}
+        step = make_step(training, batches, 1, PRIOR, **options)
+        batch = MicroBatch(0, batches[0], weight=1.0, has_prior=True)
+        inputs, prior = step.inputs.read(batch)
+        step.backpropagate(batch, inputs)
+        step.backpropagate_prior(batch, prior)
+        gradients = [parameter.grad.clone() for parameter in training.roles.student_parameters]
+        results.append((gradients, entered))
+    (plain, often), (other, once) = results
+    assert often == {"teacher_role": 2, "base_role": 2}
+    assert once == {"teacher_role": 1, "base_role": 1 if len(elsewhere) == 2 else 2}
+    for first, second in zip(plain, other, strict=True):
+        torch.testing.assert_close(first, second)
+        assert first.abs().sum() > 0
