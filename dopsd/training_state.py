@@ -1,6 +1,9 @@
 """The weights and optimizer states of a checkpoint."""
 
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +98,8 @@ class WeightState(TrainingState):
 
     def write(self, folder: Path, others: dict[str, Any]) -> None:
         try:
-            dcp.save(self.state_dict(), checkpoint_id=folder / WEIGHTS_DIR, no_dist=not dist.is_initialized())
+            with alone_without_warning() as no_dist:
+                dcp.save(self.state_dict(), checkpoint_id=folder / WEIGHTS_DIR, no_dist=no_dist)
         except CheckpointException as error:
             raise write_error(error) from error
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -103,7 +107,8 @@ class WeightState(TrainingState):
             save_state({"param_groups": groups, **others}, folder / TRAINER_FILE)
 
     def read(self, folder: Path) -> dict[str, Any]:
-        dcp.load(self.state_dict(), checkpoint_id=folder / WEIGHTS_DIR, no_dist=not dist.is_initialized())
+        with alone_without_warning() as no_dist:
+            dcp.load(self.state_dict(), checkpoint_id=folder / WEIGHTS_DIR, no_dist=no_dist)
         self.roles.copy_masters_to_weights()
         others = load_state(folder / TRAINER_FILE)
         # `load_state_dict` would cast float32 states to the dtype of bfloat16 weights.
@@ -114,6 +119,14 @@ class WeightState(TrainingState):
     @property
     def groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
+
+
+@contextmanager
+def alone_without_warning() -> Iterator[bool]:
+    """Whether there is one process without a group, of which torch would warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield not dist.is_initialized()
 
 
 def write_error(error: CheckpointException) -> Exception:
