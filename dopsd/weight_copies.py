@@ -59,6 +59,23 @@ class WeightCopy:
             return copied_in(self.swaps)
         return swapped(self.swaps) if self.is_resident else self.streamed()
 
+    @torch.no_grad()
+    def average_with(self, parameters: dict[str, nn.Parameter], share: float) -> None:
+        """value <- (1 - share) * value + share * parameter, on the parameter's device, in the values' dtype.
+
+        Args:
+            parameters: by the names of the weights.
+            share: of the parameters.
+        """
+        for name, value in self.values.items():
+            value, parameter = local(value), local(parameters[name])
+            moved = value.to(parameter.device, non_blocking=True)
+            moved.lerp_(parameter.to(value.dtype), share)
+            if moved is not value:
+                value.copy_(moved, non_blocking=True)
+        if self.is_elsewhere:
+            torch.cuda.synchronize()  # the copies to host memory
+
     @contextmanager
     def streamed(self) -> Iterator[None]:
         in_blocks = {weight for _, swaps in self.blocks for weight, _ in swaps}
@@ -134,6 +151,8 @@ class BlockStream:
         self.handles = []
 
     def __enter__(self) -> None:
+        if self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream())  # which may still be changing the values
         for index, (block, _) in enumerate(self.blocks):
             self.handles.append(block.register_forward_pre_hook(lambda *_, index=index: self.begin(index)))
             self.handles.append(block.register_forward_hook(lambda *_, index=index: self.end(index), always_call=True))

@@ -136,9 +136,7 @@ class StudentTeacherWeights(Roles):
         """weights <- master weights; EMA <- decay * EMA + (1 - decay) * student, in float32 (arXiv 2605.05204)."""
         self.copy_masters_to_weights()
         if self._ema is not None:
-            for name, parameter in self.trained.items():
-                average = local(self._ema.values[name])
-                average.lerp_(local(parameter).to(average.device).float(), 1 - ema_decay)
+            self._ema.average_with(self.trained, 1 - ema_decay)
 
     @torch.no_grad()
     def copy_masters_to_weights(self) -> None:
