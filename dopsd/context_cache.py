@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -17,14 +16,13 @@ import torch
 
 from .errors import InputError, OutputError, one_line
 from .files import read_regular_file
+from .findings import Findings, file_state
+from .sharing import in_threads
 
 
 MIB = 2**20
 # One MiB in every 64 and the last MiB of a file are hashed: 0.25 GB of a 16 GB text encoder.
 FINGERPRINT_STRIDE = 64 * MIB
-
-# Threads that check entries: reading and hashing happen outside of Python's lock.
-NUM_READERS = 4
 
 # Kept free on the cache's disk for the run's other files.
 RESERVE_BYTES = 500 * 10**6
@@ -118,6 +116,7 @@ class ContextCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._verified = Findings(folder / "verified")
         for path in folder.glob(f"??/*{TEMPORARY_SUFFIX}"):
             # Another process may have removed the file, and the disk of a cache that is only read may be read-only.
             with suppress(OSError):
@@ -187,18 +186,31 @@ class ContextCache:
             ) from error
 
     def missing(self, keys: Iterable[str], progress: Callable[[list[str]], Iterable[str]] = iter) -> list[str]:
-        """The keys without a valid entry, in their order and without duplicates. Reads every existing entry.
+        """The keys without a valid entry, in their order and without duplicates.
+
+        Reads every existing entry, but for those that an earlier call has verified and that have not changed since.
 
         Args:
-            progress: wraps the list of distinct keys, for example in `tqdm`.
+            progress: wraps the list of keys whose entries are read, for example in `tqdm`.
         """
+        keys = list(dict.fromkeys(keys))
         # Listed first: NFS remembers for a while that a file was missing when it was opened, and another machine may
         # be about to write it.
-        present = {path.stem for path in self.folder.glob("??/*.safetensors")}
-        keys = list(dict.fromkeys(keys))
-        with ThreadPoolExecutor(NUM_READERS) as pool:
-            are_valid = pool.map(lambda key: key in present and self.is_valid(key), keys)
-            return [key for key, is_valid in zip(progress(keys), are_valid, strict=True) if not is_valid]
+        present = [*{path.stem for path in self.folder.glob("??/*.safetensors")}.intersection(keys)]
+        states = dict(zip(present, in_threads(self._state, present), strict=True))
+        verified = self._verified.read(filter(None, states.values()))
+        valid = {key for key, state in states.items() if state in verified}
+        unverified = [key for key in keys if key in states and key not in valid]
+        for key, is_valid in zip(progress(unverified), in_threads(self.is_valid, unverified), strict=True):
+            if is_valid:
+                valid.add(key)
+                self._verified.add({states[key]: None} if states[key] else {})
+        return [key for key in keys if key not in valid]
+
+    def _state(self, key: str) -> str | None:
+        """Changes with the entry's file; None if that cannot be told."""
+        state = file_state(self.path(key))
+        return None if state is None else content_key(key, state)
 
     def check_space(self, num_bytes: int, advice: Iterable[str] = ()) -> None:
         """Checks that this many bytes of new entries fit on the disk. Zero bytes always fit.

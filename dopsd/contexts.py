@@ -22,7 +22,14 @@ from .data.pictures import Picture
 from .data.training_data import TrainingData
 from .errors import InputError
 from .model import Conditioning, Context, Encoder, FewStepPipeline, Size
-from .sharing import failing_together, machine_of_each_process, machine_share, share_on_each_machine
+from .sharing import (
+    failing_together,
+    machine_of_each_process,
+    machine_share,
+    part_of,
+    share_on_each_machine,
+    share_on_own_machine,
+)
 
 
 logger = get_logger(__name__)
@@ -37,7 +44,7 @@ LARGE_BYTES = 20 * 10**9
 ENCODING_FORMAT = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoding:
     """The input of one encoder, which identifies its output: a prompt, pictures, or both."""
 
@@ -110,16 +117,20 @@ class Contexts:
     def all_samples(self) -> Iterator[Sample]:
         return itertools.chain.from_iterable(map(self.data.order.variants, range(len(self.data.examples))))
 
-    def all_encodings(self, prompts: list[str]) -> list[Encoding]:
+    def all_encodings(self, prompts: list[str]) -> Iterator[Encoding]:
         """Every encoding of a run that needs these prompts besides the captions. May contain duplicates."""
-        conditions = [(prompt, ()) for prompt in prompts]
-        conditions += [(request.prompt, request.cond_images) for request in self.data.editing_requests]
+        for prompt in prompts:
+            yield from self.student_encodings(prompt)
+        for request in self.data.editing_requests:
+            yield from self.student_encodings(request.prompt, request.cond_images)
         if self.data.is_editing:
-            conditions += [(self.data.caption(sample), self.data.cond_crops(sample)) for sample in self.all_samples()]
+            for sample in self.all_samples():
+                yield from self.student_encodings(self.data.caption(sample), self.data.cond_crops(sample))
         else:
-            conditions += [(caption, ()) for caption in self.data.captions]
-        of_students = [encoding for condition in conditions for encoding in self.student_encodings(*condition)]
-        return of_students + [encoding for _, encoding in self.all_teacher_encodings()]
+            for caption in self.data.captions:
+                yield from self.student_encodings(caption)
+        for _, encoding in self.all_teacher_encodings():
+            yield encoding
 
     def fits(self, prompt: str) -> bool:
         """Whether a prompt is within the student's limit."""
@@ -251,30 +262,45 @@ def fill_cache(
         InputError, OutputError: something cannot be encoded, or the cache cannot be written.
     """
     contexts.cache, contexts.fingerprints = cache, fingerprints
-    needed = dict.fromkeys(contexts.all_encodings(prompts))
-    encoding_of = {contexts.key(encoding): encoding for encoding in needed}
+    encoding_of: dict[str, Encoding] = {}
+    for encoding in contexts.all_encodings(prompts):
+        encoding_of.setdefault(contexts.key(encoding), encoding)
     bar = partial(tqdm, desc="Checking the context cache", disable=not accelerator.is_local_main_process)
     # Sorted keys are in random order, so that each process checks as many large entries as the others.
     by_machine = share_on_each_machine(partial(cache.missing, progress=bar), sorted(encoding_of), accelerator)
     missing_keys = set().union(*by_machine)
     missing = {key: encoding for key, encoding in encoding_of.items() if key in missing_keys}
+    shares = split_among(missing, accelerator.num_processes)
     num_bytes = contexts.num_bytes(missing.values())
     advice = fewer_held_prompts(contexts, missing.values(), held)
     announce(contexts, missing.values(), encoding_of.values(), num_bytes, advice)
     with failing_together():
         cache.check_space(num_bytes, advice)
-        share = list(missing.values())[accelerator.process_index :: accelerator.num_processes]
-        encode_missing(contexts, share, accelerator)
+        encode_missing(contexts, [missing[key] for key in shares[accelerator.process_index]], accelerator)
     # A machine with a disk of its own lacks what the others have encoded.
     machines = machine_of_each_process(accelerator)
-    machine = machines[accelerator.process_index]
-    elsewhere = [key for number, key in enumerate(missing) if machines[number % len(machines)] != machine]
-    lacking = share_on_each_machine(
-        lambda keys: [key for key in keys if not cache.is_valid(key)], sorted(elsewhere), accelerator
-    )[machine]
+    others = [number != machines[accelerator.process_index] for number in machines]
+    elsewhere = sorted(itertools.chain.from_iterable(itertools.compress(shares, others)))
+    lacking = share_on_own_machine(
+        lambda keys: [key for key in keys if not cache.is_valid(key)], elsewhere, accelerator
+    )
     with failing_together():
         share = [encoding_of[key] for key in machine_share(lacking, accelerator)]
         encode_missing(contexts, share, accelerator)
+
+
+def split_among(encodings: dict[str, Encoding], count: int) -> list[list[str]]:
+    """The keys that each of `count` processes encodes: about as many of each encoder.
+
+    Keys that follow each other stay together, since they may be of one picture, which is then decoded once.
+    """
+    keys_of: dict[Encoder, list[str]] = {}
+    for key, encoding in encodings.items():
+        keys_of.setdefault(encoding.encoder, []).append(key)
+    return [
+        list(itertools.chain.from_iterable(part_of(keys, index, count) for keys in keys_of.values()))
+        for index in range(count)
+    ]
 
 
 def announce(

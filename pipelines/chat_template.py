@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -42,6 +43,13 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
+@cache
+def _refuse_products(template: str) -> None:
+    # An alarm cannot interrupt the computation of a power, nor the repetition of a text.
+    if any(kind == "operator" and text in ("*", "**") for _, kind, text in jinja2.Environment().lex(template)):
+        raise ValueError("it multiplies, for which a chat has no use")
+
+
 def apply_chat_template(tokenizer: PreTrainedTokenizerBase, content: str, **options: Any) -> str:
     """The chat text with one message of the user, up to the start of the answer.
 
@@ -55,10 +63,7 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, content: str, **opti
         InputError: there is no template, it fails, takes too long, drops the message or adds too much to it.
     """
     try:
-        # An alarm cannot interrupt the computation of a power, nor the repetition of a text.
-        tokens = jinja2.Environment().lex(tokenizer.get_chat_template())
-        if any(kind == "operator" and text in ("*", "**") for _, kind, text in tokens):
-            raise ValueError("it multiplies, for which a chat has no use")
+        _refuse_products(tokenizer.get_chat_template())
         with _time_limit(MAX_SECONDS):
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, **options

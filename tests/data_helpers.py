@@ -13,6 +13,7 @@ from dopsd.errors import InputError
 from dopsd.settings import DataSettings
 from dopsd.sizes import SizeLimits
 from dopsd.terminal import MAX_REFUSAL_CHARACTERS, as_line
+from short_runs import one_process
 
 
 RED, GREEN, BLUE, YELLOW, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)
@@ -34,7 +35,7 @@ def write_jsonl(folder, *rows, name="metadata.jsonl"):
 
 def read_pictures(*, teacher_caption_column=None, cache_dir=None, **flags):
     return sources.read_pictures(
-        DataSettings(**flags), teacher_caption_column=teacher_caption_column, cache_dir=cache_dir
+        DataSettings(**flags), one_process(), teacher_caption_column=teacher_caption_column, cache_dir=cache_dir
     )
 
 

@@ -2,7 +2,7 @@
 
 1. Sources: `sources.read_pictures` lists pictures and captions, from a folder (`folder`, `metadata`) or a data set
    (`dataset`), without decoding them.
-2. Decoding: `images.check_pictures` decodes every picture once, to find bad files before training starts.
+2. Decoding: `checking.check_pictures` decodes every picture once, to find bad files before training starts.
 3. Buckets: `buckets.plan_examples` chooses the size and the crop of every example.
 4. Order: `order.SampleOrder` and `order.micro_batches` say which examples each optimizer step trains on.
 

@@ -26,7 +26,7 @@ class Framing(NamedTuple):
     centering: tuple[float, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Crop:
     """A picture as an encoder sees it: scaled and cropped, and possibly mirrored.
 
@@ -57,7 +57,7 @@ class Crop:
         return crop_image(image, self.framing, self.flip)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One repeat of a picture, with a crop that is drawn once and kept for the whole run.
 

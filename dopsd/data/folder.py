@@ -1,18 +1,20 @@
 """Pictures and captions from `--instance_data_dir`."""
 
 import posixpath
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.logging import get_logger
 
 from ..errors import InputError
 from ..settings import DataSettings
+from ..sharing import in_threads
 from ..text import printable
 from .captions import is_text
 from .files import FolderFiles, warn_of_links_out
 from .metadata import find_metadata, metadata_pictures
 from .pictures import Picture, is_picture
-from .sidecars import match_sidecars, sidecar_captions
+from .sidecars import check_sidecars, match_sidecars, read_lines, sidecar_captions
 
 
 logger = get_logger(__name__)
@@ -20,42 +22,85 @@ logger = get_logger(__name__)
 MAX_NAMES_IN_WARNING = 5
 
 
-def read_folder(settings: DataSettings, teacher_caption_column: str | None) -> list[Picture]:
-    """The pictures of `--instance_data_dir`, sorted by path.
+@dataclass(frozen=True)
+class Folder:
+    """The files of `--instance_data_dir`, none of which has been read.
 
-    Captions come from a metadata file, else from .txt files, else from `--instance_prompt`. See
-    `sources.read_pictures` for the arguments and errors.
+    Attributes:
+        files: all of them.
+        pictures, texts: names of the pictures, and of the .txt files.
+        metadata: name of the metadata file, if there is one.
+        text_of: picture -> the .txt file with its captions.
     """
+
+    files: FolderFiles
+    pictures: list[str]
+    texts: list[str]
+    metadata: str | None
+    text_of: dict[str, str]
+
+    @property
+    def sidecars(self) -> list[str]:
+        """Names of the .txt files with captions, sorted."""
+        return sorted({*self.text_of.values()})
+
+    def read_sidecars(self, names: list[str]) -> list[list[str]]:
+        """The lines of each of these .txt files, see `sidecars.read_lines`."""
+        return list(in_threads(lambda name: read_lines(self.files.paths[name], name), names))
+
+
+def list_folder(settings: DataSettings, teacher_caption_column: str | None) -> Folder:
+    """The files of `--instance_data_dir`. See `sources.read_pictures` for the arguments and errors."""
     folder = _existing_folder(settings.instance_data_dir)
     files = FolderFiles(folder)
     names = list(files.paths)
     pictures = [name for name in names if is_picture(name)]
     texts = [name for name in names if name.lower().endswith(".txt")]
     metadata = find_metadata(names)
-    text_of = match_sidecars(pictures, texts)
-    used = {*pictures, *text_of.values(), metadata}
-    ignored = [name for name in names if name not in used]
+    found = Folder(files, pictures, texts, metadata, match_sidecars(pictures, texts))
     if not pictures and teacher_caption_column is None:
+        ignored = _ignored(found)
         only = f", only files such as {ignored[0]}" if ignored else ""
         raise InputError(f"--instance_data_dir {folder}: contains no pictures{only}; give a folder with pictures")
-    if metadata and text_of:
+    if metadata and found.text_of:
         raise InputError(
-            f"{metadata}, {next(iter(text_of.values()))}: both contain captions; keep either the metadata file or the "
-            ".txt files"
+            f"{metadata}, {next(iter(found.text_of.values()))}: both contain captions; keep either the metadata file "
+            "or the .txt files"
         )
-    if settings.multiline_captions is not None and not text_of:
+    if settings.multiline_captions is not None and not found.text_of:
         raise InputError("--multiline_captions: needs a .txt file beside each picture; add them, or drop the flag")
-    if metadata:
-        found = metadata_pictures(files, metadata, pictures, settings, teacher_caption_column)
-    else:
+    if not metadata:
         _refuse_column_flags(settings, teacher_caption_column)
-        if text_of:
-            captions = sidecar_captions(files.paths, pictures, texts, text_of, settings)
+        if found.text_of:
+            check_sidecars(pictures, texts, found.text_of)
+    return found
+
+
+def folder_pictures(
+    folder: Folder, lines: list[list[str]], settings: DataSettings, teacher_caption_column: str | None
+) -> list[Picture]:
+    """The pictures of `--instance_data_dir`, sorted by path.
+
+    Captions come from a metadata file, else from .txt files, else from `--instance_prompt`. See
+    `sources.read_pictures` for other arguments and errors.
+
+    Args:
+        lines: of `folder.sidecars`.
+    """
+    files, ignored = folder.files, _ignored(folder)
+    if folder.metadata:
+        found = metadata_pictures(files, folder.metadata, folder.pictures, settings, teacher_caption_column)
+    else:
+        if folder.text_of:
+            in_text = sidecar_captions(dict(zip(folder.sidecars, lines, strict=True)), settings)
+            captions = {name: in_text[folder.text_of[name]] for name in folder.pictures}
         else:
-            captions = dict.fromkeys(pictures, (_prompt(settings, texts),))
-            _warn_of_ignored_texts(texts)
-            ignored = sorted({*ignored} - {*texts})
-        found = [Picture(name, captions[name], files.paths[name], group=posixpath.dirname(name)) for name in pictures]
+            captions = dict.fromkeys(folder.pictures, (_prompt(settings, folder.texts),))
+            _warn_of_ignored_texts(folder.texts)
+            ignored = sorted({*ignored} - {*folder.texts})
+        found = [
+            Picture(name, captions[name], files.paths[name], group=posixpath.dirname(name)) for name in folder.pictures
+        ]
     _warn_of_ignored_files(ignored)
     read = {
         file.name: file.source
@@ -63,8 +108,15 @@ def read_folder(settings: DataSettings, teacher_caption_column: str | None) -> l
         for file in (picture.file, *picture.cond_images)
         if file.source is not None
     }
-    warn_of_links_out(folder, read | {name: files.paths[name] for name in (*text_of.values(), metadata) if name})
+    read |= {name: files.paths[name] for name in (*folder.text_of.values(), folder.metadata) if name}
+    warn_of_links_out(files.folder, read)
     return found
+
+
+def _ignored(folder: Folder) -> list[str]:
+    """Names of the files that are neither pictures nor captions."""
+    used = {*folder.pictures, *folder.text_of.values(), folder.metadata}
+    return [name for name in folder.files.paths if name not in used]
 
 
 def _existing_folder(name: str) -> Path:

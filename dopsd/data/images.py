@@ -8,18 +8,13 @@ from typing import NamedTuple
 
 import fsspec
 import numpy as np
-from accelerate.logging import get_logger
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm.auto import tqdm
 
 from ..errors import InputError, first_line
-from ..text import printable
 from .color import ProfileError, to_srgb
 from .files import read_regular_file
 from .pictures import Picture, PictureFile
 
-
-logger = get_logger(__name__)
 
 # Pillow documents no base class for its errors. This list was found by damaging files of many formats; RuntimeError
 # comes from the AVIF decoder.
@@ -111,16 +106,13 @@ def source_bytes(picture: Picture | PictureFile) -> bytes:
     """
     if isinstance(picture.source, Path):
         return read_regular_file(picture.source)
-    dataset, row, column, item = picture.source
-    cell = dataset[row][column][0].as_py()
-    if item is not None:
-        cell = cell[item]
-    cell = cell or {"bytes": None, "path": None}
-    if cell["bytes"] is not None:
-        return cell["bytes"]
-    if cell["path"] is None:
-        raise SourceError(f"column {column!r} is empty")
-    with fsspec.open(cell["path"], "rb") as file:  # in an archive: zip://..., checked by `cells.picture_files`
+    cell = picture.source.read()
+    content, path = (cell["bytes"].as_py(), cell["path"].as_py()) if cell.is_valid else (None, None)
+    if content is not None:
+        return content
+    if path is None:
+        raise SourceError(f"column {picture.source.column!r} is empty")
+    with fsspec.open(path, "rb") as file:  # in an archive: zip://..., checked by `cells.picture_files`
         return file.read()
 
 
@@ -171,50 +163,3 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         opaque = values != image.info["transparency"]
         gray.putalpha(Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8)))
     return gray
-
-
-class CheckedPicture(NamedTuple):
-    """What planning and caching need to know of a picture.
-
-    Attributes:
-        size: upright (height, width) in pixels.
-        digest: SHA-256 of the encoded picture in hexadecimal; "" for a caption without a picture.
-        profile_problem: see `Decoded`.
-    """
-
-    size: tuple[int, int]
-    digest: str
-    profile_problem: str | None
-
-
-def check_pictures(pictures: list[Picture], *, resolution: int, disable_progress: bool) -> list[CheckedPicture]:
-    """Reads and decodes every picture once to check it. Keeps none of them in memory.
-
-    Args:
-        pictures: the pictures to check.
-        resolution: height and width, in pixels, to return for a caption without a picture.
-        disable_progress: whether to hide the progress bar.
-
-    Raises:
-        InputError: a picture cannot be decoded.
-    """
-    checked = []
-    for picture in tqdm(pictures, desc="Reading pictures", disable=disable_progress):
-        if picture.source is None:
-            checked.append(CheckedPicture((resolution, resolution), "", None))
-        else:
-            image, digest, profile_problem = decode(picture)
-            checked.append(CheckedPicture((image.height, image.width), digest, profile_problem))
-    return checked
-
-
-def warn_of_profiles(pictures: list[Picture], checked: list[CheckedPicture]) -> None:
-    """Warns once of all pictures whose color profiles could not be used."""
-    problems = [(picture.name, one.profile_problem) for picture, one in zip(pictures, checked, strict=True)]
-    problems = [(name, problem) for name, problem in problems if problem is not None]
-    if problems:
-        name, problem = problems[0]
-        logger.warning(
-            f"{printable(name)}: its color profile cannot be used ({printable(problem)}); {len(problems)} such "
-            "pictures are used as if they were sRGB: convert them to sRGB if their colors look wrong"
-        )

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import math
 import random
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from .pictures import Picture
 MAX_PARTNERS = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """An example as it is used in one epoch.
 
@@ -163,28 +164,60 @@ def find_partners(
     examples_of: dict[int, list[int]] = {}
     for index, example in enumerate(examples):
         examples_of.setdefault(example.picture, []).append(index)
+    # A group may hold all pictures, so that none of them may look at all others.
     groups: dict[str, list[int]] = {}
+    alike: dict[tuple[str, tuple[int, int]], list[int]] = {}  # of a group and a bucket
+    copies: dict[tuple[str, str], list[int]] = {}  # of a group and a digest
     for index, picture in enumerate(pictures):
         groups.setdefault(picture.group, []).append(index)
+        copies.setdefault((picture.group, digests[index]), []).append(index)
+        if index in examples_of:
+            alike.setdefault((picture.group, examples[examples_of[index][0]].bucket), []).append(index)
     partners = []
     for index, example in enumerate(examples):
         picture = pictures[example.picture]
-        others = [other for other in groups[picture.group] if digests[other] != digests[example.picture]]
-        if not others:
+        own = copies[picture.group, digests[example.picture]]
+        others = Without(groups[picture.group], own)
+        if not len(others):
             group = f"in the group {picture.group!r}" if picture.group else "there"
             raise InputError(
                 f"--teacher_picture other: {picture.name} is the only picture {group}, copies of it not counted; add "
                 "another picture of the same subject, or drop the flag"
             )
         if have_one_size:
-            bucket_of = {other: examples[examples_of[other][0]].bucket for other in others}
-            (most_frequent, _), *_ = Counter(bucket_of.values()).most_common(1)
-            chosen = example.bucket if example.bucket in bucket_of.values() else most_frequent
-            others = [other for other in others if bucket_of[other] == chosen]
+            others = Without(alike[picture.group, example.bucket], own)
+            if not len(others):
+                rest = Without(groups[picture.group], own)
+                count_of = Counter(examples[examples_of[other][0]].bucket for other in rest)
+                others = Without(alike[picture.group, count_of.most_common(1)[0][0]], own)
         rng = random.Random(f"{seed}/partners/{index}")
         drawn = rng.sample(others, min(MAX_PARTNERS, len(others)))
         partners.append(tuple(examples_of[other][example.repeat] for other in drawn))
     return partners
+
+
+class Without(Sequence[int]):
+    """A sorted sequence without some of its numbers, which is not copied.
+
+    Args:
+        numbers: sorted, without duplicates.
+        left_out: likewise, and short. Those that are not among the numbers do not matter.
+    """
+
+    def __init__(self, numbers: Sequence[int], left_out: Sequence[int]):
+        self.numbers = numbers
+        places = ((bisect_left(numbers, number), number) for number in left_out)
+        self.left_out = [place for place, number in places if place < len(numbers) and numbers[place] == number]
+
+    def __len__(self) -> int:
+        return len(self.numbers) - len(self.left_out)
+
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for place in self.left_out:
+            index += place <= index
+        return self.numbers[index]
 
 
 def micro_batches(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import pyarrow
 from PIL import Image
 
 
@@ -25,8 +26,13 @@ class DatasetCell(NamedTuple):
     column: str
     item: int | None = None
 
+    def read(self) -> pyarrow.StructScalar:
+        """The encoded picture, or its path in an archive: {"bytes": ..., "path": ...}, of which nothing is copied."""
+        cell = self.dataset[self.row][self.column][0]
+        return cell if self.item is None else cell[self.item]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class PictureFile:
     """An encoded picture. It is not decoded until `images.read_image` is called.
 
@@ -39,7 +45,7 @@ class PictureFile:
     source: Path | DatasetCell | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """One training picture and its captions.
 

@@ -16,7 +16,7 @@ from .pictures import PictureFile
 NUM_DEFAULT_REQUESTS = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """What a model is asked for.
 
@@ -37,7 +37,7 @@ def editing_requests(settings: ValidationSettings, trained: list[Request], limit
     Its pictures are from `--validation_image`. Without these, they are those of the training pairs, in turn.
 
     Args:
-        trained: a request of each training pair.
+        trained: a request of each training pair, or of the first `num_trained_requests`.
 
     Raises:
         InputError: a picture cannot be read or edited, or there are not as many as prompts.
@@ -57,6 +57,12 @@ def editing_requests(settings: ValidationSettings, trained: list[Request], limit
     area = settings.validation_height * settings.validation_width
     read = [read_images(names, area, limits) for names in images]
     return [Request(prompt, *read[index % len(read)]) for index, prompt in enumerate(prompts)]
+
+
+def num_trained_requests(settings: ValidationSettings) -> int:
+    """How many requests of training pairs `editing_requests` uses at most."""
+    given = settings.validation_prompt, settings.validation_image
+    return max(NUM_DEFAULT_REQUESTS, *(len(some or ()) for some in given))
 
 
 def read_images(names: str, area: int, limits: SizeLimits) -> tuple[tuple[Crop, ...], tuple[int, int]]:

@@ -56,20 +56,16 @@ def match_sidecars(pictures: list[str], texts: list[str]) -> dict[str, str]:
     return matched
 
 
-def sidecar_captions(
-    paths: dict[str, Path], pictures: list[str], texts: list[str], text_of: dict[str, str], settings: DataSettings
-) -> dict[str, tuple[str, ...]]:
-    """Picture -> captions in its .txt file.
+def check_sidecars(pictures: list[str], texts: list[str], text_of: dict[str, str]) -> None:
+    """Checks that every picture has a .txt file, and the reverse.
 
     Args:
-        paths: name -> path of all files.
         pictures: names of all pictures.
         texts: names of all .txt files.
         text_of: the result of `match_sidecars`.
-        settings: say how to read files of several lines. Their `instance_prompt` is not used; a warning says so.
 
     Raises:
-        InputError: a picture has no .txt file or the reverse, or a file is empty, too long or not UTF-8.
+        InputError: one of them has no counterpart.
     """
     for name in pictures:
         if name not in text_of:
@@ -83,9 +79,20 @@ def sidecar_captions(
                 f"{text}: there is no picture named {posixpath.basename(_stem(text))} beside it; add the picture, or "
                 "move the file elsewhere"
             )
+
+
+def sidecar_captions(lines_of: dict[str, list[str]], settings: DataSettings) -> dict[str, tuple[str, ...]]:
+    """.txt file -> captions in it.
+
+    Args:
+        lines_of: .txt file -> its lines, see `read_lines`.
+        settings: say how to read files of several lines. Their `instance_prompt` is not used; a warning says so.
+
+    Raises:
+        InputError: a file is empty, or its text cannot be used.
+    """
     if is_text(settings.instance_prompt):
         logger.warning("--instance_prompt is not used: the captions come from the .txt files beside the pictures")
-    lines_of = {text: _read_lines(paths[text], text) for text in sorted({*text_of.values()})}
     several = [text for text, lines in lines_of.items() if sum(map(is_text, lines)) > 1]
     if several and settings.multiline_captions is None:
         logger.warning(
@@ -94,8 +101,7 @@ def sidecar_captions(
             "caption_per_line; one_caption turns off this warning"
         )
     per_line = settings.multiline_captions == "caption_per_line"
-    captions = {text: _captions(text, lines, per_line) for text, lines in lines_of.items()}
-    return {name: captions[text_of[name]] for name in pictures}
+    return {text: _captions(text, lines, per_line) for text, lines in lines_of.items()}
 
 
 def is_document(name: str) -> bool:
@@ -107,8 +113,12 @@ def _stem(name: str) -> str:
     return posixpath.splitext(name)[0]
 
 
-def _read_lines(path: Path, name: str) -> list[str]:
-    """The file's lines, with their line breaks."""
+def read_lines(path: Path, name: str) -> list[str]:
+    """A .txt file's lines, with their line breaks.
+
+    Raises:
+        InputError: it cannot be read, is too long or not UTF-8. The message calls it `name`.
+    """
     # str.splitlines would also split at characters such as U+2028.
     return re.findall(r".*?(?:\r\n|\r|\n)|.+$", read_text(path, name, max_bytes=MAX_SIDECAR_BYTES), re.DOTALL)
 

@@ -4,21 +4,24 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from PIL import Image
 
 from ..errors import InputError
+from ..findings import Findings
 from ..settings import Settings
 from ..sharing import failing_together, share_on_each_machine
 from ..sizes import SizeLimits
 from ..text import printable
 from .buckets import Crop, Example, plan_examples
-from .images import CheckedPicture, check_pictures, read_image, warn_of_profiles
+from .checking import CheckedPicture, check_pictures, warn_of_profiles
+from .images import decode
 from .order import Sample, SampleOrder
 from .pictures import Picture
-from .requests import Request, editing_requests
+from .requests import Request, editing_requests, num_trained_requests
 from .sources import read_pictures
 
 
@@ -118,18 +121,28 @@ class TrainingData:
         return Crop(self.pictures[example.picture].file, self.digests[example.picture], example.framing, flip)
 
     def pixels(self, crop: Crop) -> Image.Image | None:
-        """The crop's pixels; None if the caption has no picture."""
+        """The crop's pixels; None if the caption has no picture.
+
+        Raises:
+            InputError: the picture cannot be read any more, or is another one than at the start.
+        """
         if crop.file.source is None:
             return None
         if self._last_image is None or self._last_image[0] != crop.digest:
-            self._last_image = crop.digest, read_image(crop.file)
+            image, digest, _ = decode(crop.file)
+            if digest != crop.digest:
+                raise InputError(
+                    f"{crop.file.name}: has changed since it was checked; save it again, then start again"
+                )
+            self._last_image = digest, image
         return crop.apply(self._last_image[1])
 
 
 def load_training_data(settings: Settings, limits: SizeLimits, accelerator: Accelerator) -> TrainingData:
     """Reads captions, checks the pictures, and plans crops and order.
 
-    Every picture is read and decoded once on each machine, by one of its processes.
+    Every picture is read and decoded once on each machine, by one of its processes, unless an earlier run with this
+    context cache has done so.
 
     Args:
         settings: with a seed.
@@ -138,16 +151,21 @@ def load_training_data(settings: Settings, limits: SizeLimits, accelerator: Acce
         InputError: a picture, a caption or a flag cannot be used. If it is one process's, all raise it.
     """
     data, training = settings.data, settings.training
-    with failing_together():
-        pictures = read_pictures(
-            data,
-            teacher_caption_column=settings.teacher.teacher_caption_column,
-            cache_dir=settings.model.cache_dir,
-        )
+    pictures = read_pictures(
+        data,
+        accelerator,
+        teacher_caption_column=settings.teacher.teacher_caption_column,
+        cache_dir=settings.model.cache_dir,
+    )
     # Several pictures may be edited versions of the same one, which is read once.
     cond_files = list(dict.fromkeys(file for picture in pictures for file in picture.cond_images))
     files = [*(picture.file for picture in pictures), *cond_files]
-    check = partial(check_pictures, resolution=data.resolution, disable_progress=not accelerator.is_local_main_process)
+    check = partial(
+        check_pictures,
+        resolution=data.resolution,
+        disable_progress=not accelerator.is_local_main_process,
+        findings=picture_findings(settings),
+    )
     checked, *others = share_on_each_machine(check, files, accelerator)
     if any(other != checked for other in others):
         source = f"--instance_data_dir {data.instance_data_dir}"
@@ -178,9 +196,17 @@ def load_training_data(settings: Settings, limits: SizeLimits, accelerator: Acce
     read = TrainingData(pictures, digests, examples, order, [tuple(one.digest for one in own) for own in cond_images])
     if read.is_editing and settings.validation.validation_steps > 0:
         with failing_together():
-            trained = [read.request(sample) for sample in read.shown(len(pictures))]
+            count = num_trained_requests(settings.validation)
+            trained = [read.request(sample) for sample in read.shown(count)]
             read.editing_requests = editing_requests(settings.validation, trained, limits)
     return read
+
+
+def picture_findings(settings: Settings) -> Findings:
+    """What earlier runs have found out about pictures. They are kept with the encodings."""
+    training = settings.training
+    keeps = not training.no_context_cache and not settings.performance.dry_run
+    return Findings(Path(training.context_cache_dir) / "pictures" if keeps else None)
 
 
 def shape_of(picture: Picture, checked: CheckedPicture, cond_images: list[CheckedPicture]) -> tuple[int, int]:

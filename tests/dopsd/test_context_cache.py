@@ -431,12 +431,12 @@ def test_missing_keeps_the_order_and_drops_duplicates(cache):
     asked = [keys[4], keys[1], keys[3], keys[4], keys[0], keys[1], keys[0]]
     shown = []
 
-    def progress(distinct):
-        shown.append(len(distinct))
-        return iter(distinct)
+    def progress(read):
+        shown.extend(read)
+        return iter(read)
 
     assert cache.missing(iter(asked), progress) == [keys[4], keys[3], keys[0]]
-    assert shown == [4]
+    assert shown == [keys[1], keys[3]]
     assert cache.missing([]) == []
 
 

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from data_helpers import WHITE, as_picture, assert_names, warnings_in
-from dopsd.data.images import check_pictures, decode, read_image, warn_of_profiles
+from dopsd.data.checking import check_pictures, warn_of_profiles
+from dopsd.data.images import decode, read_image
 from icc_profiles import ADOBE_RGB, DISPLAY_P3, SRGB, cmyk_profile, gamma_curve, gray_profile, rgb_profile
 
 

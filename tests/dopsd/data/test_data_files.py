@@ -17,8 +17,9 @@ from data_helpers import (
     write_jsonl,
     write_pictures,
 )
+from dopsd.data.checking import check_pictures
 from dopsd.data.files import relative_name
-from dopsd.data.images import check_pictures, read_image
+from dopsd.data.images import read_image
 
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))

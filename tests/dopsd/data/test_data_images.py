@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from data_helpers import BLUE, GREEN, RED, WHITE, YELLOW, as_picture, assert_names, error_of, write_pictures
-from dopsd.data.images import check_pictures, read_image, to_rgb
+from dopsd.data.checking import check_pictures
+from dopsd.data.images import read_image, to_rgb
 from dopsd.data.pictures import Picture
 
 

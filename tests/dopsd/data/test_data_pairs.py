@@ -18,7 +18,8 @@ from data_helpers import (
     write_jsonl,
     write_pictures,
 )
-from dopsd.data.images import check_pictures, read_image
+from dopsd.data.checking import check_pictures
+from dopsd.data.images import read_image
 
 
 def read_folder(folder, *cond_columns, **flags):
