@@ -196,7 +196,9 @@ class ContextCache:
         keys = list(dict.fromkeys(keys))
         # Listed first: NFS remembers for a while that a file was missing when it was opened, and another machine may
         # be about to write it.
-        present = [*{path.stem for path in self.folder.glob("??/*.safetensors")}.intersection(keys)]
+        listed = {path.stem for path in self.folder.glob("??/*.safetensors")}
+        present = [key for key in keys if key in listed]
+        del listed  # it may have millions of names
         states = dict(zip(present, in_threads(self._state, present), strict=True))
         verified = self._verified.read(filter(None, states.values()))
         valid = {key for key, state in states.items() if state in verified}

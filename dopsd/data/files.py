@@ -4,6 +4,7 @@ import os
 import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 from accelerate.logging import get_logger
@@ -104,7 +105,10 @@ class FolderFiles:
         self.folder = folder
         found = {relative_name(path, folder): path for path in visible_files(folder)}
         self.paths = dict(sorted(found.items()))
-        self._index = NameIndex(self.paths)
+
+    @cached_property
+    def _index(self) -> NameIndex:
+        return NameIndex(self.paths)
 
     def find(self, written: str, place: str) -> str:
         """The name of the file that a path in a metadata file or data set means.
