@@ -1,13 +1,15 @@
 """What processes share, on one machine and on several."""
 
 import shutil
+from collections import Counter
 
 import pytest
 from PIL import Image
 
 from dopsd.command_line import parse_settings
 from dopsd.context_cache import ContextCache
-from dopsd.data import checking, images
+from dopsd.data import checking, folder, images
+from dopsd.data.sidecars import read_lines
 from dopsd.data.training_data import load_training_data
 from dopsd.errors import InputError, OutputError
 from dopsd.sharing import failing_together, machine_share, share_on_each_machine
@@ -112,6 +114,57 @@ def test_a_damaged_picture_in_one_processs_share_ends_all(load, photos, tmp_path
     assert str(errors[0]).startswith(f"{name}: cannot be read as a picture")
 
 
+@pytest.fixture
+def settled(monkeypatch):
+    monkeypatch.setattr("dopsd.findings.SETTLED_NANOSECONDS", 0)
+
+
+@ONE_MODEL
+def test_another_start_decodes_only_what_is_new(load, decoded, settled, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "more")
+    first = load(2, folders=[folder])[0]
+    decoded.clear()
+    assert [data.digests for data in load(1, folders=[folder])] == [first.digests] and decoded == []
+    shutil.copy(folder / "0.png", folder / "10.png")
+    results = load(3, folders=[folder])
+    assert decoded == ["10.png"] and [len(data.pictures) for data in results] == [4, 4, 4]
+
+
+@ONE_MODEL
+@pytest.mark.parametrize("flag", ["dry_run", "no_context_cache"])
+def test_without_a_cache_nothing_is_written(arguments, model, tmp_path, settled, flag):
+    settings = parse_settings(model.script.MODEL, "", arguments(**{flag: True}))
+    load_training_data(settings, model.script.MODEL.sizes, one_process())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def captioned(photos, tmp_path):
+    """The photos with .txt files."""
+    folder = shutil.copytree(photos, tmp_path / "captioned")
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(f"ball {number}")
+    return folder
+
+
+@ONE_MODEL
+@pytest.mark.parametrize("sizes", [(1,), (2,), (2, 1)])
+def test_every_caption_is_read_once_on_each_machine(load, captioned, monkeypatch, sizes):
+    names = []
+    monkeypatch.setattr(folder, "read_lines", lambda path, name: names.append(name) or read_lines(path, name))
+    results = load(*sizes, folders=[captioned] * 2)
+    assert sorted(names) == sorted(["0.txt", "1.txt", "2.txt"] * len(sizes))
+    assert all(data.captions == ["ball 0", "ball 1", "ball 2"] for data in results)
+
+
+@ONE_MODEL
+@pytest.mark.parametrize("name", ["0.txt", "2.txt"])
+def test_a_bad_caption_in_one_processs_share_ends_all(load, captioned, name):
+    (captioned / name).write_bytes(b"\xff")
+    errors = load(2, folders=[captioned])
+    assert [str(error) for error in errors] == [f"{name}: is not UTF-8 text (byte 0); save it as UTF-8"] * 2
+
+
 @ONE_MODEL
 def test_a_folder_that_one_machine_lacks_ends_all(load, photos, tmp_path):
     errors = load(1, 1, folders=[photos, tmp_path / "missing"])
@@ -155,6 +208,43 @@ def test_processes_share_the_encoding(prepare, tmp_path, monkeypatch):
 
     assert Processes(monkeypatch, 2).run(fill) == [None, None]
     assert sorted(map(len, shares.values())) == [2, 3] and len({*shares[0], *shares[1]}) == 5
+
+
+@ONE_MODEL
+def test_each_process_uses_every_encoder_and_decodes_its_own_pictures(prepare, captioned, monkeypatch, tmp_path):
+    shares, decoded = {}, {}
+
+    def fill(accelerator):
+        run = prepare(instance_data_dir=captioned, instance_prompt=None, random_flip=True)
+        share, pictures = (kept.setdefault(accelerator.process_index, []) for kept in (shares, decoded))
+        encode_batch, pixels = run.contexts.encode_batch, run.data.pixels
+        run.contexts.encode_batch = lambda batch: share.extend(batch) or encode_batch(batch)
+        run.data.pixels = lambda crop: pictures.append(crop.file.name) or pixels(crop)
+        run.fill_cache(tmp_path / "cache", accelerator)
+
+    assert Processes(monkeypatch, 3).run(fill) == [None] * 3
+    for share in shares.values():
+        assert Counter(encoding.encoder.name for encoding in share) == {"text": 2, "vae": 2}
+    assert decoded == {index: [f"{index}.png"] * 2 for index in range(3)}
+
+
+@ONE_MODEL
+def test_after_a_kill_only_what_is_missing_is_encoded(prepare, monkeypatch, tmp_path):
+    saved, save = [], ContextCache.save
+
+    def save_three(cache, key, tensor):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(key)
+        save(cache, key, tensor)
+
+    monkeypatch.setattr(ContextCache, "save", save_three)
+    with pytest.raises(KeyboardInterrupt):
+        prepare().fill_cache(tmp_path, one_process())
+    before = entries(tmp_path)
+    monkeypatch.setattr(ContextCache, "save", lambda cache, key, tensor: saved.append(key) or save(cache, key, tensor))
+    assert Processes(monkeypatch, 2).run(lambda one: prepare().fill_cache(tmp_path, one)) == [None, None]
+    assert len(saved) == len({*saved}) == 5 and before.items() <= entries(tmp_path).items()
 
 
 @ONE_MODEL

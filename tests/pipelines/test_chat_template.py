@@ -3,6 +3,7 @@
 import signal
 import threading
 
+import jinja2
 import pytest
 
 from benchmarks.miniature.parts import byte_tokenizer
@@ -106,3 +107,11 @@ def test_a_template_that_adds_too_much_is_refused(apply):
 def test_a_template_that_multiplies_is_refused_before_it_is_applied(apply, operation):
     with pytest.raises(InputError, match="it multiplies, for which a chat has no use"):
         apply("{{ messages[0].content }}{{ " + operation + " }}")
+
+
+def test_a_template_is_searched_for_products_once(apply, monkeypatch):
+    searched, lex = [], jinja2.Environment.lex
+    monkeypatch.setattr(jinja2.Environment, "lex", lambda self, source: searched.append(source) or lex(self, source))
+    template = "{{ messages[0].content }}, searched once"
+    assert [apply(template, content) for content in "ab"] == ["a, searched once", "b, searched once"]
+    assert searched == [template]

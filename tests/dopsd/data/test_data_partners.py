@@ -1,5 +1,6 @@
 """The other pictures that a teacher sees with `--teacher_picture other`."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -108,3 +109,35 @@ def test_a_copy_is_no_other_picture():
     assert [{*found} for found in partners] == [{2}, {2}, {0, 1}]
     with pytest.raises(InputError, match="0.png is the only picture there, copies of it not counted"):
         find_partners(some_pictures(2, ("x",)), examples[:2], ["x", "x"], have_one_size=False, seed=0)
+
+
+class Counted(list):
+    """Counts how often an item is asked for."""
+
+    num_reads = 0
+
+    def __getitem__(self, index):
+        self.num_reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("have_one_size", [False, True])
+def test_no_picture_of_a_large_group_looks_at_all_others(have_one_size):
+    pictures, examples = some_pictures(500, ("x",)), examples_of([SQUARE] * 250 + [WIDE] * 250)
+    digests = Counted(digests_of(pictures))
+    find_partners(pictures, examples, digests, have_one_size=have_one_size, seed=0)
+    assert 500 <= digests.num_reads <= 5 * 500
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_partners_are_drawn_as_from_a_list_of_the_others(seed):
+    rng = random.Random(seed)
+    pictures = pictures_of("".join(rng.choices("ab", k=30)))
+    digests, examples = rng.choices("uvwxyz", k=30), examples_of([SQUARE] * 30)
+    partners = find_partners(pictures, examples, digests, have_one_size=bool(seed % 2), seed=seed)
+    for index, picture in enumerate(pictures):
+        others = [
+            other for other in range(30) if pictures[other].group == picture.group and digests[other] != digests[index]
+        ]
+        drawn = random.Random(f"{seed}/partners/{index}").sample(others, min(MAX_PARTNERS, len(others)))
+        assert partners[index] == tuple(drawn)
