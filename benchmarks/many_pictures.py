@@ -4,8 +4,8 @@ The training script is started on small pictures by one process and by two, each
 
 1. `--encode_only`, killed (SIGKILL) when half of the encodings are there
 2. the same flags again
-3. two steps of training with the complete cache, with a checkpoint
-4. one more step from that checkpoint
+3. three steps of training with the complete cache, with a checkpoint after the second one
+4. two more steps from that checkpoint
 
 Of each start, the table gives seconds and peak memory of each stage, for the slower or larger process, and how much
 work each process did. It needs Linux. Run it with `python -m benchmarks.many_pictures`.
@@ -179,25 +179,23 @@ def measure(folder: Path, num_processes: int, data: list[str], num_encodings: in
     flags = [*data, *itertools.chain.from_iterable((f"--{name}", value) for name, value in FLAGS.items())]
     flags += ["--output_dir", str(folder / "run"), "--context_cache_dir", str(cache)]
     flags += ["--cache_dir", str(folder / "downloads"), "--checkpointing_steps", "2", "--max_train_steps"]
-    training = [*flags, "3", "--resume_from_checkpoint", "latest"]
+    resuming = ["--resume_from_checkpoint", "latest"]
 
     def is_half_done() -> bool:
         return sum(1 for _ in cache.glob("??/*.safetensors")) >= num_encodings / 2
 
     encoding = [*flags, "3", "--encode_only"]
-    starts = [
+    return [
         measure_start("killed half-way", num_processes, encoding, is_half_done),
         measure_start("again", num_processes, encoding),
-        measure_start("training", num_processes, training),
+        measure_start("training", num_processes, [*flags, "3", *resuming]),
+        measure_start("from a checkpoint", num_processes, [*flags, "4", *resuming]),
     ]
-    (folder / "run" / "pytorch_lora_weights.safetensors").unlink()
-    training[training.index("3")] = "4"
-    return [*starts, measure_start("from a checkpoint", num_processes, training)]
 
 
 def table(starts: list[Start]) -> str:
     """A row for each stage and for each kind of work."""
-    headings = [f"{start.name}, {start.num_processes} at once" for start in starts]
+    headings = [f"{start.name}, {start.num_processes} process{'es' * (start.num_processes > 1)}" for start in starts]
     stages = dict.fromkeys(stage for start in starts for stage in start.seconds if stage != "all")
     rows = [[stage, *(start.cell(stage) for start in starts)] for stage in stages]
     counts = dict.fromkeys(what for start in starts for what in start.counts)

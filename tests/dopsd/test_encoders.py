@@ -35,7 +35,7 @@ def test_a_vlm_must_be_named_if_none_is_known_for_the_text_encoder(prepare):
 def test_a_new_arithmetic_of_the_vision_tower_changes_the_keys_of_its_encodings_only(prepare, monkeypatch):
     contexts = prepare().contexts
     contexts.fingerprints = {"text_encoder": "weights", "vae": "weights"}
-    encodings = contexts.all_encodings(["a cat"])
+    encodings = list(contexts.all_encodings(["a cat"]))
     with_tower = [encoding for encoding in encodings if encoding.encoder.name == "vlm"]
     before = {encoding: contexts.key(encoding) for encoding in encodings}
     monkeypatch.setattr("dopsd.encoders.PICTURE_FORMAT", PICTURE_FORMAT - 1)
