@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -439,35 +438,6 @@ def test_missing_keeps_the_order_and_drops_duplicates(cache):
     assert cache.missing(iter(asked), progress) == [keys[4], keys[3], keys[0]]
     assert shown == [keys[1], keys[3]]
     assert cache.missing([]) == []
-
-
-def test_what_has_been_verified_is_read_again_only_if_it_changes(cache, monkeypatch):
-    monkeypatch.setattr("dopsd.findings.SETTLED_NANOSECONDS", 0)
-    keys = [content_key(number) for number in range(3)]
-    for key in keys:
-        cache.save(key, TENSOR)
-    read = []
-    load = ContextCache.load
-    monkeypatch.setattr(ContextCache, "load", lambda cache, key: read.append(key) or load(cache, key))
-    assert ContextCache(cache.folder).missing(keys) == [] and sorted(read) == sorted(keys)
-    read.clear()
-    assert ContextCache(cache.folder).missing(keys) == [] and read == []
-    time.sleep(0.02)  # longer than a tick of the file system's clock
-    change_byte(cache.path(keys[0]), cache.path(keys[0]).stat().st_size - 1)
-    cache.path(keys[1]).unlink()
-    for _ in range(2):
-        assert ContextCache(cache.folder).missing(keys) == keys[:2]
-    assert read == keys[:1] * 2
-    cache.save(keys[0], TENSOR)
-    cache.save(keys[1], TENSOR)
-    assert ContextCache(cache.folder).missing(keys) == []
-
-
-def test_an_entry_that_was_just_saved_is_read(cache, monkeypatch):
-    cache.save(KEY, TENSOR)
-    assert cache.missing([KEY]) == []
-    change_byte(cache.path(KEY), cache.path(KEY).stat().st_size - 1)
-    assert cache.missing([KEY]) == [KEY]
 
 
 def test_a_disk_that_is_too_small_is_reported(cache, monkeypatch):

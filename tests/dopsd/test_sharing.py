@@ -63,15 +63,16 @@ def test_a_bug_keeps_its_traceback():
 
 
 @pytest.fixture
-def load(monkeypatch, arguments, model, photos):
+def load(monkeypatch, arguments, model, photos, tmp_path):
     """Loads training data in each of some processes: (sizes of machines, folder of each machine)."""
 
     def run(*sizes, folders=(photos, photos)):
         processes = Processes(monkeypatch, *sizes)
 
         def load_one(accelerator):
-            folder = folders[processes.machines[accelerator.process_index]]
-            settings = parse_settings(model.script.MODEL, "", arguments(instance_data_dir=folder))
+            machine = processes.machines[accelerator.process_index]
+            flags = {"instance_data_dir": folders[machine], "context_cache_dir": tmp_path / f"cache of {machine}"}
+            settings = parse_settings(model.script.MODEL, "", arguments(**flags))
             return load_training_data(settings, model.script.MODEL.sizes, accelerator)
 
         return processes.run(load_one)
