@@ -50,7 +50,8 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         default=DEFAULT_RUNS,
         metavar="NAME",
-        help=f"Runs, in this order: {', '.join(RUNS)}, or NAME='--flag value'.",
+        help=f"Runs, in this order: {', '.join(RUNS)}, or NAME='--flag value'; one "
+        "whose name begins with killed is killed and resumed.",
     )
     parser.add_argument("--drawn_runs", nargs="*", default=["killed"], metavar="NAME", help="Runs to draw with.")
     parser.add_argument("--train_mode", help="Of all runs, as in the training scripts. Default: theirs.")
@@ -67,7 +68,8 @@ def chosen_runs(texts: list[str]) -> dict[str, Run]:
         name, is_own, flags = text.partition("=")
         if not is_own and name not in RUNS:
             raise InputError(f"--runs {name}: there is no such run; choose from {', '.join(RUNS)}, or give its flags")
-        chosen[name] = Run(tuple(shlex.split(flags))) if is_own else RUNS[name]
+        own = Run(tuple(shlex.split(flags)), is_killed=name.startswith("killed"))
+        chosen[name] = own if is_own else RUNS[name]
     return chosen
 
 
