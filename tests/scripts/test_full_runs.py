@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from command_line import succeed
 from dopsd.history import read_history
-from models import ONE_MODEL, SLOW, both_models
+from models import ONE_MODEL, SLOW, with_exhaustive
 
 
 METHOD = {"num_trained_states": 1, "with_prior_preservation": True, "trigger_word": "ball"}
@@ -60,9 +60,15 @@ PRECISIONS = {
 }
 
 
+REPEATS = ("master-8bit", "rounding-8bit", "offloaded")
+
+
 @SLOW
 @ONE_MODEL
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param(name, marks=[pytest.mark.exhaustive] if name in REPEATS else []) for name in PRECISIONS],
+)
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(train, tmp_path, prompts, precision):
     flags = FULL | PRECISIONS[precision] | {"prior_prompts": prompts, "context_cache_dir": tmp_path / "cache"}
     succeed(train("whole", **flags, checkpointing_steps=2))
@@ -75,7 +81,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(train, tmp_pa
 
 
 @SLOW
-@both_models(quick="flux2")
+@with_exhaustive("flux2", "zimage")
 def test_two_processes_share_a_model_and_end_with_the_weights_of_one(torchrun, command, arguments, tmp_path, prompts):
     """Checkpoints move between two processes and one."""
     flags = FULL | {"prior_prompts": prompts, "context_cache_dir": tmp_path / "cache", "checkpointing_steps": 2}
