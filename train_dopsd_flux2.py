@@ -10,7 +10,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trains a LoRA for FLUX.2-klein by on-policy self-distillation (D-OPSD, arXiv 2605.05204).
+"""Trains a LoRA for FLUX.2-klein, or its own weights, by on-policy self-distillation (D-OPSD, arXiv 2605.05204).
 
 From top to bottom: the model's flags and limits, what student and teacher are conditioned on, and `main` with the
 training loop. The method, and all of training that does not depend on the model, is in `dopsd/`.
