@@ -125,9 +125,9 @@ class FullMode(TrainMode):
     ) -> torch.device:
         """Where the teacher's and the base model's weights are (`--ema_device`)."""
         chosen, device = settings.full.ema_device, accelerator.device
-        if device.type != "cuda" or chosen == "cpu" or settings.performance.offload_transformer:
+        if chosen == "cpu" or settings.performance.offload_transformer:
             return torch.device("cpu")
-        if chosen == "auto":
+        if chosen == "auto" and device.type == "cuda":
             trained = [weight for weight in transformer.parameters() if weight.requires_grad]
             count = sum(weight.numel() for weight in trained) // accelerator.num_processes
             free, total = torch.cuda.mem_get_info(device)

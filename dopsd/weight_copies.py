@@ -74,7 +74,7 @@ class WeightCopy:
             if moved is not value:
                 value.copy_(moved, non_blocking=True)
         if self.is_elsewhere:
-            torch.cuda.synchronize()  # the copies to host memory
+            torch.accelerator.synchronize()  # the copies to host memory
 
     @contextmanager
     def streamed(self) -> Iterator[None]:
