@@ -30,8 +30,8 @@ from pipelines.published_shapes import SHAPES, PublishedShape
 from pipelines.vision_encoder import LANGUAGE_FIELDS
 
 
-PAGE = Path(__file__).with_name("memory.md")
-TOKENIZER = Path(__file__).parents[1] / "benchmarks/miniature/model/tokenizer"
+PAGE, ROOT = Path(__file__).with_name("memory.md"), Path(__file__).parents[1]
+TOKENIZER = ROOT / "benchmarks/miniature/model/tokenizer"
 SCRIPTS = {script.__name__: script for script in (train_dopsd_flux2, train_dopsd_zimage)}
 NAMES = {"klein-4b": "klein-4B", "klein-9b": "klein-9B", "z-image": "Z-Image-Turbo"}
 RESOLUTIONS = (512, 768, 1024)
@@ -41,6 +41,17 @@ WEIGHTS = {
     "NF4": {"quantize": "nf4"},
     "offload": {"offload_transformer": True},
 }
+# Of whole models: how they are trained.
+UPDATES = {
+    "": {},
+    "--use_8bit_adam": {"use_8bit_adam": True},
+    "--bf16_update stochastic_rounding": {"bf16_update": "stochastic_rounding"},
+    "--use_8bit_adam --bf16_update stochastic_rounding": {
+        "use_8bit_adam": True,
+        "bf16_update": "stochastic_rounding",
+    },
+}
+WHOLE_HEAD = ["", "", "copies on the GPU", "in host memory", "which holds; moved per step", "4 GPUs", "8 GPUs"]
 CAPTION = "a photo of a corgi on the beach"
 PREPROCESSOR = {
     "size": {"longest_edge": 16777216, "shortest_edge": 65536},
@@ -87,6 +98,25 @@ The text encoder is used first and leaves before the transformer comes. Where it
 
 {encoding}
 
+## Whole models
+
+`--train_mode full` with `--mixed_precision bf16 --gradient_checkpointing`, at 1024 pixels; the rest as above. On one
+GPU, the teacher's average and the base model's weights are on the GPU (`--ema_device cuda`) or in host memory (`cpu`);
+`auto` takes the GPU if there is room. On several, which share the model by `--fsdp`, they are on the GPUs; a GPU needs
+as much as the table says.
+
+{whole}
+
+Host memory is what a run with `--ema_device cpu` takes beside its libraries, the model that is being saved included.
+What a step then moves between host memory and the GPU goes at about 25 GB/s. With the default flags, a step moves it
+for one call of the teacher, one of the base model, and the average; arithmetic in host memory comes on top.
+
+{verdict}
+
+What `--dry_run` advises to add to `--train_mode full --mixed_precision bf16 --gradient_checkpointing` on other cards:
+
+{whole_advice}
+
 ## Presets
 
 `--preset 8gb`, `12gb`, `16gb`, `24gb`, `48gb` or `80gb` reads flags from `configs/presets/`. A `--config` file and
@@ -100,11 +130,21 @@ What `--dry_run` advises to add where a model is too large. A cell's lines are a
 
 ## Measured
 
-None yet. To add a row, run `--dry_run`, train some steps on the same card, and open an issue with the card, the
-command, what `--dry_run` printed, and `peak_memory_gb` and `seconds_per_step` from `metrics.jsonl`.
+On one H200 with torch 2.11, random weights of the published shapes, 1024 pixels, bf16, one picture per step, prior
+preservation ([`benchmarks.real_shapes`](memory_and_speed.md#on-your-gpu)); whole models with `--train_mode full` and
+`--gradient_checkpointing`. Times with a star are of runs that shared the GPU with another one, and say little. To add
+a row, run `--dry_run`, train some steps on the same card, and open an issue with the card, the command, what
+`--dry_run` printed, and `peak_memory_gb` and `seconds_per_step` from `metrics.jsonl`.
 
 | card | model and flags | computed, GB | measured, GB | seconds per step |
 |---|---|---|---|---|
+| H200 | klein-4B | 25.4 | 25.5 | 1.02 |
+| H200 | klein-4B, `--teacher_context vlm` | 25.4 | 25.5 | 1.1\\* |
+| H200 | klein-4B, `--quantize int8` | 21.9 | 21.7 | 1.4\\* |
+| H200 | klein-4B, `--quantize nf4` | 20.1 | 20.0 | 1.1\\* |
+| H200 | klein-4B, `--offload_transformer --gradient_checkpointing` | 4.6 | 4.3 | 2.5\\* |
+| H200 | klein-4B, whole: `--use_8bit_adam --bf16_update stochastic_rounding` | 48.4 | 48.4 | 1.33 |
+| H200 | the same with `--ema_device cpu --num_trained_states 4` (three steps) | - | 26.8 | 4.9\\* |
 """
 
 
@@ -222,6 +262,54 @@ def encoding_rows() -> Iterator[list[str]]:
         yield [NAMES[name], *(cell(peak(one, "encoding")) for one in plans)]
 
 
+def whole_plan(name: str, num_gpus: int = 1, **flags: Any) -> Plan:
+    """Of the whole model."""
+    full = {"train_mode": "full", "gradient_checkpointing": True, "fsdp": num_gpus > 1}
+    return planner(name).on(num_processes=num_gpus).plan(**full, **flags)
+
+
+def whole_rows(names: Sequence[str] = tuple(SHAPES)) -> Iterator[list[str]]:
+    for name in names:
+        for update, flags in UPDATES.items():
+            on_gpu, in_host = (whole_plan(name, ema_device=device, **flags) for device in ("cuda", "cpu"))
+            shared = [whole_plan(name, num_gpus, ema_device="cuda", **flags) for num_gpus in (4, 8)]
+            yield [
+                NAMES[name],
+                f"`{update}`" if update else "master weights",
+                *(cell(peak(one)) for one in (on_gpu, in_host)),
+                f"{in_host.in_host / 1e9:.0f} GB; {in_host.moved / 1e9:.0f} GB",
+                *(cell(peak(one)) for one in shared),
+            ]
+
+
+def whole_verdict(memory_gb: int = 80) -> str:
+    """Which flags make each whole model fit on one GPU, those first that change least."""
+    card = Card("", memory_gb, None)
+    lines = []
+    for name in SHAPES:
+        full = planner(name).on(card).with_settings(train_mode="full", gradient_checkpointing=True)
+        plans = {update: full.plan(**flags) for update, flags in UPDATES.items()}
+        fitting = [(update, peak(one)) for update, one in plans.items() if peak(one) <= card.usable_bytes]
+        if not fitting:
+            lines.append(f"{NAMES[name]} does not fit.")
+            continue
+        update, num_bytes = fitting[0]
+        flags = f"`--gradient_checkpointing{' ' * bool(update)}{update}`"
+        lines.append(f"{NAMES[name]} fits with {flags}: {num_bytes / 1e9:.1f} GB of {card.usable_bytes / 1e9:.1f}.")
+    return f"**Whole on one card of {memory_gb} GB:** " + " ".join(lines)
+
+
+def whole_advice_rows(sizes: Sequence[int] = (24, 48, 80)) -> Iterator[list[str]]:
+    """For each size of card, and each model that is too large for it."""
+    for size in sizes:
+        card = Card("", size, None)
+        for name in SHAPES:
+            full = planner(name).on(card).with_settings(train_mode="full", gradient_checkpointing=True)
+            found = suggestions(full, full.plan(), card)
+            if found:
+                yield [f"{size} GB", NAMES[name], advice_cell(found, "drawing" if "drawing" in found else "training")]
+
+
 def preset_rows() -> Iterator[list[str]]:
     for preset in preset_names():
         usable = Card("", int(preset.removesuffix("gb")), None).usable_bytes
@@ -259,6 +347,9 @@ def page() -> str:
     return PAGE_TEXT.format(
         training=table(["", *weights, "TFLOP per step"], training_rows()),
         encoding=table(["", "bf16", "int8", "NF4"], encoding_rows()),
+        whole=table(WHOLE_HEAD, whole_rows()),
+        verdict=whole_verdict(),
+        whole_advice=table(["card", "", "for training"], whole_advice_rows()),
         advice=table(["", "", "for encoding", "for training"], advice_rows()),
         presets=table(["", "for the run", *NAMES.values()], preset_rows()),
         reserve=f"{RESERVED_BYTES / 1e9:.1f} GB",

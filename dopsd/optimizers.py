@@ -52,7 +52,9 @@ def build_optimizer(
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, **options)
+    # For whole models, what torch's default on a GPU takes beside the states matters: the roots of all second moments.
+    fused = True if is_full and parameters[0].device.type == "cuda" else None
+    return torch.optim.AdamW(parameters, fused=fused, **options)
 
 
 def torchao_optimizer(in_8_bits: bool, device: torch.device) -> type[torch.optim.Optimizer]:

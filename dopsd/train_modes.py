@@ -16,13 +16,11 @@ from .products import LoRAFile, PipelineFolder, Product
 from .roles import Roles
 from .settings import Settings
 from .training_state import AdapterState, TrainingState, WeightState
+from .weight_bytes import WeightBytes, weight_bytes
 from .weight_roles import StudentTeacherWeights, freeze_others, trained_weights
 
 
 logger = get_logger(__name__)
-
-# Share of a GPU that activations take at most in the presets.
-ROOM_FOR_ACTIVATIONS = 0.2
 
 
 class TrainMode(ABC):
@@ -107,31 +105,28 @@ class FullMode(TrainMode):
     ) -> tuple[Roles, CompiledBlocks | None]:
         freeze_others(transformer, self.names)
         compiled = prepare_transformer(transformer, None, settings.performance, accelerator)
-        teacher = settings.distillation.teacher
-        device = self.device_of_copies(transformer, settings, accelerator)
-        needs_base = has_prior or teacher == "base"
+        kept = weight_bytes(settings, transformer.dtype, has_prior=has_prior)
+        device = self.device_of_copies(transformer, kept, settings, accelerator)
         roles = StudentTeacherWeights(
             transformer,
-            teacher=teacher,
+            teacher=settings.distillation.teacher,
             has_master_weights=settings.full.bf16_update == "master_weights",
             ema_device=device,
             # Where it is drawn only, it does not stay on the accelerator.
-            base_device=device if needs_base else torch.device("cpu"),
+            base_device=device if kept.has_base else torch.device("cpu"),
         )
         return roles, compiled
 
     def device_of_copies(
-        self, transformer: torch.nn.Module, settings: Settings, accelerator: Accelerator
+        self, transformer: torch.nn.Module, kept: WeightBytes, settings: Settings, accelerator: Accelerator
     ) -> torch.device:
         """Where the teacher's and the base model's weights are (`--ema_device`)."""
         chosen, device = settings.full.ema_device, accelerator.device
         if chosen == "cpu" or settings.performance.offload_transformer:
             return torch.device("cpu")
         if chosen == "auto" and device.type == "cuda":
-            trained = [weight for weight in transformer.parameters() if weight.requires_grad]
-            count = sum(weight.numel() for weight in trained) // accelerator.num_processes
-            free, total = torch.cuda.mem_get_info(device)
-            if count * bytes_per_weight(settings, trained[0].dtype) > free - ROOM_FOR_ACTIVATIONS * total:
+            count = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
+            if not kept.copies_fit(count // accelerator.num_processes, *torch.cuda.mem_get_info(device)):
                 logger.info("--ema_device auto: the teacher's weights do not fit on the GPU and are in host memory")
                 return torch.device("cpu")
         return device
@@ -141,12 +136,3 @@ class FullMode(TrainMode):
 
     def product(self, folder: Path, dtype: torch.dtype) -> Product:
         return PipelineFolder(self.model, self.settings, folder, dtype)
-
-
-def bytes_per_weight(settings: Settings, dtype: torch.dtype) -> int:
-    """What training keeps for each trained weight besides the weight itself, in bytes."""
-    has_masters = dtype != torch.float32 and settings.full.bf16_update == "master_weights"
-    trained = 4 if has_masters else dtype.itemsize
-    states = 2 * (1 if settings.optimizer.use_8bit_adam else 4)
-    gradient, master, ema, base = trained, trained * has_masters, 4, dtype.itemsize
-    return gradient + master + states + ema + base

@@ -36,7 +36,7 @@ PLACEHOLDERS = {"pipelines/my_model.py": None, "train_dopsd_my_model.py": MODELS
 OWN_FLAGS = {"--config", "--help"} | {f"--{name}" for model in MODELS for name in flag_actions(model)}
 # Flags of other programs, and what has them.
 OTHER_FLAGS = {
-    "accelerate launch": {"--cpu", "--config_file"},
+    "accelerate launch": {"--cpu", "--config_file", "--machine_rank", "--main_process_ip", "--num_processes"},
     "torchrun": {"--signals-to-handle"},
     "sbatch": {"--signal"},
     "tensorboard": {"--logdir"},

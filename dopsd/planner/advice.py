@@ -1,5 +1,6 @@
 """Which flags make a run fit on a card. Each suggestion is planned, so its peak is computed."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from .plan import Plan, Planner
 
 
 MIN_RANK = 16
+
+NUMBERS_OF_GPUS = (2, 4, 8, 16)
 
 # Kind of quantization -> those that take less memory.
 STRONGER = {None: ("int8", "nf4"), "int8": ("nf4",), "float8": ("nf4",), "nf4": ()}
@@ -30,10 +33,12 @@ class Change:
     Attributes:
         flags: as on the command line.
         values: flag -> value, as for `Settings.replace`.
+        num_gpus: of the run; None if they stay as many.
     """
 
     flags: str
     values: dict[str, Any]
+    num_gpus: int | None = None
 
 
 # What lowers the memory of a phase, cheapest first
@@ -52,6 +57,9 @@ def text_encoder_changes(settings: Settings) -> Iterator[Change]:
 def transformer_changes(settings: Settings) -> Iterator[Change]:
     """Other ways to keep the frozen transformer. A bitsandbytes file has to be dropped for any of them."""
     model, performance = settings.model, settings.performance
+    if settings.full.is_full:
+        yield from whole_model_changes(settings)
+        return
     if model.bnb_quantization_config_path is not None:
         return
     if not performance.is_sharded:
@@ -60,6 +68,26 @@ def transformer_changes(settings: Settings) -> Iterator[Change]:
     if not performance.offload_transformer:
         undone = "" if model.quantize is None else f"--quantize {NO_QUANTIZATION} "
         yield Change(f"{undone}--offload_transformer", {"quantize": None, "offload_transformer": True})
+
+
+def whole_model_changes(settings: Settings) -> Iterator[Change]:
+    """Other ways to keep weights that are trained, with their copies, gradients and optimizer states."""
+    if settings.performance.offload_transformer:
+        yield Change("--train_mode lora", {"train_mode": "lora"})
+        return
+    rounded, in_host = {"bf16_update": "stochastic_rounding"}, {"ema_device": "cpu"}
+    flags = "--bf16_update stochastic_rounding"
+    if settings.training.mixed_precision == "no":
+        rounded, flags = rounded | {"mixed_precision": "bf16"}, f"--mixed_precision bf16 {flags}"
+    if not settings.full.rounds_at_random:
+        yield Change(flags, rounded)
+    yield Change("--ema_device cpu", in_host)
+    if not settings.full.rounds_at_random:
+        yield Change(f"{flags} --ema_device cpu", rounded | in_host)
+    for num_gpus in NUMBERS_OF_GPUS:
+        yield Change("--fsdp", {"fsdp": True}, num_gpus)
+    yield Change("--offload_transformer", {"offload_transformer": True})
+    yield Change("--train_mode lora", {"train_mode": "lora"})
 
 
 def training_changes(settings: Settings) -> Iterator[Change]:
@@ -92,11 +120,11 @@ def drawing_changes(settings: Settings) -> Iterator[Change]:
 
 
 def sacrifices(settings: Settings) -> Iterator[Change]:
-    """What lowers the memory of training further: the LoRA learns less."""
+    """What lowers the memory of training further: less is learned."""
     for resolution in (768, 512):
         if settings.data.resolution > resolution:
             yield Change(f"--resolution {resolution}", {"resolution": resolution})
-    rank = settings.lora.rank
+    rank = 0 if settings.full.is_full else settings.lora.rank
     while (rank := rank // 2) >= MIN_RANK:
         yield Change(f"--rank {rank}", {"rank": rank})
 
@@ -138,14 +166,27 @@ def training_suggestions(planner: Planner, card: Card, draws_too: bool = False) 
     """
     settings, search = planner.settings, Search(planner, card, is_encoding=False)
     cheap = [*training_changes(settings), *(drawing_changes(settings) if draws_too else ())]
-    ways = [*transformer_changes(settings)]
+    ways = [way for way in transformer_changes(settings) if (way.num_gpus or math.inf) > planner.num_processes]
     found = search.single(cheap) or search.together([], cheap)
+    enough: list[Change] = []
     for way in ways:
-        found += search.together([way], cheap)
+        # Several flags, or more GPUs, where fewer do not help.
+        if any(other.values.items() <= way.values.items() for other in enough):
+            continue
+        rest = search.enough([way], cheap)
+        # Of a whole model, a way that is not needed is no advice: it costs precision, time or cards.
+        if rest is not None and not (settings.full.is_full and search.fits(rest)):
+            enough.append(way)
+            found.append(search.make([way, *rest]))
     if found:
         return found
     smallest = min(ways, key=lambda way: search.peak([way]), default=None)
     return search.together([] if smallest is None else [smallest], [*cheap, *sacrifices(settings)])
+
+
+def merged(changes: Sequence[Change]) -> dict[str, Any]:
+    """All values; of one flag, the last."""
+    return {name: value for one in changes for name, value in one.values.items()}
 
 
 @dataclass(frozen=True)
@@ -166,22 +207,33 @@ class Search:
         ]
 
     def together(self, needed: list[Change], changes: Sequence[Change]) -> list[Suggestion]:
-        """`needed` with as few more as make it fit, the cheapest ones; nothing if all of them do not."""
+        """`needed` with `enough` of the changes; nothing if all of them are not."""
+        rest = self.enough(needed, changes)
+        return [] if rest is None else [self.make([*needed, *rest])]
+
+    def enough(self, needed: list[Change], changes: Sequence[Change]) -> list[Change] | None:
+        """As few changes as make it fit with `needed`, the cheapest ones; None if all of them do not."""
         chosen: list[Change] = []
-        rest = iter(changes)
+        known = merged(needed).items()
+        rest = iter([one for one in changes if not one.values.items() <= known])
         while not self.fits([*needed, *chosen]):
             if (change := next(rest, None)) is None:
-                return []
+                return None
             chosen = [*(one for one in chosen if not one.values.keys() & change.values.keys()), change]
         for change in reversed(chosen[:-1]):
             fewer = [one for one in chosen if one is not change]
             if self.fits([*needed, *fewer]):
                 chosen = fewer
-        return [self.make([*needed, *chosen])]
+        return chosen
 
     def make(self, chosen: Sequence[Change]) -> Suggestion:
-        values = {name: value for one in chosen for name, value in one.values.items()}
-        return Suggestion(" ".join(one.flags for one in chosen), self.planner.plan(**values))
+        flags, num_gpus = (
+            " ".join(one.flags for one in chosen),
+            next(filter(None, (one.num_gpus for one in chosen)), None),
+        )
+        if num_gpus is not None:
+            flags += f" on {num_gpus} GPUs"
+        return Suggestion(flags, self.planner.on(num_processes=num_gpus).plan(**merged(chosen)))
 
     def peak(self, chosen: Sequence[Change]) -> int:
         phases = self.make(chosen).plan.phases

@@ -37,7 +37,7 @@ def plan_text(settings: Settings, model: Model) -> str:
     precision = settings.training.mixed_precision or os.environ.get(LAUNCHER_VARIABLE, "no")
     settings = settings.replace(mixed_precision=precision, seed=settings.training.seed or 0)
     run = read_run(settings, model, num_processes=int(os.environ.get("WORLD_SIZE", 1)))
-    planner = Planner(run, on_gpu=card is not None)
+    planner = Planner(run, on_gpu=card is not None, card=card)
     plan = planner.plan()
     found = {} if card is None else suggestions(planner, plan, card)
     return report(plan, card, found, model.name)

@@ -1,4 +1,4 @@
-"""Frozen weights: in how many bits they are kept, and where."""
+"""The weights of transformer and encoders: in how many bits they are kept, and where."""
 
 from dataclasses import dataclass
 
@@ -18,18 +18,25 @@ BYTES_PER_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "float8":
 
 @dataclass(frozen=True)
 class Placement:
-    """How the frozen weights are kept.
+    """How the weights are kept.
 
     Attributes:
         quantize, quantize_text_encoder: "nf4", "int8", "float8" or None.
         offload_transformer: the blocks' weights stay in host memory.
-        num_shards: processes that share the blocks' weights: those of one machine.
+        num_shards: processes that share the blocks' weights: those of one machine, or all if these are trained.
+        is_whole: whether what is said of the blocks is true of all weights, because these are trained.
     """
 
     quantize: str | None = None
     quantize_text_encoder: str | None = None
     offload_transformer: bool = False
     num_shards: int = 1
+    is_whole: bool = False
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a block's weights come together only while it computes."""
+        return self.offload_transformer or self.num_shards > 1
 
 
 def placement(settings: Settings, num_processes: int) -> Placement:
@@ -38,17 +45,20 @@ def placement(settings: Settings, num_processes: int) -> Placement:
     kind = model.quantize
     if model.bnb_quantization_config_path is not None:
         kind = "nf4" if read_bnb_arguments(model.bnb_quantization_config_path).get("load_in_4bit") else "int8"
+    is_full = settings.full.is_full
+    num_sharing = num_processes if is_full else processes_per_machine(num_processes)
     return Placement(
         quantize=kind,
         quantize_text_encoder=model.quantize_text_encoder,
         offload_transformer=performance.offload_transformer,
-        num_shards=processes_per_machine(num_processes) if performance.is_sharded else 1,
+        num_shards=num_sharing if performance.is_sharded else 1,
+        is_whole=is_full,
     )
 
 
 @dataclass(frozen=True)
 class FrozenBytes:
-    """Of a module's frozen weights.
+    """Of a module's weights.
 
     Attributes:
         device: bytes on the accelerator.
@@ -86,16 +96,17 @@ def transformer_bytes(transformer: nn.Module, placement: Placement) -> FrozenByt
     The transformer is read into each process as a whole before.
     """
     whole = frozen_bytes(transformer, placement.quantize)
-    if not placement.offload_transformer and placement.num_shards == 1:
+    if not placement.is_shared:
         return whole
     num_shards, weights = placement.num_shards, module_bytes(transformer)
     blocks = [[tensor.nbytes for tensor in block.parameters()] for block in repeated_blocks(transformer)]
     sizes = sorted(map(sum, blocks))
-    outside, held = weights - sum(sizes), sum(sizes) // num_shards
+    outside, held = weights - sum(sizes), (weights if placement.is_whole else sum(sizes)) // num_shards
     on_device = outside + sum(sizes[-1:] if num_shards == 1 else sizes[-2:])
     if not placement.offload_transformer:
         return FrozenBytes(on_device + held, read=weights)
-    pinned = sum(pinned_bytes(-(-size // num_shards)) for block in blocks for size in block)
+    parts = [tensor.nbytes for tensor in transformer.parameters()] if placement.is_whole else sum(blocks, [])
+    pinned = sum(pinned_bytes(-(-size // num_shards)) for size in parts)
     return FrozenBytes(on_device, host=pinned, read=weights, moved=held)
 
 

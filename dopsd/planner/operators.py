@@ -39,9 +39,9 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(input)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        input, _, _ = ctx.saved_tensors
-        return torch.empty_like(input), None
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input, weight, _ = ctx.saved_tensors
+        return torch.empty_like(input), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
 class FlashAttention(torch.autograd.Function):

@@ -13,11 +13,13 @@ import torch
 from ..contexts import batches
 from ..launch import weight_dtype
 from ..settings import Settings
+from ..weight_bytes import weight_bytes
 from .allocations import module_bytes
-from .cards import Card
+from .cards import RESERVED_BYTES, Card
 from .frozen import FrozenBytes, Placement, frozen_bytes, placement, transformer_bytes
 from .reading import PlannedRun
-from .simulation import Batch, PerState, StepCost, on_meta
+from .simulation import Batch, StepCost, on_meta
+from .trained import Kept, KeptAdapters, KeptWeights, PerState, weight_counts
 
 
 # Share of a card's matrix product rate that a step reaches.
@@ -55,19 +57,22 @@ class Plan:
         settings: which it was made for.
         batch: the largest micro-batch.
         phases: of the run, in order. With `--encode_only`, encoding only.
-        host: bytes of host memory.
+        loaded: bytes of host memory that this process takes already.
+        in_host: bytes of host memory that the run takes besides.
         mean_flops, max_flops: operations per optimizer step and process, on average and if the last states are drawn.
-        moved: bytes of weights that come from host memory in an optimizer step, on average.
+        moved: bytes of weights that come from host memory, or go there, in an optimizer step, on average.
         overlaps: whether they come while the card computes.
         num_steps: optimizer steps.
-        cache, checkpoint, lora: bytes on disk of the context cache, of one checkpoint and of the LoRA.
+        cache, checkpoint, product: bytes on disk of the context cache, of one checkpoint, and of the LoRA or the
+            transformer.
         num_checkpoints: that are kept.
     """
 
     settings: Settings
     batch: Batch
     phases: list[Phase]
-    host: int
+    loaded: int
+    in_host: int
     mean_flops: float
     max_flops: float
     moved: float
@@ -76,11 +81,16 @@ class Plan:
     cache: int
     checkpoint: int
     num_checkpoints: int
-    lora: int
+    product: int
 
     @property
     def peak(self) -> int:
         return max(phase.peak for phase in self.phases)
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory."""
+        return self.loaded + self.in_host
 
     def too_large(self, card: Card) -> list[Phase]:
         return [phase for phase in self.phases if phase.peak > card.usable_bytes]
@@ -98,45 +108,18 @@ class Plan:
         return self.moved / HOST_BYTES_PER_SECOND
 
 
-@dataclass(frozen=True)
-class OptimizerBytes:
-    """In units of an adapter's bytes, which are float32.
-
-    Attributes:
-        states: that the optimizer keeps.
-        step: what its step allocates besides.
-    """
-
-    states: float
-    step: float
-
-
-# One 8-bit number for each of two moments, and a float32 scale for 256 numbers.
-EIGHT_BITS = 2 * (1 / 4 + 1 / 256)
-
-
-def optimizer_bytes(settings: Settings, on_gpu: bool) -> OptimizerBytes:
-    """Of AdamW, with two moments, or Prodigy, which also keeps where it started and a sum of gradients.
-
-    On a GPU, torch's AdamW takes the square roots of all second moments at once.
-    """
-    if settings.optimizer.optimizer == "prodigy":
-        return OptimizerBytes(4, 0)
-    if settings.optimizer.use_8bit_adam:
-        return OptimizerBytes(EIGHT_BITS, 0)
-    return OptimizerBytes(2, 1 if on_gpu else 0)
-
-
 class Planner:
     """Plans a run with its own settings, or with changed ones.
 
     Args:
         run: what was read.
         on_gpu: whether it is for a GPU or for this machine's CPU.
+        card: the GPU. `--ema_device auto` depends on it; without one, it is taken to be large enough.
     """
 
-    def __init__(self, run: PlannedRun, on_gpu: bool):
-        self.run, self.on_gpu, self.simulator = run, on_gpu, run.simulator(on_gpu)
+    def __init__(self, run: PlannedRun, on_gpu: bool, card: Card | None = None):
+        self.run, self.on_gpu, self.card, self.simulator = run, on_gpu, card, run.simulator(on_gpu)
+        self.num_processes = run.num_processes
         # Many settings share a simulation.
         self.texts = cache(self.simulator.texts)
         self.picture = cache(self.simulator.picture)
@@ -151,57 +134,89 @@ class Planner:
         other.settings = self.settings.replace(**changed)
         return other
 
+    def on(self, card: Card | None = None, num_processes: int | None = None) -> "Planner":
+        """A planner for another card, or for another number of processes, which shares the simulations."""
+        other = copy(self)
+        other.card, other.num_processes = card or self.card, num_processes or self.num_processes
+        return other
+
     def plan(self, **changed: Any) -> Plan:
         """The plan with other values for these flags."""
         run = self.run
         settings = self.settings.replace(**changed)
         batch, dtype = run.batch(settings), weight_dtype(settings.training.mixed_precision)
-        where, step = placement(settings, run.num_processes), self.step(settings, batch, dtype)
+        where, step = placement(settings, self.num_processes), self.step(settings, batch, dtype)
         frozen = transformer_bytes(self.module(run.build_transformer, dtype), where)
-        resident = self.resident(settings, frozen, step.adapter)
+        kept = self.kept(settings, frozen, where, step, dtype)
+        resident = {"weights": frozen.device, **kept.device}
         if settings.training.no_context_cache:
             resident["encoders"] = sum(self.encoder_bytes(where, dtype))
         phases = self.encoding(settings, where, dtype)
         if not settings.training.encode_only:
-            phases.append(self.training(settings, resident, frozen, step))
+            phases.append(self.training(settings, resident, frozen, kept, step))
             if settings.validation.validation_steps > 0:
-                phases.append(self.drawing_phase(settings, resident, frozen, dtype))
+                phases.append(self.drawing_phase(settings, resident, frozen, kept, dtype))
         training = settings.training
-        states = optimizer_bytes(settings, self.on_gpu).states
-        num_adapters = 2 if settings.distillation.teacher == "ema" else 1
         num_checkpoints = training.max_train_steps // training.checkpointing_steps
+        moved = frozen.moved * in_step(settings, MOVES, mean_passed_states)
+        moved += in_step(settings, kept.moved, mean_passed_states) + kept.averaged
+        # Before a role is asked once, the student walks the trained states too, but for the last.
+        teacher, base = kept.asks_once
+        walked = PerState(0, step.flops.passed * teacher, 0, step.flops.passed_prior * base)
+        walking = in_step(settings, walked, lambda num_states, num_trained: num_trained - 1)
         return Plan(
             settings,
             batch,
             phases,
-            host=self.host(phases, frozen, step, where, dtype),
-            mean_flops=in_step(settings, step.flops, mean_passed_states),
-            max_flops=in_step(settings, step.flops, max_passed_states),
-            moved=frozen.moved * in_step(settings, MOVES, mean_passed_states),
+            loaded=psutil.Process().memory_info().rss,
+            in_host=self.in_host(phases, frozen, kept, step, dtype),
+            mean_flops=in_step(settings, step.flops, mean_passed_states) + walking,
+            max_flops=in_step(settings, step.flops, max_passed_states) + walking,
+            moved=moved,
             overlaps=where.num_shards > 1,
             num_steps=training.max_train_steps,
             cache=0 if training.no_context_cache else run.contexts.num_bytes(run.encodings),
-            checkpoint=round(step.adapter * (num_adapters + states)),
+            # Each holds what the run saves too; a LoRA is small beside the optimizer's states.
+            checkpoint=kept.checkpoint + kept.product * settings.full.is_full,
             num_checkpoints=min(num_checkpoints, training.checkpoints_total_limit or num_checkpoints),
-            lora=step.adapter * (4 if settings.lora.upcast_before_saving else dtype.itemsize) // 4,
+            product=kept.product,
         )
 
     def step(self, settings: Settings, batch: Batch, dtype: torch.dtype) -> StepCost:
         # What the simulated step depends on.
-        distillation, performance = settings.distillation, settings.performance
+        distillation, performance, full = settings.distillation, settings.performance, settings.full
         key = (
             batch,
             dtype,
-            settings.lora,
             distillation,
+            (full.rounds_at_random, performance.is_sharded) if full.is_full else settings.lora,
             performance.gradient_checkpointing,
             performance.offload_activations,
             settings.training.gradient_accumulation_steps > 1,
         )
         if key not in self.steps:
-            options = self.run.lora_options | {"rank": settings.lora.rank}
-            self.steps[key] = self.simulator.training(batch, settings, options, dtype)
+            trained = self.run.trained_names
+            if not full.is_full:
+                # Its alpha takes no memory; the run of a whole model has none.
+                trained = self.run.lora_options | {"rank": settings.lora.rank, "alpha": settings.lora.rank}
+            self.steps[key] = self.simulator.training(batch, settings, trained, dtype)
         return self.steps[key]
+
+    def kept(
+        self, settings: Settings, frozen: FrozenBytes, where: Placement, step: StepCost, dtype: torch.dtype
+    ) -> Kept:
+        """What training keeps of what it trains, in the process that saves."""
+        if not settings.full.is_full:
+            exchanges = self.num_processes > 1 and not settings.performance.is_sharded
+            return KeptAdapters(settings, step.trained, dtype, exchanges, self.on_gpu)
+        counts = weight_counts(self.module(self.run.build_transformer, dtype), self.run.trained_names)
+        each = weight_bytes(settings, dtype, has_prior=settings.prior.with_prior_preservation)
+        has_copies = settings.full.ema_device != "cpu" and not where.offload_transformer
+        if has_copies and settings.full.ema_device == "auto" and self.card is not None:
+            total = self.card.memory_gb * 1e9
+            free = total - RESERVED_BYTES - frozen.device
+            has_copies = each.copies_fit(sum(counts.trained) // where.num_shards, free, total)
+        return KeptWeights(settings, counts, each, dtype, where, has_copies or not self.on_gpu, self.on_gpu)
 
     # Phases
 
@@ -245,22 +260,28 @@ class Planner:
             phases.append(Phase("encoding: VAE", {"weights": vae_bytes, "activations": peak}))
         return phases
 
-    def resident(self, settings: Settings, frozen: FrozenBytes, adapter: int) -> dict[str, int]:
-        """What is on the accelerator from the first step to the last."""
-        states = round(adapter * optimizer_bytes(settings, self.on_gpu).states)
-        num_adapters = 2 if settings.distillation.teacher == "ema" else 1
-        # Processes exchange gradients through buffers as large as the gradients.
-        exchanged = adapter if self.run.num_processes > 1 and not settings.performance.is_sharded else 0
-        return {"weights": frozen.device, "LoRA, EMA, optimizer": adapter * num_adapters + states + exchanged}
-
-    def training(self, settings: Settings, resident: dict[str, int], frozen: FrozenBytes, step: StepCost) -> Phase:
+    def training(
+        self, settings: Settings, resident: dict[str, int], frozen: FrozenBytes, kept: Kept, step: StepCost
+    ) -> Phase:
         """Forward and backward passes, or the optimizer's step if that takes more."""
-        stepping = round(step.adapter * (1 + optimizer_bytes(settings, self.on_gpu).step))
-        working = max(step.peak + frozen.dequantized, stepping)
+        num_trained = settings.distillation.num_trained_states
+        asks_teacher_once, asks_base_once = kept.asks_once
+        # The teacher's first forward comes before the first backward pass.
+        comes_again = num_trained * settings.training.gradient_accumulation_steps > 1
+        passes = [
+            step.peak + kept.in_backward,
+            step.teacher_work * (num_trained if asks_teacher_once else 1)
+            + kept.in_teacher
+            + kept.gradients * comes_again,
+        ]
+        if settings.prior.with_prior_preservation:
+            base = step.prior_work * (num_trained if asks_base_once else 1)
+            passes.append(base + kept.in_base + kept.gradients)
+        working = max(max(passes) + frozen.dequantized, kept.stepping)
         return Phase("training", resident | {"gradients, activations": working})
 
     def drawing_phase(
-        self, settings: Settings, resident: dict[str, int], frozen: FrozenBytes, dtype: torch.dtype
+        self, settings: Settings, resident: dict[str, int], frozen: FrozenBytes, kept: Kept, dtype: torch.dtype
     ) -> Phase:
         """Preview and validation: the transformer predicts, then the VAE decodes beside it."""
         run, validation = self.run, settings.validation
@@ -272,16 +293,15 @@ class Planner:
             one = Batch(batch.size, 1, student=context, teacher=context)
             sampling, decoding = self.drawing(one, dtype)
             peak = max(peak, sampling.peak + frozen.dequantized, decoding.peak + vae_bytes)
-        return Phase("drawing", resident | {"activations, VAE": peak})
+        return Phase("drawing", resident | {"activations, VAE": peak + max(kept.in_teacher, kept.in_base)})
 
-    def host(self, phases: list[Phase], frozen: FrozenBytes, step: StepCost, where: Placement, dtype) -> int:
-        """Of this process: what it has loaded so far, and what a run keeps there."""
-        loaded = psutil.Process().memory_info().rss
+    def in_host(self, phases: list[Phase], frozen: FrozenBytes, kept: Kept, step: StepCost, dtype: torch.dtype) -> int:
+        """Of this process: what the run reads, and then keeps there."""
         if not self.on_gpu:
-            return loaded + max(phase.peak for phase in phases)
+            return max(phase.peak for phase in phases)
         largest_weight = max(one.nbytes for one in self.module(self.run.build_transformer, dtype).parameters())
         vae = module_bytes(self.module(self.run.build_vae, dtype))
-        return loaded + max(frozen.read, vae + frozen.host + step.in_host) + largest_weight
+        return max(frozen.read, vae + frozen.host + kept.host + step.in_host) + largest_weight
 
 
 def mean_passed_states(num_states: int, num_trained: int) -> float:

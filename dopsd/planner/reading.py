@@ -21,6 +21,7 @@ from ..pretrained import assemble_pipeline, check_pretrained, hub_options, trans
 from ..prior import PriorPrompts, prior_prompts
 from ..prompts import drawn_prompts, resolve_prompts
 from ..settings import Settings
+from ..weight_roles import trained_weights
 from .simulation import Batch, OneProcess, Shape, Simulator, on_meta
 
 
@@ -37,6 +38,7 @@ class PlannedRun:
         text_config: the text encoder's configuration.
         transformer: on the meta device, in its own dtype.
         lora_options: arguments of `StudentTeacherLoRA`.
+        trained_names: of the weights that `--train_mode full` trains.
         vae_config: the VAE's configuration.
         num_processes: of the run.
     """
@@ -50,6 +52,7 @@ class PlannedRun:
     text_config: PretrainedConfig
     transformer: torch.nn.Module
     lora_options: dict[str, Any]
+    trained_names: list[str]
     vae_config: dict[str, Any]
     num_processes: int = 1
 
@@ -164,6 +167,7 @@ def read_run(settings: Settings, model: Model, num_processes: int = 1) -> Planne
         transformer = transformer_skeleton(model.transformer_class, folder)
         vae_config = model.vae_class.load_config(folder, subfolder="vae")
     lora_options = adapter_options(settings.lora, transformer, model.portable_lora_layers)
+    trained_names = trained_weights(transformer, settings.full.trainable_modules)
     dtype = weight_dtype(settings.training.mixed_precision)
 
     def empty_vae() -> torch.nn.Module:
@@ -193,6 +197,7 @@ def read_run(settings: Settings, model: Model, num_processes: int = 1) -> Planne
         text_config,
         transformer,
         lora_options,
+        trained_names,
         vae_config,
         num_processes,
     )

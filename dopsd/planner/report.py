@@ -37,8 +37,9 @@ def _time(plan: Plan, card: Card | None) -> Iterator[str]:
     yield f"A step: {plan.mean_flops / 1e12:.4g} TFLOP on average, at most {plan.max_flops / 1e12:.4g}"
     if card is not None and plan.moved:
         when = "while it computes" if plan.overlaps else "added to the time that it computes"
+        where = "between host memory and the card" if plan.settings.full.is_full else "to the card"
         yield (
-            f"Weights that a step moves to the card: {plan.moved / 1e9:.4g} GB, {plan.moving_seconds:.3g} s at "
+            f"Weights that a step moves {where}: {plan.moved / 1e9:.4g} GB, {plan.moving_seconds:.3g} s at "
             f"{HOST_BYTES_PER_SECOND / 1e9:.0f} GB/s (PCIe 4.0 x16), {when}"
         )
     seconds = None if card is None else plan.seconds_per_step(card)
@@ -55,7 +56,7 @@ def _disk(plan: Plan) -> str:
         kept = "" if plan.num_checkpoints == 1 else "s"
         parts += [
             f"{plan.num_checkpoints} checkpoint{kept} of {in_units(plan.checkpoint)}",
-            f"LoRA {in_units(plan.lora)}",
+            f"{'transformer' if plan.settings.full.is_full else 'LoRA'} {in_units(plan.product)}",
         ]
     return f"Disk: {', '.join(parts)}"
 

@@ -19,11 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from ..lora_roles import StudentTeacherLoRA
 from ..model import Context, FewStepPipeline
 from ..prefetch import MicroBatch, RolloutInputs
+from ..roles import Roles
 from ..rollout import RolloutStep, VelocityFunction
 from ..settings import Settings
 from ..step import StudentVelocity, TrainingStep
+from ..weight_roles import StudentTeacherWeights, freeze_others
 from .allocations import CUDA_GRANULARITY, AllocationTracker, pinned_bytes, storage_bytes
 from .operators import FlopCounter, gpu_operators
+from .trained import PerState
 
 
 CPU = torch.device("cpu")
@@ -62,34 +65,22 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class PerState:
-    """Something that is done for each state of a rollout.
-
-    Attributes:
-        trained: for a trained state: the teacher's forward, the student's forward and backward.
-        passed: for a state that the student only passes.
-        trained_prior, passed_prior: the same for prior preservation.
-    """
-
-    trained: int
-    passed: int
-    trained_prior: int = 0
-    passed_prior: int = 0
-
-
-@dataclass(frozen=True)
 class StepCost:
     """Of the micro-batches of an optimizer step.
 
     Attributes:
-        adapter: bytes of one adapter, and of its gradients.
-        peak: bytes of activations, gradients and temporaries.
+        trained: bytes of what the optimizer changes: an adapter, or weights.
+        peak: bytes of activations, gradients and temporaries while the transformer is the student.
+        teacher_work, prior_work: the same of a forward pass of the teacher and, for prior preservation, of the base
+            model, without the gradients that are there.
         in_host: bytes of activations that are kept in host memory.
         flops: floating point operations.
     """
 
-    adapter: int
+    trained: int
     peak: int
+    teacher_work: int
+    prior_work: int
     in_host: int
     flops: PerState
 
@@ -130,27 +121,45 @@ class OneState(TrainingStep):
 
     Attributes:
         leaves_gradients: whether gradients are there when the teacher has been called, as after an earlier pass.
+        tracker: counts what the step allocates.
+        peak: see `StepCost`.
+        role_work: what the last forward pass of another role has allocated.
     """
 
     leaves_gradients = False
+    tracker: AllocationTracker
+    peak = role_work = 0
 
     def trained_states(self, purpose: str, place: int) -> list[int]:
         return [0]
 
     def leave_gradients(self) -> None:
         for parameter in self.roles.student_parameters:
-            parameter.grad = torch.zeros_like(parameter)
+            if not parameter._post_accumulate_grad_hooks:
+                parameter.grad = torch.zeros_like(parameter)
 
     def visited_states(
         self, inputs: RolloutInputs, teacher: VelocityFunction, trained: list[int], **options: bool
     ) -> Iterator[RolloutStep]:
         def then_gradients(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            self.end_of_student()
+            before = self.tracker.live
             velocity = teacher(latents, timestep)
+            self.role_work = self.tracker.peak - before
+            self.tracker.reset_peak()
             if self.leaves_gradients:
                 self.leave_gradients()
             return velocity
 
         return super().visited_states(inputs, then_gradients, trained, **options)
+
+    def end_of_student(self) -> None:
+        self.peak = max(self.peak, self.tracker.peak)
+        self.tracker.reset_peak()
+
+
+def drop_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
 
 
 def on_meta(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
@@ -197,20 +206,21 @@ class Simulator:
     on_gpu: bool
     fake_mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
-    def training(self, batch: Batch, settings: Settings, lora_options: dict[str, Any], dtype: torch.dtype) -> StepCost:
+    def training(
+        self, batch: Batch, settings: Settings, trained: dict[str, Any] | list[str], dtype: torch.dtype
+    ) -> StepCost:
         """The micro-batches of an optimizer step, each as large as the largest.
 
         Args:
             settings: resolved.
-            lora_options: arguments of `StudentTeacherLoRA`.
-            dtype: of the frozen weights.
+            trained: arguments of `StudentTeacherLoRA`, or the names of the weights.
+            dtype: of the transformer.
         """
         num_backwards = settings.distillation.num_trained_states * settings.training.gradient_accumulation_steps
         with self.components(batch, settings.distillation.num_rollout_steps, dtype) as (contexts, transformer):
-            with torch.device("meta"):
-                roles = StudentTeacherLoRA(transformer, **lora_options, teacher=settings.distillation.teacher)
+            make_roles = self.weight_roles if settings.full.is_full else self.adapter_roles
+            roles = make_roles(transformer, trained, settings)
             with self.fake():
-                materialize(transformer)
                 in_host = KeptInHost()
                 if settings.performance.gradient_checkpointing:
                     is_offloaded = self.on_gpu and settings.performance.offload_activations
@@ -229,39 +239,67 @@ class Simulator:
                 )
                 step.leaves_gradients = repeats and num_backwards == 1
                 micro_batch, noise = MicroBatch(0, [], 1.0), self.noise(batch)
-                with self.measured() as (tracker, counter):
+                with self.measured() as (step.tracker, counter):
                     student, teacher = contexts.of(batch.student), contexts.of(batch.teacher)
                     if num_backwards > 1:
                         step.leave_gradients()
                     step.backpropagate(micro_batch, RolloutInputs(batch.size, noise, student, teacher))
-                    trained = counter.total
+                    of_state, teacher_work = counter.total, step.role_work
                     if batch.prior is not None and not repeats:
                         prior = contexts.of(batch.prior)
                         step.backpropagate_prior(micro_batch, RolloutInputs(batch.size, noise, prior, prior))
-                    trained_prior = counter.total - trained
-                passed = self.forward_flops(step.student_velocity(student, None), batch)
+                    of_prior = counter.total - of_state
+                    step.end_of_student()
+                passed = self.forward(step.student_velocity(student, None), batch).flops
                 passed_prior = 0
                 if repeats:
-                    of_teacher = self.forward_flops(roles.as_teacher(self.velocity(teacher)), batch)
-                    of_base = self.forward_flops(roles.as_base(self.velocity(student)), batch)
-                    trained_prior, passed_prior = trained - of_teacher + of_base, passed
+                    of_teacher = self.forward(roles.as_teacher(self.velocity(teacher)), batch)
+                    of_base = self.forward(roles.as_base(self.velocity(student)), batch)
+                    of_prior, passed_prior = of_state - of_teacher.flops + of_base.flops, passed
+                    step.role_work = of_base.peak
                 elif batch.prior is not None:
-                    passed_prior = self.forward_flops(step.student_velocity(prior, None), batch)
+                    passed_prior = self.forward(step.student_velocity(prior, None), batch).flops
                 return StepCost(
-                    adapter=storage_bytes(roles.student_parameters),
-                    peak=tracker.peak,
+                    trained=storage_bytes(roles.student_parameters),
+                    peak=step.peak,
+                    teacher_work=teacher_work,
+                    prior_work=step.role_work,
                     in_host=in_host.num_bytes,
-                    flops=PerState(trained, passed, trained_prior, passed_prior),
+                    flops=PerState(of_state, passed, of_prior, passed_prior),
                 )
+
+    def adapter_roles(self, transformer: nn.Module, options: dict[str, Any], settings: Settings) -> Roles:
+        with torch.device("meta"):
+            roles = StudentTeacherLoRA(transformer, **options, teacher=settings.distillation.teacher)
+        with self.fake():
+            materialize(transformer)
+        return roles
+
+    def weight_roles(self, transformer: nn.Module, names: list[str], settings: Settings) -> Roles:
+        """Roles that compute with the student's weights: what others take depends on where they are.
+
+        Gradients of shared weights do not stay: each process has a part of them.
+        """
+        freeze_others(transformer, names)
+        is_shared = settings.performance.is_sharded
+        has_masters = not (is_shared or settings.full.rounds_at_random)
+        with self.fake():
+            materialize(transformer)
+            options = {"teacher": "student", "ema_device": CPU, "base_device": CPU}
+            roles = StudentTeacherWeights(transformer, **options, has_master_weights=has_masters)
+            if is_shared:
+                for weight in roles.student_parameters:
+                    weight.register_post_accumulate_grad_hook(drop_gradient)
+        return roles
 
     def velocity(self, context: Context) -> VelocityFunction:
         return partial(self.pipeline.predict_velocity, context=context)
 
-    def forward_flops(self, velocity: VelocityFunction, batch: Batch) -> int:
-        """Operations of one prediction without a gradient."""
-        with torch.no_grad(), FlopCounter() as counter:
+    def forward(self, velocity: VelocityFunction, batch: Batch) -> Cost:
+        """One prediction without a gradient."""
+        with torch.no_grad(), self.measured() as (tracker, counter):
             velocity(self.noise(batch), self.pipeline.schedule(*batch.size, 1).timesteps[0])
-        return counter.total
+        return Cost(tracker.peak, counter.total)
 
     def drawing(self, batch: Batch, dtype: torch.dtype) -> tuple[Cost, Cost]:
         """Sampling one step without an adapter, and decoding one picture.

@@ -8,10 +8,13 @@ import pytest
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from test_stopping import logged
 
 from command_line import ROOT
 from dopsd import launch
+from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
 from dopsd.launch import check_accelerator, hide_tokens, resolve_seed, start_accelerator
 from models import SLOW
@@ -24,10 +27,29 @@ from train_dopsd_zimage import ZImageTurbo
 SETTINGS = default_settings()
 
 
-@pytest.mark.parametrize(("name", "num_processes"), [("one_gpu", 1), ("one_node_of_gpus", 4)])
+@pytest.mark.parametrize(
+    ("name", "num_processes"), [("one_gpu", 1), ("one_node_of_gpus", 4), ("two_nodes_of_gpus", 16)]
+)
 def test_accelerate_reads_the_configurations(name, num_processes):
     config = load_config_from_file(str(ROOT / f"configs/{name}.yaml"))
     assert (config.mixed_precision, config.num_processes) == ("bf16", num_processes)
+
+
+def test_each_machine_of_two_starts_eight_processes():
+    launch_line = "--config_file configs/two_nodes_of_gpus.yaml --machine_rank 1 --main_process_ip 10.0.0.1 train.py"
+    parsed = launch_command_parser().parse_args(launch_line.replace("configs", str(ROOT / "configs"), 1).split())
+    arguments = _validate_launch_command(parsed)[0]
+    prepare_multi_gpu_env(arguments)
+    machine = arguments.nnodes, arguments.node_rank, arguments.nproc_per_node, arguments.rdzv_endpoint
+    assert machine == ("2", 1, "8", "10.0.0.1:29500")
+
+
+@pytest.mark.parametrize("model", [Flux2Klein(), ZImageTurbo()], ids=lambda model: model.name)
+@pytest.mark.parametrize("name", ["full_80gb", "full_fsdp"])
+def test_the_configurations_of_whole_models_are_flags(name, model):
+    flags = ["--pretrained_model_name_or_path", "a/model", "--config", str(ROOT / f"configs/{name}.yaml")]
+    settings = parse_settings(model, "", flags)
+    assert settings.full.is_full and settings.performance.fsdp == (name == "full_fsdp")
 
 
 def test_the_seed_is_the_flags_then_the_checkpoints_then_drawn(tmp_path, caplog):

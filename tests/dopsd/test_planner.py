@@ -1,4 +1,3 @@
-import shutil
 from dataclasses import replace
 from itertools import combinations
 
@@ -26,43 +25,17 @@ from dopsd.planner.cards import CARDS, Card, rate
 from dopsd.planner.dry_run import plan_text
 from dopsd.planner.frozen import Placement, frozen_bytes, placement, transformer_bytes
 from dopsd.planner.operators import FlopCounter
-from dopsd.planner.plan import Planner, max_passed_states, mean_passed_states, optimizer_bytes
-from dopsd.planner.reading import read_run
+from dopsd.planner.plan import max_passed_states, mean_passed_states
 from dopsd.planner.report import report
+from dopsd.planner.trained import optimizer_bytes
 from dopsd.sharding import repeated_blocks
 from editing_pairs import write_pairs
 from models import ONE_MODEL, every_context
 from pipelines.published_shapes import KLEIN_9B
-from short_runs import as_arguments, short_run
+from short_runs import as_arguments
 
 
 MODELS = (train_dopsd_flux2.MODEL, train_dopsd_zimage.MODEL)
-
-
-@pytest.fixture
-def without_weights(model, tmp_path):
-    """The tiny checkpoint's small files."""
-    folder = tmp_path / "configs"
-    shutil.copytree(model.path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    return folder
-
-
-@pytest.fixture
-def settings(model, photos, without_weights, tmp_path):
-    """Makes resolved settings of a short run: flag -> value."""
-
-    def make(**flags):
-        flags = short_run(model, photos, tmp_path / "run") | {"pretrained_model_name_or_path": without_weights} | flags
-        given = parse_settings(model.script.MODEL, "", as_arguments(flags))
-        return given.replace(mixed_precision=given.training.mixed_precision or "no")
-
-    return make
-
-
-@pytest.fixture
-def planner(model, settings):
-    """Makes a planner for a GPU: flag -> value."""
-    return lambda **flags: Planner(read_run(settings(**flags), model.script.MODEL), on_gpu=True)
 
 
 def phase(plan, name):
@@ -73,10 +46,10 @@ def phase(plan, name):
 
 
 @every_context(quick="flux2")
-def test_a_plan_needs_no_weights_and_writes_nothing(model, settings, tmp_path):
+def test_a_plan_needs_no_weights_and_writes_nothing(model, planned_settings, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     text = plan_text(
-        settings(dry_run=True, card="rtx-4090", validation_steps=2, max_train_steps=600), model.script.MODEL
+        planned_settings(dry_run=True, card="rtx-4090", validation_steps=2, max_train_steps=600), model.script.MODEL
     )
     assert sorted(tmp_path.rglob("*")) == before or not (tmp_path / "run").exists()
     for line in ("encoding: text encoder", "training", "drawing", "host memory", "It fits: of 24 GB"):
@@ -102,11 +75,11 @@ def test_processes_plan_for_as_many_gpus(torchrun, arguments, tmp_path):
 
 
 @ONE_MODEL
-def test_a_plan_refuses_what_the_run_refuses(model, settings):
+def test_a_plan_refuses_what_the_run_refuses(model, planned_settings):
     with pytest.raises(InputError, match="--lora_layers"):
-        plan_text(settings(lora_layers="nothing"), model.script.MODEL)
+        plan_text(planned_settings(lora_layers="nothing"), model.script.MODEL)
     with pytest.raises(InputError, match="--bnb_quantization_config_path nowhere.json: cannot be used"):
-        plan_text(settings(bnb_quantization_config_path="nowhere.json"), model.script.MODEL)
+        plan_text(planned_settings(bnb_quantization_config_path="nowhere.json"), model.script.MODEL)
 
 
 # Bytes
