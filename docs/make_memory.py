@@ -67,8 +67,9 @@ PREPROCESSOR = {
 PAGE_TEXT = """\
 # Memory
 
-Computed, not measured. `python -m docs.make_memory` makes this page: it runs the training step of the published
-models on tensors without numbers. `--dry_run` prints the same for your own flags and pictures, with time and disk:
+Computed, but for the last table. `python -m docs.make_memory` makes this page: it runs the training step of the
+published models on tensors without numbers. `--dry_run` prints the same for your own flags and pictures, with time and
+disk:
 
 ```bash
 python train_dopsd_flux2.py --dry_run --card rtx-4090 --mixed_precision bf16 --gradient_checkpointing \\
