@@ -1,4 +1,4 @@
-"""The methods that D-OPSD is compared with: LoRAs of the same rank, data and steps, trained with other losses.
+"""The methods that D-OPSD is compared with: the same weights, data and steps, trained with other losses.
 
 - `sft`: flow matching on the training pictures, as in diffusers' training scripts.
 - `sft_deployed`: the same, but only at the sigmas that the deployed sampler visits.
@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.miniature import world
 from benchmarks.miniature.methods import SharedSettings
 from dopsd.data.order import place_seed
-from dopsd.lora_roles import StudentTeacherLoRA
+from dopsd.roles import Roles
 from dopsd.rollout import (
     Schedule,
     VelocityFunction,
@@ -239,7 +239,7 @@ def build_optimizer(
 
 
 class BaselineTraining:
-    """Trains the student's adapter, with gradients clipped as in `train_dopsd_flux2.py`.
+    """Trains the student, with gradients clipped as in `train_dopsd_flux2.py`.
 
     Args:
         method: see the module's docstring.
@@ -251,7 +251,7 @@ class BaselineTraining:
         self,
         method: str,
         pipeline: Flux2KleinDOPSDPipeline,
-        roles: StudentTeacherLoRA,
+        roles: Roles,
         pictures: EncodedPictures,
         schedule: Schedule,
         settings: SharedSettings,
@@ -278,7 +278,7 @@ class BaselineTraining:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            self.roles.update_teacher(self.settings.ema_decay)
+            self.roles.after_optimizer_step(self.settings.ema_decay)
             if should_stop is not None and should_stop(step):
                 return step
         return num_steps

@@ -5,7 +5,6 @@ python -m benchmarks.miniature.editor --output_dir editor --count 192      # and
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,14 +14,13 @@ from benchmarks.miniature import world
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.edit_tasks import editor_tasks, measure_placed
 from benchmarks.miniature.evaluate import sample
-from benchmarks.miniature.files import MODEL, make_folder, replacing
+from benchmarks.miniature.files import make_folder, replacing, write_pipeline
 from benchmarks.miniature.metrics import PictureReader
 from benchmarks.miniature.tables import markdown
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
 WEIGHTS = Path(__file__).resolve().parent / "editor" / "transformer.safetensors"  # bfloat16
-TRANSFORMER_WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 FIGURES = ("exact", "background", "place", "residual", "detail", "poses")  # of the table
 
 
@@ -36,11 +34,8 @@ def save_editor(transformer: torch.nn.Module, path: Path) -> None:
 
 def assemble_editor(folder: Path) -> Path:
     """Writes the editor as a whole pipeline in float32, with the miniature's other components. Returns the folder."""
-    shutil.copytree(MODEL, folder, dirs_exist_ok=True)
     weights = {name: weight.float() for name, weight in load_file(WEIGHTS).items()}
-    with replacing(folder / TRANSFORMER_WEIGHTS) as partial:
-        save_file(weights, partial, metadata={"format": "pt"})
-    return folder
+    return write_pipeline(folder, weights)
 
 
 def measured(folder: Path, count: int) -> str:

@@ -1,15 +1,20 @@
 """Paths of the miniature, and files that are either written completely or not at all."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
 
 from dopsd.errors import InputError
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = Path(__file__).resolve().parent / "model"  # the shipped miniature
+TRANSFORMER_WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 
 
 @contextmanager
@@ -21,6 +26,14 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     yield partial
     partial.replace(path)
+
+
+def write_pipeline(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """Writes a whole pipeline: the miniature with these weights of its transformer. Returns the folder."""
+    shutil.copytree(MODEL, folder, dirs_exist_ok=True)
+    with replacing(folder / TRANSFORMER_WEIGHTS) as partial:
+        save_file(weights, partial, metadata={"format": "pt"})
+    return folder
 
 
 def make_folder(folder: Path, *, flag: str) -> None:

@@ -14,6 +14,7 @@ NUM_TRAIN_STEPS = 120
 # for the new concept. The root mean square of D-OPSD's gradients is at most 5e-3 here: with the large one, steps
 # follow the size of the gradients.
 USUAL_EPSILON, LARGE_EPSILON = 1e-8, 1e-2
+TRAIN_MODE = "train_mode"  # the flag
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Method:
         kind: "base"; "teacher", the base model with a reference; "dopsd", the training script; or the name of a
             baseline (see `baselines`).
         flags: flags of the training script that differ from `SHARED_FLAGS`. A baseline has those of
-            `SharedSettings` only.
+            `SharedSettings` and `TRAIN_MODE` only.
         relative_steps: training steps, relative to the experiment's number.
         stops_at_dopsd: whether training stops when it reaches the concept accuracy of D-OPSD.
         prior_avoids: words that no unrelated prompt of prior preservation has.
@@ -68,7 +69,12 @@ class Method:
     @property
     def settings(self) -> SharedSettings:
         """A baseline's settings."""
-        return replace(SharedSettings(), **self.flags)
+        return replace(SharedSettings(), **{name: value for name, value in self.flags.items() if name != TRAIN_MODE})
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the transformer's own weights are trained, not a LoRA."""
+        return self.flags.get(TRAIN_MODE) == "full"
 
     @property
     def is_trained(self) -> bool:

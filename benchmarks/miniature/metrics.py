@@ -1,10 +1,11 @@
 """What pictures show and how good they are. Pictures are (N, 3, 64, 64), -1 to 1."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLFlux2
 
 from benchmarks.miniature import world
 
@@ -31,12 +32,17 @@ class PictureReader:
 
     Args:
         appearances: the objects to tell apart.
+        styles: to tell apart as well.
+
+    Attributes:
+        appearances, styles: of what a `Reading` counts as an object: every object in every style.
     """
 
-    def __init__(self, appearances: list[world.Appearance]):
-        self.appearances = appearances
+    def __init__(self, appearances: list[world.Appearance], styles: Sequence[world.Style] = (world.ORDINARY,)):
+        self.appearances = [appearance for _ in styles for appearance in appearances]
+        self.styles = [style for style in styles for _ in appearances]
         self.colours = torch.from_numpy(np.stack([world.unit(colour) for colour in world.BACKGROUNDS.values()]))
-        sprites = world.to_tensor([world.sprite(appearance) for appearance in appearances])
+        sprites = world.to_tensor([*map(world.sprite, self.appearances, self.styles)])
         # (5, A, 3 * 40 * 40): what each object adds to each background.
         self.added = torch.stack(
             [(sprites[:, 3:] * (sprites[:, :3] - colour.view(3, 1, 1))).flatten(1) for colour in self.colours]
@@ -57,7 +63,7 @@ class PictureReader:
             pose, index = divmod(int(gains.argmax()), len(self.appearances))
             objects.append(index)
             poses.append(pose)
-            sprite = world.sprite(self.appearances[index])
+            sprite = world.sprite(self.appearances[index], self.styles[index])
             nearest.append(world.draw(sprite, world.POSES[pose], list(world.BACKGROUNDS)[background]))
         return Reading(torch.tensor(objects), torch.tensor(poses), backgrounds, world.to_tensor(nearest))
 
@@ -132,9 +138,28 @@ class RandomFeatures(torch.nn.Module):
         return torch.cat([pictures.mean((2, 3)), pictures.std((2, 3))], 1)
 
 
-def frechet_distance(pictures: torch.Tensor, real: torch.Tensor) -> float:
-    """Frechet distance between the random features of two sets of pictures (FID's formula, arXiv 1706.08500)."""
-    features = RandomFeatures()
+class LatentFeatures:
+    """Features for a Frechet distance that also sees the grain, of which random ones see little."""
+
+    def __init__(self, vae: AutoencoderKLFlux2):
+        self.vae = vae
+
+    @torch.no_grad()
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 64, 64) -> (N, 32): spatial mean and standard deviation of the latents' channels."""
+        latents = self.vae.encode(pictures).latent_dist.mode()
+        return torch.cat([latents.mean((2, 3)), latents.std((2, 3))], 1)
+
+
+def frechet_distance(
+    pictures: torch.Tensor, real: torch.Tensor, features: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> float:
+    """Frechet distance between the features of two sets of pictures (FID's formula, arXiv 1706.08500).
+
+    Args:
+        features: (N, 3, 64, 64) -> (N, D). Default: `RandomFeatures`.
+    """
+    features = features or RandomFeatures()
     first, second = features(pictures).double(), features(real).double()
     covariances = torch.cov(first.T), torch.cov(second.T)
     # trace((A B)^(1/2)) from the eigenvalues of A B, which are real and not negative.

@@ -32,15 +32,17 @@ from benchmarks.miniature.concepts import (
 )
 from benchmarks.miniature.costs import NUM_PRIOR_PICTURES
 from benchmarks.miniature.evaluate import Evaluator
-from benchmarks.miniature.files import REPOSITORY, replacing
-from benchmarks.miniature.methods import DOPSD, SHARED_FLAGS, Method, Run
+from benchmarks.miniature.files import REPOSITORY, replacing, write_pipeline
+from benchmarks.miniature.methods import DOPSD, SHARED_FLAGS, TRAIN_MODE, Method, Run
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from dopsd.context_cache import files_fingerprint
 from dopsd.errors import DOPSDError
 from dopsd.history import last_retention, read_history
 from dopsd.lora_roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.prior import TriggerWord, word_prompts
+from dopsd.roles import Roles
 from dopsd.rollout import Schedule
+from dopsd.weight_roles import StudentTeacherWeights, freeze_others, trained_weights
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 from pipelines.published import KLEIN_LORA_LAYERS
 
@@ -114,6 +116,8 @@ class Experiment:
 
     def load(self, run: Run) -> Flux2KleinDOPSDPipeline:
         """The pipeline of a run that has been trained, or of the base model."""
+        if run.method.is_full:
+            return Flux2KleinDOPSDPipeline.from_pretrained(self.folder / run.folder)
         return self.evaluator.load(*([self.folder / run.folder] if run.method.is_trained else []))
 
     def _once(self, run: Run, name: str, compute: Callable[[Run], dict | float]) -> dict | float:
@@ -198,7 +202,7 @@ class Experiment:
         return prior_flags(run.method, run.concept, folder)
 
     def train_baseline(self, run: Run, should_stop: Callable[[int], bool] | None = None) -> dict:
-        """Trains a baseline and saves its LoRA in the run's folder.
+        """Trains a baseline and saves its LoRA, or the whole pipeline, in the run's folder.
 
         Args:
             should_stop: see `BaselineTraining.train`.
@@ -211,18 +215,14 @@ class Experiment:
         schedule = pipeline.schedule(world.SIDE, world.SIDE, NUM_STEPS)
         prior = self._prior_pictures(run, pipeline, schedule) if run.method.kind == "sft_prior" else None
         settings = run.method.settings
-        targets = lora_target_modules(pipeline.transformer, KLEIN_LORA_LAYERS)
-        roles = StudentTeacherLoRA(pipeline.transformer, targets, rank=settings.rank, alpha=settings.lora_alpha)
+        roles = make_roles(run.method, pipeline.transformer)
         stop = self._accuracy_stop(run, pipeline, roles) if run.method.stops_at_dopsd else should_stop
         pictures = self._encoded_pictures(run, pipeline)
         training = BaselineTraining(
             run.method.kind, pipeline, roles, pictures, schedule, settings, seed=run.seed, prior=prior
         )
         num_steps = training.train(run.method.num_steps(self.num_train_steps), stop)
-        weights, metadata = roles.export(torch.float32)
-        Flux2KleinPipeline.save_lora_weights(
-            self.folder / run.folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
-        )
+        save_baseline(roles, pipeline, self.folder / run.folder)
         return ({"reached": stop.reached} if run.method.stops_at_dopsd else {}) | {"steps": num_steps}
 
     def _encoded_pictures(self, run: Run, pipeline: Flux2KleinDOPSDPipeline) -> EncodedPictures:
@@ -240,7 +240,7 @@ class Experiment:
         drawn = [prompts.draw(run.seed, place, 1)[0] for place in range(NUM_PRIOR_PICTURES)]
         return draw_prior_pictures(pipeline, drawn, schedule, max_sequence_length=MAX_SEQUENCE_LENGTH, seed=run.seed)
 
-    def _accuracy_stop(self, run: Run, pipeline: Flux2KleinDOPSDPipeline, roles: StudentTeacherLoRA) -> "AccuracyStop":
+    def _accuracy_stop(self, run: Run, pipeline: Flux2KleinDOPSDPipeline, roles: Roles) -> "AccuracyStop":
         task = run.concept.task(self.eval_count)
 
         def accuracy() -> float:
@@ -264,6 +264,27 @@ class AccuracyStop:
         if step % self.interval == 0:
             self.reached = self.accuracy() >= self.wanted
         return self.reached
+
+
+def make_roles(method: Method, transformer: torch.nn.Module) -> Roles:
+    """What a baseline trains."""
+    if method.is_full:
+        freeze_others(transformer, trained_weights(transformer, None))
+        cpu = torch.device("cpu")
+        return StudentTeacherWeights(transformer, ema_device=cpu, base_device=cpu)
+    targets = lora_target_modules(transformer, KLEIN_LORA_LAYERS)
+    return StudentTeacherLoRA(transformer, targets, rank=method.settings.rank, alpha=method.settings.lora_alpha)
+
+
+def save_baseline(roles: Roles, pipeline: Flux2KleinDOPSDPipeline, folder: Path) -> None:
+    """Writes what `Experiment.load` reads: a LoRA, or the whole pipeline."""
+    if isinstance(roles, StudentTeacherLoRA):
+        weights, metadata = roles.export(torch.float32)
+        Flux2KleinPipeline.save_lora_weights(
+            folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
+        )
+    else:
+        write_pipeline(folder, pipeline.transformer.state_dict())
 
 
 def timed_run(run: Run) -> Run:
@@ -311,6 +332,8 @@ def dopsd_flags(
         "seed": seed,
         **changed,
     }
+    if settings.get(TRAIN_MODE) == "full":
+        del settings["rank"]
     values = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
     flags = [[f"--{name}", *map(str, some)] for name, some in values.items()]
     return [*flags, ["--retention_prompts", *retention_prompts]]

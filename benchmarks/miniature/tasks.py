@@ -60,9 +60,11 @@ def make_task(appearances: Sequence[world.Appearance], count: int, *, with_refer
     return Task(prompts, references, wanted, backgrounds, world.to_tensor(real))
 
 
-def random_picture(appearance: world.Appearance, background: str, rng: np.random.Generator) -> np.ndarray:
+def random_picture(
+    appearance: world.Appearance, background: str, rng: np.random.Generator, style: world.Style = world.ORDINARY
+) -> np.ndarray:
     """(64, 64, 3): the object at a random pose, with grain."""
-    return world.draw(world.sprite(appearance), world.random_pose(rng), background, rng)
+    return world.draw(world.sprite(appearance, style), world.random_pose(rng), background, rng)
 
 
 def standard_tasks(count: int) -> dict[str, Task]:

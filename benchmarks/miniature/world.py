@@ -82,6 +82,25 @@ class Appearance:
         return zlib.crc32(self.words.encode()) % HELD_OUT_EVERY == 0
 
 
+@dataclass(frozen=True)
+class Style:
+    """How objects look, whatever they are.
+
+    Attributes:
+        palette: of the colours in `COLOURS`, in their order.
+        outline: of all objects.
+    """
+
+    palette: tuple[tuple[int, int, int], ...] = tuple(COLOURS.values())
+    outline: tuple[int, int, int] = OUTLINE_COLOUR
+
+    def colour(self, name: str) -> tuple[int, int, int]:
+        return self.palette[[*COLOURS].index(name)]
+
+
+ORDINARY = Style()
+
+
 def all_appearances() -> list[Appearance]:
     """Every object that words can describe."""
     pairs = list(combinations(COLOURS, 2))
@@ -116,14 +135,14 @@ def nonsense_word(rng: np.random.Generator) -> str:
 
 
 @cache
-def sprite(appearance: Appearance) -> np.ndarray:
+def sprite(appearance: Appearance, style: Style = ORDINARY) -> np.ndarray:
     """The object without a background.
 
     Returns:
         (40, 40, 4), float32: colours from -1 to 1, coverage from 0 to 1. Cached: do not write to it.
     """
-    colours = [COLOURS[name] for name in appearance.colours]
-    return painted(appearance.shape, appearance.texture, colours[0], colours[-1])
+    colours = [style.colour(name) for name in appearance.colours]
+    return painted(appearance.shape, appearance.texture, colours[0], colours[-1], outline_colour=style.outline)
 
 
 def random_sprite(rng: np.random.Generator) -> np.ndarray:
@@ -199,6 +218,8 @@ def painted(
     texture: str | np.ndarray,
     first: tuple[int, int, int],
     second: tuple[int, int, int],
+    *,
+    outline_colour: tuple[int, int, int] = OUTLINE_COLOUR,
 ) -> np.ndarray:
     """A sprite (see `sprite`) from an outline, a texture and two colours.
 
@@ -210,7 +231,7 @@ def painted(
     texture = _texture_mask(texture) if isinstance(texture, str) else texture
     inner = _erode(outer, OUTLINE * SUPERSAMPLING)
     colour = np.where(texture[..., None], unit(second), unit(first))
-    colour = np.where(inner[..., None], colour, unit(OUTLINE_COLOUR)) * outer[..., None]
+    colour = np.where(inner[..., None], colour, unit(outline_colour)) * outer[..., None]
     layers = np.concatenate([colour, outer[..., None]], -1)
     layers = layers.reshape(OBJECT, SUPERSAMPLING, OBJECT, SUPERSAMPLING, 4).mean((1, 3), dtype=np.float32)
     layers[..., :3] /= np.maximum(layers[..., 3:], 1e-6)
