@@ -20,6 +20,7 @@ from .errors import OutputError, TrainingDiverged, first_line
 from .history import sync_history
 from .loading import reporting_library_errors
 from .output import (
+    check_is_shared,
     checkpoint_step,
     list_checkpoints,
     remove,
@@ -72,6 +73,8 @@ class Checkpoints:
 
     def resume(self, checkpoint: Path | None) -> int:
         """Loads the checkpoint, if there is one, and tidies the output folder; returns the number of steps trained."""
+        if self.state.is_collective:
+            check_is_shared(self.folder, self.accelerator)
         first_step = 0 if checkpoint is None else self.load(checkpoint)
         if self.accelerator.is_main_process:
             tidy_output_dir(self.folder, first_step)
@@ -130,8 +133,6 @@ class Checkpoints:
             folder.mkdir(parents=True)
 
     def _write(self, step: int, folder: Path) -> None:
-        if not folder.is_dir():
-            raise OutputError("it is not the same folder on all machines, which write parts of it")
         others = {"lr_scheduler": self.lr_scheduler.state_dict()}
         if self.accelerator.scaler is not None:
             others["scaler"] = self.accelerator.scaler.state_dict()

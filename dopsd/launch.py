@@ -115,6 +115,12 @@ def check_accelerator(accelerator: Accelerator, settings: Settings, model: Model
         raise InputError("--ema_device cuda: there is no GPU; pass auto or cpu")
     if settings.full.is_full and accelerator.num_processes > 1 and not settings.performance.fsdp:
         raise InputError("--train_mode full: with several processes, pass --fsdp, so that they share the model")
+    if settings.full.is_full and settings.performance.is_sharded and accelerator.device.type != "cpu":
+        if accelerator.num_processes > 1 and settings.performance.offload_transformer:
+            raise InputError(
+                "--offload_transformer: cannot be combined with --train_mode full and --fsdp on GPUs, which cannot "
+                "sum gradients in host memory; drop it"
+            )
     precision, on_gpu = accelerator.mixed_precision, accelerator.device.type != "cpu"
     if precision not in ("no", "fp16", "bf16"):
         raise InputError(f"--mixed_precision {precision}: is not supported; pass bf16, fp16 or no")

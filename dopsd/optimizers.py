@@ -5,6 +5,7 @@ from accelerate.logging import get_logger
 from diffusers.optimization import get_scheduler
 
 from .settings import OptimizerSettings
+from .weight_copies import local
 
 
 logger = get_logger(__name__)
@@ -62,13 +63,21 @@ def torchao_optimizer(in_8_bits: bool, device: torch.device) -> type[torch.optim
     from torchao.optim import AdamW8bit, _AdamW
 
     kind = AdamW8bit if in_8_bits else _AdamW
-    changed = {}
-    if not in_8_bits:
-        # In bfloat16, as torchao keeps it, the average of squared gradients stalls below what it should be.
-        changed["_new_buffer"] = lambda self, p, signed: torch.zeros_like(p, dtype=torch.float32)
+
+    def new_buffer(self, p: torch.Tensor, signed: bool) -> torch.Tensor:
+        """In bfloat16, as torchao keeps what it does not quantize, the average of squared gradients stalls."""
+        buffer = kind._new_buffer(self, p, signed)
+        return buffer.float() if buffer.dtype == torch.bfloat16 and not is_quantized(buffer) else buffer
+
+    changed = {"_new_buffer": new_buffer}
     if device.type == "cpu":
         changed["step"] = torch.compiler.set_stance("force_eager")(kind.step)
     return type(kind.__name__, (kind,), changed)
+
+
+def is_quantized(buffer: torch.Tensor) -> bool:
+    """Whether a state of torchao's, sharded or not, is in 8 bits; it then only looks like its weight's dtype."""
+    return hasattr(local(buffer), "codes")
 
 
 def build_lr_scheduler(

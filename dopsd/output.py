@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
@@ -119,6 +120,30 @@ def _owner(folder: Path) -> str:
         return f"another run (process {owner['pid']} on {owner['host']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another run"
+
+
+def check_is_shared(folder: Path, accelerator: Accelerator) -> None:
+    """Checks that the folder is the same one for all processes, each of which will write a part of a checkpoint.
+
+    Raises:
+        InputError: it is not. All processes raise it.
+    """
+    mark = None
+    with failing_together():
+        if accelerator.is_main_process:
+            with naming_file(folder / ".shared"):
+                mark = Path(tempfile.mkstemp(prefix=".shared-", dir=folder)[1])
+    (name,) = broadcast_object_list([mark and mark.name])
+    try:
+        with failing_together():
+            if not (folder / name).is_file():
+                raise InputError(
+                    f"--output_dir {folder}: is not the same folder on all machines; give one that they share, since "
+                    "each writes a part of a checkpoint"
+                )
+    finally:
+        if mark is not None:
+            remove(mark)
 
 
 def checkpoint_step(path: Path) -> int:

@@ -23,14 +23,14 @@ class Roles(ABC):
             before training, "student" the student's current weights.
         averages_gradients: whether a backward pass leaves the mean of all processes' gradients, if they share the
             transformer's weights.
-        teacher_is_elsewhere, base_is_elsewhere: whether the role's weights are copied to the accelerator at each call.
+        teacher_is_off_device, base_is_off_device: whether the role's weights come to the accelerator at each call.
     """
 
     transformer: nn.Module
     teacher: TeacherKind
     averages_gradients: bool = False
-    teacher_is_elsewhere: bool = False
-    base_is_elsewhere: bool = False
+    teacher_is_off_device: bool = False
+    base_is_off_device: bool = False
 
     @property
     @abstractmethod

@@ -109,8 +109,8 @@ def rollout(
     *,
     trained: Collection[int] | None = None,
     loss_space: LossSpace = "x0",
-    asks_once: bool = False,
-    walks_all: bool = False,
+    batches_teacher: bool = False,
+    visits_all: bool = False,
 ) -> Iterator[RolloutStep]:
     """Follows the student's few-step trajectory and evaluates the teacher at states on it (arXiv 2605.05204).
 
@@ -127,17 +127,17 @@ def rollout(
         trained: indices of the states to yield, at least one. The student passes the others without a gradient or a
             teacher, and stops after the last of them. Default: all.
         loss_space: see `distillation_loss`.
-        asks_once: call the teacher once, for all trained states in one batch: (num_trained * B, ...), with a timestep
-            per sample. For a teacher whose weights come from elsewhere at each call. The student first walks the
-            states without a gradient, one more forward per trained state.
-        walks_all: with `asks_once`, walk all states, so that the number of calls does not depend on `trained`.
+        batches_teacher: call the teacher once, for all trained states in one batch: (num_trained * B, ...), with a
+            timestep per sample. For a teacher whose weights come from elsewhere at each call. The student first walks
+            the states without a gradient, one more forward per trained state.
+        visits_all: with `batches_teacher`, walk all states, so that the number of calls does not depend on `trained`.
 
     Yields:
         The trained states, the noisiest first.
     """
-    if asks_once:
-        yield from rollout_with_one_question(
-            student, teacher, noise, schedule, trained=trained, loss_space=loss_space, walks_all=walks_all
+    if batches_teacher:
+        yield from rollout_with_batched_teacher(
+            student, teacher, noise, schedule, trained=trained, loss_space=loss_space, visits_all=visits_all
         )
         return
     trained = range(len(schedule)) if trained is None else trained
@@ -154,7 +154,7 @@ def rollout(
         latents = state.next_latents
 
 
-def rollout_with_one_question(
+def rollout_with_batched_teacher(
     student: VelocityFunction,
     teacher: VelocityFunction,
     noise: torch.Tensor,
@@ -162,15 +162,15 @@ def rollout_with_one_question(
     *,
     trained: Collection[int] | None,
     loss_space: LossSpace,
-    walks_all: bool,
+    visits_all: bool,
 ) -> Iterator[RolloutStep]:
-    """See `rollout` with `asks_once`."""
+    """See `rollout` with `batches_teacher`."""
     trained = sorted(range(len(schedule)) if trained is None else trained)
     visited, latents = [], noise
     with torch.no_grad():
-        for index in range(len(schedule) if walks_all else trained[-1] + 1):
+        for index in range(len(schedule) if visits_all else trained[-1] + 1):
             visited.append(latents)
-            if walks_all or index < trained[-1]:
+            if visits_all or index < trained[-1]:
                 velocity = student(latents, schedule.timesteps[index])
                 latents = euler_step(latents, velocity, schedule.sigmas[index], schedule.sigmas[index + 1])
     timesteps = schedule.timesteps[trained].repeat_interleave(len(noise))

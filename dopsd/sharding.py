@@ -106,7 +106,8 @@ def process_mesh(accelerator: Accelerator, *, within_machines: bool = True) -> D
 
 def open_process_group(device: torch.device) -> None:
     """A group of this process alone, which `fully_shard` needs."""
-    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    # Gloo for sums of gradients that are in host memory.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 

@@ -105,16 +105,16 @@ class TrainingStep:
         self.calls_match = calls_must_match(settings.performance, accelerator)
         # A role whose weights come from elsewhere is asked about all trained states at once.
         several = self.num_trained_states > 1
-        self.asks_teacher_once = several and roles.teacher_is_elsewhere
-        self.asks_base_once = several and roles.base_is_elsewhere
+        self.batches_teacher = several and roles.teacher_is_off_device
+        self.batches_base = several and roles.base_is_off_device
         self.inputs = InputReader(
             pipeline,
             contexts,
             prior,
             seed=self.seed,
             device=accelerator.device,
-            num_copies=self.num_trained_states if self.asks_teacher_once else 1,
-            num_prior_copies=self.num_trained_states if self.asks_base_once else 1,
+            num_copies=self.num_trained_states if self.batches_teacher else 1,
+            num_prior_copies=self.num_trained_states if self.batches_base else 1,
         )
         # (height, width) -> schedule. Each is made once, since making it waits for the accelerator.
         self.schedule = cache(partial(pipeline.schedule, num_steps=self.num_rollout_steps, device=accelerator.device))
@@ -190,10 +190,10 @@ class TrainingStep:
         inputs = inputs.to(self.accelerator.device)
         trained = self.trained_states("states", batch.place)
         teacher = self.roles.as_teacher(partial(self.pipeline.predict_velocity, context=inputs.teacher))
-        asks_once = self.asks_teacher_once
-        if not asks_once:
+        batches_teacher = self.batches_teacher
+        if not batches_teacher:
             teacher = self.called_as_often(teacher, inputs.student, "states", batch.place)
-        states = self.visited_states(inputs, teacher, trained, exchanges=exchanges, asks_once=asks_once)
+        states = self.visited_states(inputs, teacher, trained, exchanges=exchanges, batches_teacher=batches_teacher)
         return self.backpropagate_states(states, batch.weight)
 
     def backpropagate_prior(self, batch: MicroBatch, inputs: RolloutInputs) -> torch.Tensor:
@@ -201,10 +201,10 @@ class TrainingStep:
         inputs = inputs.to(self.accelerator.device)
         trained = self.trained_states("prior states", batch.place)
         base = self.roles.as_base(partial(self.pipeline.predict_velocity, context=inputs.teacher))
-        asks_once = self.asks_base_once
-        if not asks_once:
+        batches_teacher = self.batches_base
+        if not batches_teacher:
             base = self.called_as_often(base, inputs.student, "prior states", batch.place)
-        states = self.visited_states(inputs, base, trained, exchanges=True, asks_once=asks_once)
+        states = self.visited_states(inputs, base, trained, exchanges=True, batches_teacher=batches_teacher)
         return self.backpropagate_states(states, batch.weight, self.prior_settings.prior_loss_weight)
 
     def trained_states(self, purpose: str, place: int) -> list[int]:
@@ -261,14 +261,14 @@ class TrainingStep:
         trained: list[int],
         *,
         exchanges: bool,
-        asks_once: bool = False,
+        batches_teacher: bool = False,
     ) -> Iterator[RolloutStep]:
         """Rolls out the student, all samples in one batch; yields the trained states.
 
         Args:
             inputs: on the accelerator.
             exchanges: whether processes exchange gradients in the last of these backward passes.
-            asks_once: see `rollout`.
+            batches_teacher: see `rollout`.
         """
         student = self.student_velocity(inputs.student, trained[-1] + 1 if exchanges else None)
         schedule = self.schedule(*inputs.size)
@@ -279,8 +279,8 @@ class TrainingStep:
             schedule,
             trained=trained,
             loss_space=self.loss_space,
-            asks_once=asks_once,
-            walks_all=self.calls_match,  # processes then call the transformer equally often
+            batches_teacher=batches_teacher,
+            visits_all=self.calls_match,  # processes then call the transformer equally often
         )
 
     def student_velocity(self, context: Context, last_call: int | None) -> VelocityFunction:

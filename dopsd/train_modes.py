@@ -126,7 +126,9 @@ class FullMode(TrainMode):
             return torch.device("cpu")
         if chosen == "auto" and device.type == "cuda":
             count = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
-            if not kept.copies_fit(count // accelerator.num_processes, *torch.cuda.mem_get_info(device)):
+            fit = kept.copies_fit(count // accelerator.num_processes, *torch.cuda.mem_get_info(device))
+            # In all processes the same: those that share weights must call the transformer equally often.
+            if not accelerator.gather(torch.tensor([fit], device=device)).all():
                 logger.info("--ema_device auto: the teacher's weights do not fit on the GPU and are in host memory")
                 return torch.device("cpu")
         return device

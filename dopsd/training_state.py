@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from .errors import device_errors, first_line
+from .errors import InputError, device_errors, first_line
 from .lora_roles import StudentTeacherLoRA
 from .output import ADAPTERS_FILE
 from .weight_roles import StudentTeacherWeights
@@ -104,13 +104,23 @@ class WeightState(TrainingState):
             raise write_error(error) from error
         if not dist.is_initialized() or dist.get_rank() == 0:
             groups = [{key: value for key, value in group.items() if key != "params"} for group in self.groups]
-            save_state({"param_groups": groups, **others}, folder / TRAINER_FILE)
+            groups_and_others = {"param_groups": groups, "num_processes": num_processes(), **others}
+            save_state(groups_and_others, folder / TRAINER_FILE)
 
     def read(self, folder: Path) -> dict[str, Any]:
-        with alone_without_warning() as no_dist:
-            dcp.load(self.state_dict(), checkpoint_id=folder / WEIGHTS_DIR, no_dist=no_dist)
-        self.roles.copy_masters_to_weights()
         others = load_state(folder / TRAINER_FILE)
+        before = others.pop("num_processes")
+        try:
+            with alone_without_warning() as no_dist:
+                dcp.load(self.state_dict(), checkpoint_id=folder / WEIGHTS_DIR, no_dist=no_dist)
+        except (CheckpointException, ValueError) as error:
+            if before == num_processes():
+                raise
+            raise InputError(
+                f"--resume_from_checkpoint {folder.name}: {before} processes saved it, and its 8-bit states cannot be "
+                f"divided among {num_processes()}; resume it with {before}"
+            ) from error
+        self.roles.copy_masters_to_weights()
         # `load_state_dict` would cast float32 states to the dtype of bfloat16 weights.
         for group, saved in zip(self.groups, others.pop("param_groups"), strict=True):
             group.update(saved)
@@ -119,6 +129,10 @@ class WeightState(TrainingState):
     @property
     def groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
+
+
+def num_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager

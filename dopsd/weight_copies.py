@@ -19,6 +19,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_offloaded(tensor: torch.Tensor) -> bool:
+    """Whether it is sharded and in host memory, but computes on an accelerator."""
+    return isinstance(tensor, DTensor) and tensor.device_mesh.device_type != tensor.to_local().device.type
+
+
 class WeightCopy:
     """A value for each trained weight, beside the student's.
 
@@ -50,7 +55,7 @@ class WeightCopy:
         self.is_resident = all(
             value.device == weight.device and value.dtype == weight.dtype for weight, value in self.swaps
         )
-        self.is_elsewhere = any(value.device != weight.device for weight, value in self.swaps)
+        self.is_off_device = any(value.device != weight.device or is_offloaded(weight) for weight, value in self.swaps)
         self.blocks = [] if self.is_sharded or self.is_resident else blocks_of(transformer, self.swaps)
 
     def in_place(self) -> AbstractContextManager[None]:
@@ -73,7 +78,7 @@ class WeightCopy:
             moved.lerp_(parameter.to(value.dtype), share)
             if moved is not value:
                 value.copy_(moved, non_blocking=True)
-        if self.is_elsewhere:
+        if self.is_off_device:
             torch.accelerator.synchronize()  # the copies to host memory
 
     @contextmanager

@@ -74,6 +74,7 @@ class StudentTeacherWeights(Roles):
         if teacher == "ema":
             self._ema = WeightCopy(transformer, self.weights, device=ema_device, dtype=torch.float32)
         self._teacher = {"ema": self._ema, "base": self._base, "student": None}[teacher]
+        self._is_away = False
         self._masters = {}
         if has_master_weights:
             for name, weight in self.weights.items():
@@ -97,17 +98,22 @@ class StudentTeacherWeights(Roles):
         return self._role(None)
 
     @property
-    def teacher_is_elsewhere(self) -> bool:
-        return self._teacher is not None and self._teacher.is_elsewhere
+    def teacher_is_off_device(self) -> bool:
+        return self._teacher is not None and self._teacher.is_off_device
 
     @property
-    def base_is_elsewhere(self) -> bool:
-        return self._base.is_elsewhere
+    def base_is_off_device(self) -> bool:
+        return self._base.is_off_device
 
     @contextmanager
     def _role(self, copy: WeightCopy | None) -> Iterator[None]:
-        with torch.no_grad(), nullcontext() if copy is None else copy.in_place():
-            yield
+        assert not self._is_away, "a role with other weights than the student's contains no other role"
+        self._is_away = copy is not None
+        try:
+            with torch.no_grad(), nullcontext() if copy is None else copy.in_place():
+                yield
+        finally:
+            self._is_away = False
 
     # Weights
 

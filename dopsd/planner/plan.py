@@ -161,7 +161,7 @@ class Planner:
         moved = frozen.moved * in_step(settings, MOVES, mean_passed_states)
         moved += in_step(settings, kept.moved, mean_passed_states) + kept.averaged
         # Before a role is asked once, the student walks the trained states too, but for the last.
-        teacher, base = kept.asks_once
+        teacher, base = kept.batches_teacher
         walked = PerState(0, step.flops.passed * teacher, 0, step.flops.passed_prior * base)
         walking = in_step(settings, walked, lambda num_states, num_trained: num_trained - 1)
         return Plan(
@@ -265,17 +265,17 @@ class Planner:
     ) -> Phase:
         """Forward and backward passes, or the optimizer's step if that takes more."""
         num_trained = settings.distillation.num_trained_states
-        asks_teacher_once, asks_base_once = kept.asks_once
+        batches_teacher, batches_base = kept.batches_teacher
         # The teacher's first forward comes before the first backward pass.
         comes_again = num_trained * settings.training.gradient_accumulation_steps > 1
         passes = [
             step.peak + kept.in_backward,
-            step.teacher_work * (num_trained if asks_teacher_once else 1)
+            step.teacher_work * (num_trained if batches_teacher else 1)
             + kept.in_teacher
             + kept.gradients * comes_again,
         ]
         if settings.prior.with_prior_preservation:
-            base = step.prior_work * (num_trained if asks_base_once else 1)
+            base = step.prior_work * (num_trained if batches_base else 1)
             passes.append(base + kept.in_base + kept.gradients)
         working = max(max(passes) + frozen.dequantized, kept.stepping)
         return Phase("training", resident | {"gradients, activations": working})

@@ -42,12 +42,12 @@ class Kept(ABC):
         host: in host memory.
         moved: to and from the accelerator.
         averaged: to and from the accelerator after each step, for the teacher's average.
-        asks_once: whether the teacher, and the base model, are called once for all trained states of a rollout.
+        batches_teacher: whether the teacher, and the base model, are called once for all trained states of a rollout.
     """
 
     in_backward = in_teacher = in_base = host = averaged = 0
     moved = PerState(0, 0)
-    asks_once = False, False
+    batches_teacher = False, False
 
     @property
     @abstractmethod
@@ -306,7 +306,7 @@ class KeptWeights(Kept):
         return PerState(teacher, 0, base, 0)
 
     @property
-    def asks_once(self) -> tuple[bool, bool]:
+    def batches_teacher(self) -> tuple[bool, bool]:
         is_far = not self.has_copies and not self.where.offload_transformer
         several = self.settings.distillation.num_trained_states > 1
         return several and is_far and self.settings.distillation.teacher != "student", several and is_far

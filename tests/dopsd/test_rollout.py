@@ -149,8 +149,8 @@ def test_predicted_clean_latents_and_agreement_equal_values_computed_by_hand():
     torch.testing.assert_close(step.agreement, torch.tensor([0.8, 0.5]))
 
 
-@pytest.mark.parametrize(("trained", "walks_all", "walked"), [([0, 2], False, 2), ([0, 2], True, 4), ([1], False, 1)])
-def test_asking_once_gives_the_states_of_asking_at_each(trained, walks_all, walked):
+@pytest.mark.parametrize(("trained", "visits_all", "walked"), [([0, 2], False, 2), ([0, 2], True, 4), ([1], False, 1)])
+def test_asking_once_gives_the_states_of_asking_at_each(trained, visits_all, walked):
     schedule = Schedule(torch.tensor([1.0, 0.8, 0.6, 0.3, 0.0]), torch.tensor([1000.0, 800.0, 600.0, 300.0]))
     noise, weight = seeded_noise((3,), [0, 1]), torch.tensor(0.7, requires_grad=True)
     calls, walks = [], []
@@ -166,7 +166,9 @@ def test_asking_once_gives_the_states_of_asking_at_each(trained, walks_all, walk
     plain = list(rollout(student, teacher, noise, schedule, trained=trained))
     calls.clear()
     walks.clear()
-    once = list(rollout(student, teacher, noise, schedule, trained=trained, asks_once=True, walks_all=walks_all))
+    once = list(
+        rollout(student, teacher, noise, schedule, trained=trained, batches_teacher=True, visits_all=visits_all)
+    )
     (timesteps,) = calls
     assert torch.equal(timesteps, schedule.timesteps[trained].repeat_interleave(2))
     assert walks == [False] * walked + [True] * len(trained)

@@ -325,7 +325,7 @@ def test_an_fp16_run_that_finds_no_scale_saves_the_weights_before(tmp_path):
 # Roles whose weights come from elsewhere
 
 
-@pytest.mark.parametrize("elsewhere", [("teacher_is_elsewhere",), ("teacher_is_elsewhere", "base_is_elsewhere")])
+@pytest.mark.parametrize("elsewhere", [("teacher_is_off_device",), ("teacher_is_off_device", "base_is_off_device")])
 def test_a_role_that_comes_from_elsewhere_comes_once_for_all_trained_states(monkeypatch, elsewhere):
     results = []
     for names in ((), elsewhere):
