@@ -89,8 +89,6 @@ def test_copies_in_host_memory_are_pinned_and_move(planner):
     # Each role is asked once about several states, after the student has walked them.
     here, away = (planner.plan(num_trained_states=3, ema_device=device) for device in ("cuda", "cpu"))
     assert away.moved == (4 + 2 + 8) * sum(weights) and away.mean_flops > here.mean_flops
-    growth = training(away).parts["gradients, activations"] - training(here).parts["gradients, activations"]
-    assert growth > 0
 
 
 @ONE_MODEL
