@@ -142,11 +142,13 @@ def prepare(arguments, model):
 
 @pytest.fixture
 def torchrun(model, tmp_path):
-    """Starts the script as two processes on a free port; returns torchrun's process and the file with its output."""
+    """Starts the script as processes on a free port; returns torchrun's process and the file with its output."""
 
-    def start(arguments: list[str], script: Path = model.script_path) -> tuple[subprocess.Popen, Path]:
+    def start(
+        arguments: list[str], script: Path = model.script_path, num_processes: int = 2
+    ) -> tuple[subprocess.Popen, Path]:
         launcher = [Path(sys.executable).parent / "torchrun", "--standalone", "--local-addr", "127.0.0.1"]
-        launcher += ["--nproc-per-node", "2"]
+        launcher += ["--nproc-per-node", str(num_processes)]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
         log = tmp_path / "torchrun.log"
         with open(log, "wb") as file:

@@ -151,6 +151,11 @@ def test_fsdp_needs_several_processes():
     [
         ({"ema_device": "cuda"}, {}, "--ema_device cuda: there is no GPU; pass auto or cpu"),
         ({}, {"num_processes": 2}, "--train_mode full: with several processes, pass --fsdp, so that they share"),
+        (
+            {"fsdp": True, "offload_transformer": True},
+            {"num_processes": 2, "device": torch.device("cuda")},
+            "--offload_transformer: cannot be combined with --train_mode full and --fsdp on GPUs",
+        ),
         ({}, {"mixed_precision": "fp16"}, "--train_mode full: cannot be trained in fp16, which accelerate is"),
     ],
 )
