@@ -3,6 +3,7 @@
 import os
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,18 @@ class PipelineFolder(Product):
         # A LoRA is extracted from the master weights: rounded ones hide small changes.
         return roles.whole_state_dict(self.dtype if self.rank is None else torch.float32, keep=keep)
 
-    def write(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def write(self, weights: dict[str, torch.Tensor], folder: Path, outdated: Sequence[str] = ()) -> None:
+        """
+        Args:
+            outdated: files that are removed just before an earlier transformer is replaced.
+        """
         target, temporary = folder / TRANSFORMER_DIR, unfinished(folder / TRANSFORMER_DIR)
         remove(temporary)
         try:
             self.save_transformer(weights, temporary)
+            for name in outdated:
+                (folder / name).unlink(missing_ok=True)
+            sync_to_disk(folder)
             replace_folder(temporary, target)
         finally:
             remove(temporary)
@@ -177,10 +185,7 @@ class PipelineFolder(Product):
 
     def finish(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         # An earlier end of this run, which has been resumed: what follows from its weights must not outlive them.
-        for name in (MODEL_INDEX, LORA_FILE):
-            (folder / name).unlink(missing_ok=True)
-        sync_to_disk(folder)
-        self.write(weights, folder)
+        self.write(weights, folder, outdated=(MODEL_INDEX, LORA_FILE))
         if self.has_parts:
             self.add_parts(folder)
         if self.rank is not None:

@@ -211,6 +211,21 @@ def test_a_kill_at_any_moment_leaves_the_old_model_or_the_new_one_or_none(klein_
     assert [*dict.fromkeys(found)] == [1, None, 0]  # the old one, none, the new one
 
 
+def test_an_earlier_model_is_left_as_it_is_if_there_is_no_room_for_the_new_one(klein_path, tmp_path, monkeypatch):
+    product = make_product(klein_path, extract_lora=2)
+    product.finish(student(klein_path, 1), tmp_path)
+    before = digests(tmp_path)
+
+    def fail(transformer, folder, **options):
+        folder.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Flux2Transformer2DModel, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        product.finish(student(klein_path, 2), tmp_path)
+    assert digests(tmp_path) == before and not (tmp_path / ".transformer.tmp").exists()
+
+
 def test_what_follows_from_earlier_weights_does_not_outlive_them(klein_path, tmp_path):
     make_product(klein_path, extract_lora=2).finish(student(klein_path, 1), tmp_path)
     assert extracted_lora(tmp_path)
