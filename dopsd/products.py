@@ -59,11 +59,12 @@ class Product(ABC):
     restart: str
 
     @abstractmethod
-    def collect(self, roles: Roles, *, keep: bool) -> Any:
+    def collect(self, roles: Roles, *, keep: bool, is_end: bool) -> Any:
         """The student's weights on the CPU, for `write`.
 
         Args:
             keep: whether this process writes them.
+            is_end: whether they are for `finish` too.
         """
 
     @abstractmethod
@@ -96,7 +97,7 @@ class LoRAFile(Product):
     def __init__(self, pipeline_class: type[DiffusionPipeline], dtype: torch.dtype):
         self.pipeline_class, self.dtype = pipeline_class, dtype
 
-    def collect(self, roles: StudentTeacherLoRA, *, keep: bool) -> tuple[dict[str, torch.Tensor], dict]:
+    def collect(self, roles: StudentTeacherLoRA, *, keep: bool, is_end: bool) -> tuple[dict[str, torch.Tensor], dict]:
         return roles.export(self.dtype)
 
     def write(self, weights: tuple[dict[str, torch.Tensor], dict], folder: Path) -> None:
@@ -152,9 +153,10 @@ class PipelineFolder(Product):
         self.has_parts, self.rank = not settings.full.save_transformer_only, settings.full.extract_lora
         self.part_names = [name for name in pipeline_parts(source) if name != TRANSFORMER_DIR]
 
-    def collect(self, roles: StudentTeacherWeights, *, keep: bool) -> dict[str, torch.Tensor]:
+    def collect(self, roles: StudentTeacherWeights, *, keep: bool, is_end: bool) -> dict[str, torch.Tensor]:
         # A LoRA is extracted from the master weights: rounded ones hide small changes.
-        return roles.whole_state_dict(self.dtype if self.rank is None else torch.float32, keep=keep)
+        extracts = is_end and self.rank is not None
+        return roles.whole_state_dict(torch.float32 if extracts else self.dtype, keep=keep)
 
     def write(self, weights: dict[str, torch.Tensor], folder: Path, outdated: Sequence[str] = ()) -> None:
         """

@@ -8,6 +8,7 @@ import shutil
 import sys
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -287,6 +288,14 @@ def test_a_lora_that_cannot_be_saved_loses_nothing_else(klein_path, tmp_path, ca
     message = record.getMessage()
     assert "--extract_lora 2: no LoRA is saved (" in message and message.endswith("; the model is saved")
     assert load(tmp_path) and extracted_lora(tmp_path) is None
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_only_the_end_of_a_run_needs_the_weights_in_float32(klein_path, rank):
+    roles = SimpleNamespace(whole_state_dict=lambda dtype, keep: dtype)
+    product = make_product(klein_path, torch.bfloat16, extract_lora=rank)
+    found = [product.collect(roles, keep=True, is_end=is_end) for is_end in (False, True)]
+    assert found == [torch.bfloat16, torch.bfloat16 if rank is None else torch.float32]
 
 
 def test_a_model_that_has_not_changed_has_no_lora(klein_path, tmp_path, caplog):
