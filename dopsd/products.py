@@ -20,6 +20,7 @@ from .extraction import ExtractedLoRA, extract_lora
 from .loading import PICKLED
 from .lora_roles import StudentTeacherLoRA, warn_of_unportable
 from .model import Model
+from .model_card import model_loader
 from .output import (
     LORA_FILE,
     MODEL_INDEX,
@@ -227,17 +228,10 @@ class PipelineFolder(Product):
         logger.info(f"{describe(lora)}; it is {folder / LORA_FILE}")
 
     def loading_line(self, folder: Path) -> str:
+        what, pipeline = f"The transformer is {folder / TRANSFORMER_DIR}", None
         if (folder / MODEL_INDEX).is_file():
-            loader = f"{self.model.card.pipeline}.from_pretrained({str(folder)!r}{self.variant_argument})"
-            return f"The model is {folder}; load it: {loader}"
-        place = f"{str(folder)!r}, subfolder={TRANSFORMER_DIR!r}{self.variant_argument}"
-        loader = f"{self.model.transformer_class.__name__}.from_pretrained({place})"
-        return f"The transformer is {folder / TRANSFORMER_DIR}; load it: {loader}"
-
-    @property
-    def variant_argument(self) -> str:
-        variant = self.settings.model.variant
-        return "" if variant is None else f", variant={variant!r}"
+            what, pipeline = f"The model is {folder}", self.model.card.pipeline
+        return f"{what}; load it: {model_loader(str(folder), pipeline, self.settings.model.variant)}"
 
 
 def describe(lora: ExtractedLoRA) -> str:
