@@ -140,7 +140,7 @@ class Checkpoints:
 
     def _complete(self, step: int, folder: Path) -> None:
         is_main = self.accelerator.is_main_process
-        weights = self.product.collect(self.roles, keep=is_main)
+        weights = self.product.collect(self.roles, keep=is_main, is_end=False)
         if not is_main:
             return
         self.product.write(weights, folder)
@@ -175,7 +175,7 @@ class Checkpoints:
         is_main, noun = self.accelerator.is_main_process, self.product.noun
         weights = None
         if is_main or self.product.is_collective:
-            weights = self.product.collect(self.roles, keep=is_main)
+            weights = self.product.collect(self.roles, keep=is_main, is_end=True)
         if not is_main:
             return
         while True:

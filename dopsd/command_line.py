@@ -1,6 +1,7 @@
 """From the command line to frozen settings: flags, `--config`, checks that need no file, one-line errors."""
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,8 @@ from .sizes import check_geometry, size_problem
 from .terminal import MAX_REFUSAL_CHARACTERS, as_line
 from .text import argument_problem
 
+
+logger = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 1_000_000
 PRESETS = Path(__file__).parents[1] / "configs" / "presets"
@@ -182,6 +185,11 @@ def parse_settings(model: ModelFlags, description: str, arguments: list[str] | N
     # Publishing a finished run needs none of the settings that it was trained with.
     if not settings.publishing.push_only:
         settings = resolve(settings, model)
+        if "preset" in given and settings.full.is_full and not settings.performance.dry_run:
+            logger.warning(
+                f"--preset {given.preset}: is for a LoRA, and a whole model takes several times the memory; try "
+                "--config configs/full_80gb.yaml, and see with --dry_run what the run takes"
+            )
     if is_own:
         hide_torchao(settings)
     return settings
@@ -408,7 +416,7 @@ def check_train_mode(settings: Settings, model: ModelFlags) -> None:
             "drop --use_8bit_adam, or pass --bf16_update master_weights"
         )
     if settings.optimizer.optimizer != "adamw":
-        raise InputError("--train_mode full: needs --optimizer AdamW; drop one of them")
+        raise InputError(f"--train_mode full: needs --optimizer AdamW; drop --optimizer {flags['optimizer']}")
     if settings.full.ema_device == "cuda" and settings.performance.offload_transformer:
         raise InputError(
             "--ema_device cuda: cannot be combined with --offload_transformer, which keeps all weights in host "

@@ -383,6 +383,8 @@ class RunReport:
         """
         if not rows:
             return None
+        # A resumed run keeps the sheets after its checkpoint, but not their figures.
+        shown = [(step, sheet) for step, sheet in sheets.retentions if step in rows]
         curves = [(key, label) for key, label, _ in RETENTION_CURVES if any(key in row for row in rows.values())]
         figures = [
             [str(step), *(f"{row[key]:.3f}" if key in row else "" for key, _ in curves)]
@@ -392,7 +394,7 @@ class RunReport:
             "Retention",
             element("p", "How far prompts that should look as before have moved: 0 is drawn as before."),
             table(figures, ["step", *(label for _, label in curves)], class_="numbers"),
-            tabs("retention", sheets.retentions, lambda step: f"step {step}: {rows[step]['retention']:.3f}"),
+            tabs("retention", shown, lambda step: f"step {step}: {rows[step]['retention']:.3f}"),
             prompt_list(self.settings.validation.retention_prompts),
         )
 

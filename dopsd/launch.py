@@ -132,6 +132,10 @@ def check_accelerator(accelerator: Accelerator, settings: Settings, model: Model
         )
     if precision == "fp16" and settings.full.is_full:
         raise InputError("--train_mode full: cannot be trained in fp16, which accelerate is configured for; pass bf16")
+    if precision != "bf16" and settings.full.rounds_at_random:
+        raise InputError(
+            f"--bf16_update {settings.full.bf16_update}: goes with --mixed_precision bf16; pass that, or drop the flag"
+        )
     if precision == "fp16" and not model.works_in_fp16:
         raise InputError(
             f"--mixed_precision fp16: the activations of {model.name} overflow in it, and images turn black; use "
@@ -143,8 +147,8 @@ def check_accelerator(accelerator: Accelerator, settings: Settings, model: Model
         logger.warning("--mixed_precision fp16: can overflow; prefer bf16 on Ampere and later GPUs")
     if precision == "no" and on_gpu:
         logger.warning(
-            "--mixed_precision no: the frozen model is loaded in float32, which takes twice the memory of bf16 and "
-            "several times as long; pass --mixed_precision bf16"
+            f"--mixed_precision no: the {'' if settings.full.is_full else 'frozen '}model is loaded in float32, which "
+            "takes twice the memory of bf16 and several times as long; pass --mixed_precision bf16"
         )
 
 

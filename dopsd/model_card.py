@@ -307,15 +307,13 @@ def loading(pipeline: str, source: str, target: str, imports: list[str], setting
         source, target: see `places`.
         imports: what else is imported.
     """
-    variant = settings.get("variant")
-    options = "" if variant is None else f"variant={quoted(variant)}, "
-    load = f"{pipeline}.from_pretrained"
+    load, variant, dtype = f"{pipeline}.from_pretrained", settings.get("variant"), "dtype=torch.bfloat16"
     if not is_full(settings):
         return [
             f"from diffusers import {pipeline}",
             *imports,
             "",
-            f'pipe = {load}({quoted(source)}, dtype=torch.bfloat16).to("cuda")',
+            f'pipe = {load}({quoted(source)}, {dtype}).to("cuda")',
             f"pipe.load_lora_weights({quoted(target)})",
         ]
     if not settings.get("save_transformer_only"):
@@ -323,16 +321,29 @@ def loading(pipeline: str, source: str, target: str, imports: list[str], setting
             f"from diffusers import {pipeline}",
             *imports,
             "",
-            f'pipe = {load}({quoted(target)}, {options}dtype=torch.bfloat16).to("cuda")',
+            f'pipe = {model_loader(target, pipeline, variant, dtype)}.to("cuda")',
         ]
-    place = f"{quoted(target)}, subfolder={quoted(TRANSFORMER_DIR)}"
     return [
         f"from diffusers import AutoModel, {pipeline}",
         *imports,
         "",
-        f"transformer = AutoModel.from_pretrained({place}, {options}dtype=torch.bfloat16)",
-        f'pipe = {load}({quoted(source)}, transformer=transformer, dtype=torch.bfloat16).to("cuda")',
+        f"transformer = {model_loader(target, None, variant, dtype)}",
+        f'pipe = {load}({quoted(source)}, transformer=transformer, {dtype}).to("cuda")',
     ]
+
+
+def model_loader(place: str, pipeline: str | None, variant: str | None, *options: str) -> str:
+    """Code that loads a whole model.
+
+    Args:
+        place: its folder or repository.
+        pipeline: class name of the pipeline that is there; None if it is the transformer alone.
+        variant: of the transformer's files.
+        options: other arguments, as code.
+    """
+    part = [] if pipeline else [f"subfolder={quoted(TRANSFORMER_DIR)}"]
+    variants = [] if variant is None else [f"variant={quoted(variant)}"]
+    return f"{pipeline or 'AutoModel'}.from_pretrained({', '.join([quoted(place), *part, *variants, *options])})"
 
 
 def extracted(lora: LoRAOfChange | None, repo_id: str, base_model: str) -> list[str]:
@@ -386,6 +397,8 @@ def training(settings: dict[str, Any]) -> list[str]:
 def shown_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that may be shown to others, paths by their last part."""
     unused = LORA_FLAGS if is_full(settings) else FULL_FLAGS
+    if settings.get("optimizer") != "prodigy":
+        unused += tuple(name for name in settings if name.startswith("prodigy_"))
     shown = {name: value for name, value in settings.items() if name not in unused and is_shown(name, value)}
     return shown | {name: public_name(shown[name]) for name in PATH_OR_HUB_ID if name in shown}
 

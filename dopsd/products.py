@@ -3,6 +3,7 @@
 import os
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .extraction import ExtractedLoRA, extract_lora
 from .loading import PICKLED
 from .lora_roles import StudentTeacherLoRA, warn_of_unportable
 from .model import Model
+from .model_card import model_loader
 from .output import (
     LORA_FILE,
     MODEL_INDEX,
@@ -58,11 +60,12 @@ class Product(ABC):
     restart: str
 
     @abstractmethod
-    def collect(self, roles: Roles, *, keep: bool) -> Any:
+    def collect(self, roles: Roles, *, keep: bool, is_end: bool) -> Any:
         """The student's weights on the CPU, for `write`.
 
         Args:
             keep: whether this process writes them.
+            is_end: whether they are for `finish` too.
         """
 
     @abstractmethod
@@ -95,7 +98,7 @@ class LoRAFile(Product):
     def __init__(self, pipeline_class: type[DiffusionPipeline], dtype: torch.dtype):
         self.pipeline_class, self.dtype = pipeline_class, dtype
 
-    def collect(self, roles: StudentTeacherLoRA, *, keep: bool) -> tuple[dict[str, torch.Tensor], dict]:
+    def collect(self, roles: StudentTeacherLoRA, *, keep: bool, is_end: bool) -> tuple[dict[str, torch.Tensor], dict]:
         return roles.export(self.dtype)
 
     def write(self, weights: tuple[dict[str, torch.Tensor], dict], folder: Path) -> None:
@@ -151,15 +154,23 @@ class PipelineFolder(Product):
         self.has_parts, self.rank = not settings.full.save_transformer_only, settings.full.extract_lora
         self.part_names = [name for name in pipeline_parts(source) if name != TRANSFORMER_DIR]
 
-    def collect(self, roles: StudentTeacherWeights, *, keep: bool) -> dict[str, torch.Tensor]:
+    def collect(self, roles: StudentTeacherWeights, *, keep: bool, is_end: bool) -> dict[str, torch.Tensor]:
         # A LoRA is extracted from the master weights: rounded ones hide small changes.
-        return roles.whole_state_dict(self.dtype if self.rank is None else torch.float32, keep=keep)
+        extracts = is_end and self.rank is not None
+        return roles.whole_state_dict(torch.float32 if extracts else self.dtype, keep=keep)
 
-    def write(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def write(self, weights: dict[str, torch.Tensor], folder: Path, outdated: Sequence[str] = ()) -> None:
+        """
+        Args:
+            outdated: files that are removed just before an earlier transformer is replaced.
+        """
         target, temporary = folder / TRANSFORMER_DIR, unfinished(folder / TRANSFORMER_DIR)
         remove(temporary)
         try:
             self.save_transformer(weights, temporary)
+            for name in outdated:
+                (folder / name).unlink(missing_ok=True)
+            sync_to_disk(folder)
             replace_folder(temporary, target)
         finally:
             remove(temporary)
@@ -177,10 +188,7 @@ class PipelineFolder(Product):
 
     def finish(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         # An earlier end of this run, which has been resumed: what follows from its weights must not outlive them.
-        for name in (MODEL_INDEX, LORA_FILE):
-            (folder / name).unlink(missing_ok=True)
-        sync_to_disk(folder)
-        self.write(weights, folder)
+        self.write(weights, folder, outdated=(MODEL_INDEX, LORA_FILE))
         if self.has_parts:
             self.add_parts(folder)
         if self.rank is not None:
@@ -220,17 +228,10 @@ class PipelineFolder(Product):
         logger.info(f"{describe(lora)}; it is {folder / LORA_FILE}")
 
     def loading_line(self, folder: Path) -> str:
+        what, pipeline = f"The transformer is {folder / TRANSFORMER_DIR}", None
         if (folder / MODEL_INDEX).is_file():
-            loader = f"{self.model.card.pipeline}.from_pretrained({str(folder)!r}{self.variant_argument})"
-            return f"The model is {folder}; load it: {loader}"
-        place = f"{str(folder)!r}, subfolder={TRANSFORMER_DIR!r}{self.variant_argument}"
-        loader = f"{self.model.transformer_class.__name__}.from_pretrained({place})"
-        return f"The transformer is {folder / TRANSFORMER_DIR}; load it: {loader}"
-
-    @property
-    def variant_argument(self) -> str:
-        variant = self.settings.model.variant
-        return "" if variant is None else f", variant={variant!r}"
+            what, pipeline = f"The model is {folder}", self.model.card.pipeline
+        return f"{what}; load it: {model_loader(str(folder), pipeline, self.settings.model.variant)}"
 
 
 def describe(lora: ExtractedLoRA) -> str:

@@ -121,7 +121,7 @@ def rollout(
     Args:
         student: its velocity carries the gradient. Called after the teacher, whose activations are freed before the
             student's graph is built.
-        teacher: must return a tensor without a graph (see `StudentTeacherLoRA.as_teacher`).
+        teacher: must return a tensor without a graph (see `Roles.as_teacher`).
         noise: (B, ...), the state at sigma = 1.
         schedule: the K steps of the deployed sampler.
         trained: indices of the states to yield, at least one. The student passes the others without a gradient or a

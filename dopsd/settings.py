@@ -365,7 +365,9 @@ class OptimizerSettings:
     _argument_group_name = "optimizer"
 
     optimizer: MustMatch[Literal["adamw", "prodigy"]] = flag("adamw", "Optimizer, in upper or lower case.")
-    use_8bit_adam: MustMatch[bool] = flag(False, "Keep the states of AdamW in 8 bits, as bitsandbytes does.")
+    use_8bit_adam: MustMatch[bool] = flag(
+        False, "Keep AdamW's states in 8 bits: by bitsandbytes, or with --train_mode full by torchao."
+    )
     learning_rate: MustMatch[Positive] = flag(1e-4, "Learning rate. Prodigy expects 1.")
     scale_lr: MustMatch[bool] = flag(False, "Multiply the learning rate by the pictures per step over all processes.")
     lr_scheduler: MustMatch[Literal[SCHEDULERS]] = flag("constant", "Learning rate schedule.")

@@ -22,6 +22,7 @@ from .weight_roles import StudentTeacherWeights
 
 
 TRAINER_FILE, WEIGHTS_DIR = "trainer_state.pt", "weights"
+INCOMPLETE_FILE = ("inline_container", "unexpected pos", "write failed")  # in torch's messages
 
 
 class TrainingState(ABC):
@@ -49,7 +50,13 @@ def save_state(state: dict[str, Any], path: Path) -> None:
     except RuntimeError as error:
         if isinstance(error, device_errors()):
             raise
-        raise OSError(first_line(error)) from error
+        raise OSError(write_failure(error)) from error
+
+
+def write_failure(error: BaseException) -> str:
+    """Its first line; in plain words, if torch's says only where in a file it has noticed that bytes are missing."""
+    text = first_line(error)
+    return "the file could not be completed" if any(words in text for words in INCOMPLETE_FILE) else text
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -148,4 +155,4 @@ def write_error(error: CheckpointException) -> Exception:
     failure = next(iter(error.failures.values()))[0]
     if isinstance(failure, (OSError, *device_errors())):
         return failure
-    return OSError(first_line(failure))
+    return OSError(write_failure(failure))

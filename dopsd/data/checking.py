@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import PIL
 from accelerate.logging import get_logger
@@ -57,7 +57,8 @@ def check_pictures(
     """
     findings = findings or Findings(None)
     states = list(in_threads(picture_state, pictures))
-    known = findings.read(filter(None, states))
+    found = findings.read(filter(None, states))
+    known = {state: one for state, value in found.items() if (one := as_checked(value)) is not None}
 
     def check(place: int) -> tuple[CheckedPicture, bool]:
         """What is known of a picture, and whether it should be remembered."""
@@ -65,8 +66,7 @@ def check_pictures(
         if picture.source is None:
             return CheckedPicture((resolution, resolution), "", None), False
         if state in known:
-            (height, width), digest, profile_problem = known[state]
-            return CheckedPicture((height, width), digest, profile_problem), False
+            return known[state], False
         image, digest, profile_problem = decode(picture)
         checked = CheckedPicture((image.height, image.width), digest, profile_problem)
         return checked, state is not None and state == picture_state(picture)
@@ -78,6 +78,14 @@ def check_pictures(
         if is_new:
             findings.add({states[place]: checked})
     return results
+
+
+def as_checked(finding: Any) -> CheckedPicture | None:
+    """What an earlier check has found; None if it has another form, as in a damaged file."""
+    match finding:
+        case [[int(height), int(width)], str(digest), str() | None as profile_problem]:
+            return CheckedPicture((height, width), digest, profile_problem)
+    return None
 
 
 def picture_state(picture: Picture | PictureFile) -> str | None:

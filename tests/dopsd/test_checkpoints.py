@@ -91,15 +91,22 @@ def raising(error: Exception):
     return fail
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed\nmore")])
-def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError(28, "No space left on device"), ".*space left on device"),
+        (RuntimeError("[enforce fail at x.cc:6] . unexpected pos 7 vs 5\nmore"), "the file could not be completed"),
+        (RuntimeError("it is broken\nmore"), "it is broken"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, monkeypatch, error, reason):
     training = ToyTraining()
     training.checkpoints(tmp_path).save(1)
     monkeypatch.setattr("dopsd.checkpoints.torch.save", raising(error))
     with pytest.raises(OutputError) as caught:
         training.checkpoints(tmp_path, total_limit=1).save(2)
     assert re.fullmatch(
-        f"--output_dir {tmp_path}: checkpoint-2 could not be written \\(.*(space left|write failed).*\\): make room, "
+        f"--output_dir {tmp_path}: checkpoint-2 could not be written \\({reason}\\): make room, "
         "then run the same command with --resume_from_checkpoint latest; checkpoint-1 is complete",
         str(caught.value),
     )

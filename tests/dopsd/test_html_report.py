@@ -154,6 +154,17 @@ def test_the_page_shows_the_teachers_exam_and_the_students_progress(tmp_path):
     assert "lessons after step 4" in shown_sheets(tmp_path)
 
 
+def test_a_sheet_whose_figures_were_cut_when_the_run_was_resumed_is_left_out(tmp_path):
+    add_steps(tmp_path, 2, 3, 5)
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(row for row in rows if '"step": 3' not in row))
+    make_report(tmp_path).write_page(5, "in progress")
+    assert [name for name in shown_sheets(tmp_path) if "retention" in name] == [
+        "retention after step 5",
+        "retention after step 2",
+    ]
+
+
 def test_a_run_that_its_exam_has_stopped_says_why(tmp_path):
     report = make_report(tmp_path)
     report.write_page(0, "in progress")

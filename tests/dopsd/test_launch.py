@@ -156,6 +156,11 @@ def test_fsdp_needs_several_processes():
             {"num_processes": 2, "device": torch.device("cuda")},
             "--offload_transformer: cannot be combined with --train_mode full and --fsdp on GPUs",
         ),
+        (
+            {"bf16_update": "stochastic_rounding"},
+            {"mixed_precision": "no"},
+            "--bf16_update stochastic_rounding: goes with --mixed_precision bf16; pass that, or drop the flag$",
+        ),
         ({}, {"mixed_precision": "fp16"}, "--train_mode full: cannot be trained in fp16, which accelerate is"),
     ],
 )
@@ -199,6 +204,10 @@ def test_float32_on_a_gpu_is_a_warning(caplog, device):
     PartialState()
     check_accelerator(accelerator_stub(precision="no", device=device), SETTINGS, Flux2Klein())
     assert ("the frozen model is loaded in float32" in caplog.text) == (device == "cuda")
+    caplog.clear()
+    full = SETTINGS.replace(train_mode="full")
+    check_accelerator(accelerator_stub(precision="no", device=device), full, Flux2Klein())
+    assert ("the model is loaded in float32" in caplog.text) == (device == "cuda")
 
 
 # What is logged

@@ -102,6 +102,12 @@ def test_card_of_a_whole_model(tmp_path):
     assert "`--bf16_update`" not in write(tmp_path, settings=FULL | {"train_mode": "lora"}).text
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
+def test_prodigys_settings_are_shown_if_it_is_used(tmp_path, optimizer):
+    flags = {"num_inference_steps": 4, "optimizer": optimizer, "prodigy_decouple": True}
+    assert ("`--prodigy_decouple`" in write(tmp_path, settings=flags).text) == (optimizer == "prodigy")
+
+
 def test_card_of_a_part_of_a_whole_model_without_its_pipeline(tmp_path):
     flags = {"trainable_modules": "to_q,[x]", "save_transformer_only": True, "variant": "half"}
     card = write(tmp_path, settings=FULL | flags | {"cond_image_column": "before"})

@@ -8,6 +8,7 @@ import shutil
 import sys
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_the_folder_is_a_pipeline_with_the_students_transformer(klein_path, tmp_
     assert holds(pipeline, weights)
     same = {name for name, digest in digests(tmp_path).items() if before[name] == digest}
     assert same == {name for name in before if not name.startswith("transformer/diff")}
-    assert product.loading_line(tmp_path).endswith(f"Flux2KleinPipeline.from_pretrained('{tmp_path}')")
+    assert product.loading_line(tmp_path).endswith(f'Flux2KleinPipeline.from_pretrained("{tmp_path}")')
     # Weights take no room. Other files may be edited without a change of the source, and so may the whole folder.
     assert (tmp_path / "vae/diffusion_pytorch_model.safetensors").samefile(
         klein_path / "vae/diffusion_pytorch_model.safetensors"
@@ -111,7 +112,7 @@ def test_variants_keep_their_names(klein_path, tmp_path):
     product = make_product(source, variant="half", extract_lora=1)
     product.finish(weights, tmp_path / "run")
     assert holds(load(tmp_path / "run", variant="half"), weights)
-    assert product.loading_line(tmp_path / "run").endswith(", variant='half')")
+    assert product.loading_line(tmp_path / "run").endswith(', variant="half")')
     assert extracted_lora(tmp_path / "run").rank == 1
 
 
@@ -146,9 +147,7 @@ def test_the_transformer_alone_in_the_precision_of_the_model_or_in_float32(klein
     assert {path.name for path in tmp_path.iterdir()} == {"transformer", "pytorch_lora_weights.safetensors"}
     loaded = Flux2Transformer2DModel.from_pretrained(tmp_path, subfolder="transformer", dtype="auto")
     assert all(torch.equal(weights[name].to(dtype), tensor) for name, tensor in loaded.state_dict().items())
-    assert product.loading_line(tmp_path).endswith(
-        f"Flux2Transformer2DModel.from_pretrained('{tmp_path}', subfolder='transformer')"
-    )
+    assert product.loading_line(tmp_path).endswith(f'AutoModel.from_pretrained("{tmp_path}", subfolder="transformer")')
     make_product(klein_path, dtype, upcast_before_saving=True).finish(weights, tmp_path)
     assert holds(load(tmp_path), weights)
 
@@ -209,6 +208,21 @@ def test_a_kill_at_any_moment_leaves_the_old_model_or_the_new_one_or_none(klein_
             break
     assert number > 20
     assert [*dict.fromkeys(found)] == [1, None, 0]  # the old one, none, the new one
+
+
+def test_an_earlier_model_is_left_as_it_is_if_there_is_no_room_for_the_new_one(klein_path, tmp_path, monkeypatch):
+    product = make_product(klein_path, extract_lora=2)
+    product.finish(student(klein_path, 1), tmp_path)
+    before = digests(tmp_path)
+
+    def fail(transformer, folder, **options):
+        folder.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Flux2Transformer2DModel, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        product.finish(student(klein_path, 2), tmp_path)
+    assert digests(tmp_path) == before and not (tmp_path / ".transformer.tmp").exists()
 
 
 def test_what_follows_from_earlier_weights_does_not_outlive_them(klein_path, tmp_path):
@@ -272,6 +286,14 @@ def test_a_lora_that_cannot_be_saved_loses_nothing_else(klein_path, tmp_path, ca
     message = record.getMessage()
     assert "--extract_lora 2: no LoRA is saved (" in message and message.endswith("; the model is saved")
     assert load(tmp_path) and extracted_lora(tmp_path) is None
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_only_the_end_of_a_run_needs_the_weights_in_float32(klein_path, rank):
+    roles = SimpleNamespace(whole_state_dict=lambda dtype, keep: dtype)
+    product = make_product(klein_path, torch.bfloat16, extract_lora=rank)
+    found = [product.collect(roles, keep=True, is_end=is_end) for is_end in (False, True)]
+    assert found == [torch.bfloat16, torch.bfloat16 if rank is None else torch.float32]
 
 
 def test_a_model_that_has_not_changed_has_no_lora(klein_path, tmp_path, caplog):

@@ -291,7 +291,10 @@ REFUSED = {
         "--train_mode full: cannot be combined with --bnb_quantization_config_path; drop one of them$",
     ),
     "fp16": (FULL | {"mixed_precision": "fp16"}, "--train_mode full: cannot be combined with --mixed_precision fp16"),
-    "prodigy": (FULL | {"optimizer": "prodigy"}, "--train_mode full: needs --optimizer AdamW; drop one of them"),
+    "prodigy": (
+        FULL | {"optimizer": "prodigy"},
+        "--train_mode full: needs --optimizer AdamW; drop --optimizer prod",
+    ),
     "two places": (
         FULL | {"ema_device": "cuda", "offload_transformer": True},
         "--ema_device cuda: cannot be combined with --offload_transformer",
@@ -309,9 +312,10 @@ def test_flags_that_do_not_go_together_are_one_line(model, arguments, case):
 
 
 @ONE_MODEL
-def test_a_preset_without_its_quantization_goes_with_whole_models(model, arguments):
+def test_a_preset_without_its_quantization_goes_with_whole_models(model, arguments, caplog):
     settings = parse_settings(model.script.MODEL, "", arguments(**FULL, preset="8gb", quantize="none"))
     assert settings.model.quantize is None and settings.model.quantize_text_encoder == "nf4"
+    assert "--preset 8gb: is for a LoRA, and a whole model takes several times the memory; try --config" in caplog.text
 
 
 @ONE_MODEL

@@ -79,6 +79,16 @@ def test_a_picture_that_changes_while_it_is_read_is_not_remembered(tmp_path, set
     assert check([as_picture(tmp_path / "a.png")], tmp_path / "kept")[0].size == (8, 32)
 
 
+@pytest.mark.parametrize("finding", ["null", "3", '[[8], "x", null]', '[[8, 8], "x"]', '[[8, "8"], "x", null]'])
+def test_a_finding_of_another_form_is_not_known(tmp_path, settled, decoded, finding):
+    write_pictures(tmp_path, "a.png")
+    pictures = [as_picture(tmp_path / "a.png")]
+    first = check(pictures, tmp_path / "kept")
+    (path,) = (tmp_path / "kept").iterdir()
+    path.write_text(f"{path.read_text().partition(' ')[0]} {finding}\n")
+    assert check(pictures, tmp_path / "kept") == first and decoded == ["a.png"] * 2
+
+
 def test_a_picture_that_was_just_written_is_not_remembered(tmp_path, decoded):
     write_pictures(tmp_path, "a.png")
     for _ in range(2):
