@@ -86,7 +86,8 @@ def whole_model_changes(settings: Settings) -> Iterator[Change]:
         yield Change(f"{flags} --ema_device cpu", rounded | in_host)
     for num_gpus in NUMBERS_OF_GPUS:
         yield Change("--fsdp", {"fsdp": True}, num_gpus)
-    yield Change("--offload_transformer", {"offload_transformer": True})
+    if not settings.performance.fsdp:
+        yield Change("--offload_transformer", {"offload_transformer": True})
     yield Change("--train_mode lora", {"train_mode": "lora"})
 
 

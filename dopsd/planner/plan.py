@@ -266,13 +266,13 @@ class Planner:
         """Forward and backward passes, or the optimizer's step if that takes more."""
         num_trained = settings.distillation.num_trained_states
         batches_teacher, batches_base = kept.batches_teacher
-        # The teacher's first forward comes before the first backward pass.
-        comes_again = num_trained * settings.training.gradient_accumulation_steps > 1
+        # The teacher's first call comes before the first backward pass.
+        num_calls = settings.training.gradient_accumulation_steps * (1 if batches_teacher else num_trained)
         passes = [
             step.peak + kept.in_backward,
             step.teacher_work * (num_trained if batches_teacher else 1)
             + kept.in_teacher
-            + kept.gradients * comes_again,
+            + kept.gradients * (num_calls > 1),
         ]
         if settings.prior.with_prior_preservation:
             base = step.prior_work * (num_trained if batches_base else 1)

@@ -1,5 +1,7 @@
 """Plans of `--train_mode full`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -92,6 +94,22 @@ def test_copies_in_host_memory_are_pinned_and_move(planner):
 
 
 @ONE_MODEL
+def test_gradients_wait_for_a_role_that_comes_after_a_backward_pass(planner):
+    planner = planner(**WHOLE, ema_device="cpu", gradient_checkpointing=True)
+    step = replace(planner.step(planner.settings, planner.run.batch(planner.settings), torch.bfloat16), peak=0)
+    planner.step = lambda *arguments: replace(step, teacher_work=10**9)
+    gradients = 4 * count(planner)
+    once = training(planner.plan()).parts["gradients, activations"]
+    # One call for two states, before the first backward pass; a second micro-batch finds the first one's gradients.
+    states = training(planner.plan(num_trained_states=2)).parts["gradients, activations"]
+    batches = training(planner.plan(gradient_accumulation_steps=2)).parts["gradients, activations"]
+    assert states - once == 10**9 and batches - once == gradients
+    resident = planner.with_settings(ema_device="cuda")
+    once, states = (training(resident.plan(num_trained_states=n)).parts["gradients, activations"] for n in (1, 2))
+    assert states - once == gradients
+
+
+@ONE_MODEL
 def test_auto_goes_by_what_the_run_goes_by(planner):
     planner = planner(**WHOLE)
     each = weight_bytes(planner.settings, torch.bfloat16, has_prior=False)
@@ -175,6 +193,12 @@ def test_advice_for_whole_models_fits_as_it_says(planner):
 
 
 @ONE_MODEL
+def test_processes_that_share_a_model_are_not_told_to_offload_it(planner):
+    ways = {change.flags for change in transformer_changes(planner(**WHOLE, fsdp=True).settings)}
+    assert "--ema_device cpu" in ways and "--offload_transformer" not in ways
+
+
+@ONE_MODEL
 def test_the_text_says_what_moves_and_what_is_saved(planned_settings, model):
     settings = planned_settings(**WHOLE, dry_run=True, card="rtx-4090", ema_device="cpu", max_train_steps=600)
     text = plan_text(settings, model.script.MODEL)
@@ -182,7 +206,7 @@ def test_the_text_says_what_moves_and_what_is_saved(planned_settings, model):
     assert ", transformer " in text and "It fits" in text
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_page_of_whole_models_is_up_to_date():
     page, lines = make_memory.PAGE.read_text(encoding="utf-8"), [*make_memory.whole_rows(("klein-4b",))]
     assert all(f"\n| {' | '.join(line)} |\n" in page for line in lines), "run python -m docs.make_memory"
