@@ -103,14 +103,14 @@ The text encoder is used first and leaves before the transformer comes. Where it
 
 `--train_mode full` with `--mixed_precision bf16 --gradient_checkpointing`, at 1024 pixels; the rest as above. On one
 GPU, the teacher's average and the base model's weights are on the GPU (`--ema_device cuda`) or in host memory (`cpu`);
-`auto` takes the GPU if there is room. On several, which share the model by `--fsdp`, they are on the GPUs; a GPU needs
-as much as the table says.
+`auto` takes the GPU if there is room. Several GPUs share the model by `--fsdp`, copies included; the figures are for
+each of them.
 
 {whole}
 
-Host memory is what a run with `--ema_device cpu` takes beside its libraries, the model that is being saved included.
-What a step then moves between host memory and the GPU goes at about 25 GB/s. With the default flags, a step moves it
-for one call of the teacher, one of the base model, and the average; arithmetic in host memory comes on top.
+The middle column is for copies in host memory: what the run then takes there, the model that is being saved included,
+and what a step moves to the GPU and back, at about 25 GB/s: the average and the base model for their calls, and the
+average there and back to be updated.
 
 {verdict}
 
@@ -145,7 +145,7 @@ a row, run `--dry_run`, train some steps on the same card, and open an issue wit
 | H200 | klein-4B, `--quantize nf4` | 20.1 | 20.0 | 1.1\\* |
 | H200 | klein-4B, `--offload_transformer --gradient_checkpointing` | 4.6 | 4.3 | 2.5\\* |
 | H200 | klein-4B, whole: `--use_8bit_adam --bf16_update stochastic_rounding` | 48.4 | 48.4 | 1.33 |
-| H200 | the same with `--ema_device cpu --num_trained_states 4` (three steps) | - | 26.8 | 4.9\\* |
+| H200 | the same with `--ema_device cpu --num_trained_states 4` (three steps) | 27.2 | 26.8 | 4.9\\* |
 """
 
 
@@ -292,12 +292,12 @@ def whole_verdict(memory_gb: int = 80) -> str:
         plans = {update: full.plan(**flags) for update, flags in UPDATES.items()}
         fitting = [(update, peak(one)) for update, one in plans.items() if peak(one) <= card.usable_bytes]
         if not fitting:
-            lines.append(f"{NAMES[name]} does not fit.")
+            lines.append(f"- {NAMES[name]} does not fit.")
             continue
         update, num_bytes = fitting[0]
         flags = f"`--gradient_checkpointing{' ' * bool(update)}{update}`"
-        lines.append(f"{NAMES[name]} fits with {flags}: {num_bytes / 1e9:.1f} GB of {card.usable_bytes / 1e9:.1f}.")
-    return f"**Whole on one card of {memory_gb} GB:** " + " ".join(lines)
+        lines.append(f"- {NAMES[name]} fits with {flags}: {num_bytes / 1e9:.1f} GB of {card.usable_bytes / 1e9:.1f}.")
+    return "\n".join([f"Whole on one card of {memory_gb} GB, in bf16:", "", *lines])
 
 
 def whole_advice_rows(sizes: Sequence[int] = (24, 48, 80)) -> Iterator[list[str]]:
