@@ -20,7 +20,7 @@ def runner(tmp_path) -> Runner:
     return Runner(SUBJECTS["tiny"], MODEL, Files(tmp_path), num_steps=3, mode=(), run_limit=60)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_run_is_resumed_and_drawn_and_a_run_that_fails_is_a_row(monkeypatch, tmp_path, capsys):
     arguments = ["--model", "tiny", "--work_dir", str(tmp_path), "--num_steps", "4", "--runs", "broken=--rank x"]
     monkeypatch.setattr(sys, "argv", ["real_shapes", *arguments, "killed"])

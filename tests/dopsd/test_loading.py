@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from diffusers.models import model_loading_utils, modeling_utils
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +21,15 @@ from short_runs import as_arguments
 
 
 PARTS = ("transformer", "text_encoder", "vae")
+
+
+@pytest.fixture(autouse=True)
+def logging_of_a_run():
+    """transformers logs what it loads, but not in a run (`set_up_logging`)."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    yield
+    transformers.utils.logging.set_verbosity(before)
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_a_stopped_run_saves_and_ends_with_the_same_model(command, arguments, tr
 
 
 @ONE_MODEL
-@SLOW
+@pytest.mark.exhaustive
 def test_kills_while_checkpoints_are_written_change_no_weight(command, arguments, train_full, tmp_path):
     flags = FULL | {"max_train_steps": 20, "resume_from_checkpoint": "latest", "context_cache_dir": tmp_path / "cache"}
     succeed(train_full("undisturbed", **flags))
@@ -159,7 +159,7 @@ def test_kills_while_checkpoints_are_written_change_no_weight(command, arguments
 
 
 @ONE_MODEL
-@SLOW
+@pytest.mark.exhaustive
 def test_a_lora_is_not_resumed_as_a_whole_model(train, tmp_path):
     succeed(train(checkpointing_steps=1))
     error = train(**FULL | {"learning_rate": 1e-2, "resume_from_checkpoint": "latest"}).error
@@ -167,7 +167,7 @@ def test_a_lora_is_not_resumed_as_a_whole_model(train, tmp_path):
 
 
 @ONE_MODEL
-@SLOW
+@pytest.mark.exhaustive
 def test_the_last_finite_weights_are_kept_when_the_loss_diverges(train_full, tmp_path):
     error = train_full(learning_rate=1e30, max_train_steps=5).error
     assert "the weights before it are in checkpoint-1; start in another --output_dir with a lower" in error
