@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import resource
 import runpy
 import sys
 from collections.abc import Callable
@@ -44,6 +45,12 @@ def run_as_main(script: str, arguments: list[str], log: str) -> None:
         os.dup2(file.fileno(), 2)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
+
+
+def run_with_small_files(script: str, arguments: list[str], log: str, num_bytes: int) -> None:
+    """Runs the script with a limit for the size of a file, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    run_as_main(script, arguments, log)
 
 
 class Forkserver:

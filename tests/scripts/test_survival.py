@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -14,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command_line import LORA_FILE, run_as_main, same_weights, succeed, weights
+from command_line import LORA_FILE, run_as_main, run_with_small_files, same_weights, succeed, weights
 from dopsd.history import read_history
 from dopsd.output import checkpoint_step, list_checkpoints
 from models import ONE_MODEL, SLOW
@@ -164,12 +163,6 @@ def test_a_run_whose_launcher_was_killed_saves_and_stops(forkserver, model, comm
 
 
 # Files that cannot be written
-
-
-def run_with_small_files(script: str, arguments: list[str], log: str, num_bytes: int) -> None:
-    """Runs the script with a limit for the size of a file, as on a disk that is full."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-    run_as_main(script, arguments, log)
 
 
 @ONE_MODEL

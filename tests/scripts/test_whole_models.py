@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import resource
 import shutil
 import signal
 from pathlib import Path
@@ -15,7 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from command_line import run_as_main, succeed
+from command_line import run_as_main, run_with_small_files, succeed
 from dopsd import products
 from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
@@ -174,12 +173,6 @@ def test_the_last_finite_weights_are_kept_when_the_loss_diverges(train_full, tmp
     assert "init_lora" not in error
     state = load_file(tmp_path / "run/checkpoint-1" / WEIGHTS)
     assert state and all(weight.isfinite().all() for weight in state.values())
-
-
-def run_with_small_files(script: str, arguments: list[str], log: str, num_bytes: int) -> None:
-    """Runs the script with a limit for the size of a file, as on a disk that is full."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-    run_as_main(script, arguments, log)
 
 
 @ONE_MODEL
