@@ -1,18 +1,25 @@
 """Trains and measures the runs that teach the editor, each of them once, and writes their tables."""
 
+import argparse
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.miniature.baselines import EncodedPictures
+from benchmarks.miniature.command_line import HelpFormatter, positive_int
+from benchmarks.miniature.concepts import MAX_EVAL_COUNT
 from benchmarks.miniature.edits import COPY_SUFFIX, PLACE_SUFFIX
-from benchmarks.miniature.evaluate import sample
+from benchmarks.miniature.evaluate import NUM_RETENTION_PROMPTS, sample
+from benchmarks.miniature.files import check_settings, make_folder
 from benchmarks.miniature.lessons import HELD_EDITS, EditLesson, LeakLesson
-from benchmarks.miniature.methods import BASE, DOPSD, DOPSD_BOTH, SFT, TEACHER, Method, Run, variant
+from benchmarks.miniature.methods import BASE, DOPSD, DOPSD_BOTH, NUM_TRAIN_STEPS, SFT, TEACHER, Method, Run, variant
 from benchmarks.miniature.runs import Experiment
 from benchmarks.miniature.tables import markdown, mean_and_deviation
 from benchmarks.miniature.world import REFERENCE_SUFFIX
+from dopsd.errors import InputError
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
@@ -112,3 +119,40 @@ def lesson_table(results: dict[str, list[dict]], columns: dict[str, tuple[str, s
             cells.append(mean_and_deviation(values, digits) if values else "-")
         rows.append([name, *cells])
     return markdown(["steps", *columns], rows)
+
+
+def parse_lesson_args(
+    description: str, output_dir: str, only: Iterable[str], only_help: str, *, eval_count: int, seeds: tuple[int, ...]
+) -> argparse.Namespace:
+    """The command line of an experiment with lessons, with its own defaults and choices."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path(output_dir), help="Folder for runs and tables.")
+    parser.add_argument("--only", choices=only, help=only_help)
+    parser.add_argument(
+        "--num_train_steps", type=positive_int, default=NUM_TRAIN_STEPS, help="Training steps per run."
+    )
+    parser.add_argument("--eval_count", type=positive_int, default=eval_count, help="Pictures per task.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="Seeds of the runs.")
+    parser.add_argument("--num_workers", type=positive_int, default=os.cpu_count(), help="Runs at the same time.")
+    return parser.parse_args()
+
+
+def open_experiment(args: argparse.Namespace, name: str, assemble: Callable[[Path], Path]) -> LessonExperiment:
+    """The experiment in `--output_dir`, new or continued, with the model that `assemble` writes into folder `name`.
+
+    Raises:
+        InputError: a flag is wrong, or the folder is another experiment's.
+    """
+    if not NUM_RETENTION_PROMPTS <= args.eval_count <= MAX_EVAL_COUNT:
+        raise InputError(f"--eval_count {args.eval_count}: give {NUM_RETENTION_PROMPTS} to {MAX_EVAL_COUNT}")
+    make_folder(args.output_dir, flag="--output_dir")
+    folder = args.output_dir.resolve()
+    experiment = LessonExperiment(
+        model=assemble(folder / name),
+        folder=folder,
+        num_train_steps=args.num_train_steps,
+        steps_per_evaluation=args.num_train_steps,
+        eval_count=args.eval_count,
+    )
+    check_settings(folder, experiment.settings, flag="--output_dir")
+    return experiment

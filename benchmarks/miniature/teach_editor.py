@@ -11,18 +11,13 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; set before a library reads it
 
-import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
-from benchmarks.miniature.concepts import MAX_EVAL_COUNT
+from benchmarks.miniature.command_line import run
 from benchmarks.miniature.editor import assemble_editor
-from benchmarks.miniature.evaluate import NUM_RETENTION_PROMPTS
-from benchmarks.miniature.files import check_settings, make_folder
 from benchmarks.miniature.lesson_runs import (
     EDIT_COLUMNS,
     EDIT_METHODS,
@@ -31,13 +26,14 @@ from benchmarks.miniature.lesson_runs import (
     Lesson,
     LessonExperiment,
     lesson_table,
+    open_experiment,
+    parse_lesson_args,
 )
 from benchmarks.miniature.lesson_sheets import edit_sheet, leak_sheet
 from benchmarks.miniature.lessons import EDIT_LESSONS, LEAK_LESSONS, EditLesson
-from benchmarks.miniature.methods import NUM_TRAIN_STEPS, Run, RunsByMethod, all_runs, runs_by_method
+from benchmarks.miniature.methods import Run, RunsByMethod, all_runs, runs_by_method
 from benchmarks.miniature.report import machine
 from benchmarks.miniature.workers import Work, disable_progress_bars, run_side_by_side
-from dopsd.errors import InputError
 from dopsd.sheets import save_png
 
 
@@ -64,33 +60,11 @@ pictures on that background have; .125 without a preference. old, wrong words: a
 }
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("editor-results"), help="Folder for runs and tables.")
-    parser.add_argument("--only", choices=PARTS, help="Only these lessons. Default: all.")
-    parser.add_argument(
-        "--num_train_steps", type=positive_int, default=NUM_TRAIN_STEPS, help="Training steps per run."
-    )
-    parser.add_argument("--eval_count", type=positive_int, default=EVAL_COUNT, help="Pictures per task.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="Seeds of the runs.")
-    parser.add_argument("--num_workers", type=positive_int, default=os.cpu_count(), help="Runs at the same time.")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_args()
-    if not NUM_RETENTION_PROMPTS <= args.eval_count <= MAX_EVAL_COUNT:
-        raise InputError(f"--eval_count {args.eval_count}: give {NUM_RETENTION_PROMPTS} to {MAX_EVAL_COUNT}")
-    make_folder(args.output_dir, flag="--output_dir")
-    folder = args.output_dir.resolve()
-    experiment = LessonExperiment(
-        model=assemble_editor(folder / "editor"),
-        folder=folder,
-        num_train_steps=args.num_train_steps,
-        steps_per_evaluation=args.num_train_steps,
-        eval_count=args.eval_count,
+    args = parse_lesson_args(
+        __doc__, "editor-results", PARTS, "Only these lessons. Default: all.", eval_count=EVAL_COUNT, seeds=SEEDS
     )
-    check_settings(folder, experiment.settings, flag="--output_dir")
+    experiment = open_experiment(args, "editor", assemble_editor)
     disable_progress_bars()
     groups = {
         part: {lesson: runs_by_method(methods, (lesson,), tuple(args.seeds)) for lesson in lessons}
