@@ -14,21 +14,16 @@ from typing import Self
 
 import numpy as np
 import torch
-from diffusers import Flux2Transformer2DModel
+from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import attention_backend
 
-from benchmarks.miniature.parts import make_transformer
+from benchmarks.miniature.architecture import Architecture
 from benchmarks.miniature.rows import ROW_KINDS, Rows, RowSource
 from benchmarks.miniature.teacher import PosteriorTeacher
 from benchmarks.miniature.training import MuonAdamW, autocast, load_or_none, save_state, trapezoid
-from pipelines.flux2_klein import Flux2KleinDOPSDPipeline, KleinContext
 
 
 EMA_DECAY = 0.998
-# Segments that a buffer trains at the same time, one per slot. The first four slots form a whole trajectory. The
-# others start at the teacher's state after segment 0, which only prepares what the later segments decide.
-SLOTS = (0, 1, 2, 3, 1, 2, 3)
-ENTRY_SLOTS = (0, 4)  # the slots that new rows enter
 # The share of steps along a trajectory that the student makes, instead of the teacher, grows to STUDENT_SHARE over
 # this many updates. Only at its own states does the student learn to decide what it has left undecided; without them
 # objects have no clean edges.
@@ -44,12 +39,13 @@ class Settings:
     """Settings of the distillation.
 
     Attributes:
-        rows_per_slot: rows of each kind in each of `SLOTS`.
+        rows_per_slot: rows of each kind in each of the architecture's slots.
         muon_lr, adamw_lr: peak learning rates.
-        num_steps: updates. The learning rate decays over the last fifth of them.
+        num_steps: updates.
         minutes_per_evaluation: wall-clock time.
         seed: seed for the initial weights and the rows.
         student_share_steps: updates over which the share of the student's own steps grows to `STUDENT_SHARE`.
+        decay_share: share of the updates, the last ones, over which the learning rate decays.
     """
 
     rows_per_slot: dict[str, int]
@@ -59,11 +55,7 @@ class Settings:
     minutes_per_evaluation: float
     seed: int
     student_share_steps: int = STUDENT_SHARE_STEPS
-
-    @property
-    def num_rows(self) -> int:
-        """Rows per update."""
-        return len(SLOTS) * sum(self.rows_per_slot.values())
+    decay_share: float = 0.2
 
 
 class RolloutBuffer:
@@ -71,25 +63,32 @@ class RolloutBuffer:
 
     Args:
         kind: see `RowSource.draw`.
-        rows_per_slot: rows in each of `SLOTS`.
+        rows_per_slot: rows in each of the architecture's slots.
     """
 
     def __init__(self, kind: str, rows_per_slot: int, source: RowSource, teacher: PosteriorTeacher):
         self.kind, self.rows_per_slot, self.source, self.teacher = kind, rows_per_slot, source, teacher
-        self.segments = torch.tensor(SLOTS).repeat_interleave(rows_per_slot)
+        self.architecture = source.architecture
+        self.segments = torch.tensor(self.architecture.slots).repeat_interleave(rows_per_slot)
         self.slots: list[Rows] = []
 
     def next_rows(self, rng: np.random.Generator) -> Rows:
         """The rows to train on, at `segments`. The first call fills every slot with the teacher's states."""
         self.slots = [
-            self._new_rows(segment, rng) if slot in ENTRY_SLOTS or not self.slots else self.slots[slot - 1]
-            for slot, segment in enumerate(SLOTS)
+            self._new_rows(segment, rng)
+            if slot in self.architecture.entry_slots or not self.slots
+            else self.slots[slot - 1]
+            for slot, segment in enumerate(self.architecture.slots)
         ]
-        return Rows.cat(self.slots)
+        return Rows(
+            self.architecture.join([rows.context for rows in self.slots]),
+            torch.cat([rows.means for rows in self.slots]),
+            torch.cat([rows.states for rows in self.slots]),
+        )
 
     def store(self, states: torch.Tensor) -> None:
         """Stores the states at the end of the segments, where `next_rows` continues."""
-        for rows, part in zip(self.slots, states.chunk(len(SLOTS)), strict=True):
+        for rows, part in zip(self.slots, states.chunk(len(self.slots)), strict=True):
             rows.states = part
 
     def targets(self, rows: Rows) -> torch.Tensor:
@@ -113,20 +112,26 @@ class TrainingState:
         minutes: wall-clock time so far.
     """
 
-    transformer: Flux2Transformer2DModel
-    averaged: Flux2Transformer2DModel
+    transformer: ModelMixin
+    averaged: ModelMixin
     optimizer: MuonAdamW
     step: int = 0
     minutes: float = 0.0
 
     @classmethod
-    def open(cls, path: Path, settings: Settings, initial_weights: dict[str, torch.Tensor] | None = None) -> Self:
+    def open(
+        cls,
+        path: Path,
+        architecture: Architecture,
+        settings: Settings,
+        initial_weights: dict[str, torch.Tensor] | None = None,
+    ) -> Self:
         """A new state with these weights, or with random ones; or the one that was saved at `path`."""
         torch.manual_seed(settings.seed)
-        transformer = make_transformer()
+        transformer = architecture.make_transformer()
         if initial_weights is not None:
             transformer.load_state_dict(initial_weights)
-        averaged = make_transformer().eval().requires_grad_(False)
+        averaged = architecture.make_transformer().eval().requires_grad_(False)
         averaged.load_state_dict(transformer.state_dict())
         optimizer = MuonAdamW(transformer, muon_lr=settings.muon_lr, adamw_lr=settings.adamw_lr)
         state = cls(transformer, averaged, optimizer)
@@ -151,19 +156,6 @@ class TrainingState:
         return {"step": self.step, "minutes": round(self.minutes, 2)}
 
 
-def velocity(
-    pipeline: Flux2KleinDOPSDPipeline,
-    states: torch.Tensor,
-    sigmas: torch.Tensor,
-    embeds: torch.Tensor,
-    references: torch.Tensor | None,
-) -> torch.Tensor:
-    """The pipeline's velocity at states (B, 8, 8, 64), each at its own sigma (B,): (B, 8, 8, 64), float32."""
-    grids = () if references is None else references.permute(1, 0, 4, 2, 3).unbind()
-    context = KleinContext(embeds, grids)
-    return pipeline.predict_velocity(states.permute(0, 3, 1, 2), 1000 * sigmas, context).permute(0, 2, 3, 1).float()
-
-
 def train_together(
     buffers: list[RolloutBuffer],
     sigmas: torch.Tensor,
@@ -182,15 +174,15 @@ def train_together(
     Returns:
         The mean loss of each kind of row in each of the K segments.
     """
+    architecture, pipeline = buffers[0].architecture, buffers[0].source.pipeline
     rows = [buffer.next_rows(rng) for buffer in buffers]
     targets = torch.cat([buffer.targets(part) for buffer, part in zip(buffers, rows, strict=True)])
-    states, embeds = torch.cat([part.states for part in rows]), torch.cat([part.embeds for part in rows])
-    references = None if rows[0].references is None else torch.cat([part.references for part in rows])
+    states, context = torch.cat([part.states for part in rows]), architecture.join([part.context for part in rows])
     segments = torch.cat([buffer.segments for buffer in buffers])
     length = (sigmas[1:] - sigmas[:-1])[segments].view(-1, 1, 1, 1)
     # The backward pass of fused attention is slow in bfloat16 on a CPU.
     with autocast(), attention_backend("_native_math"):
-        predicted = velocity(buffers[0].source.pipeline, states, sigmas[segments], embeds, references)
+        predicted = architecture.velocity(pipeline, states, sigmas[segments], context)
     loss = (predicted - (targets - states) / length).square().mean((1, 2, 3))
     (loss.sum() * loss_scale).backward()
     uses_student = torch.from_numpy(rng.random((len(segments), 1, 1, 1)) < student_share)
@@ -209,10 +201,11 @@ def update(
     """Makes one update of the transformer and of its average. Returns the losses (see `train_together`)."""
     rng = np.random.default_rng([5, settings.seed, state.step])
     share = min(STUDENT_SHARE, state.step / settings.student_share_steps)
+    num_rows = sum(len(buffer.segments) for buffers in groups for buffer in buffers)
     losses = {}
     for buffers in groups:
-        losses |= train_together(buffers, sigmas, student_share=share, loss_scale=1 / settings.num_rows, rng=rng)
-    state.optimizer.step(trapezoid(state.step, settings.num_steps, warmup=50, decay_share=0.2))
+        losses |= train_together(buffers, sigmas, student_share=share, loss_scale=1 / num_rows, rng=rng)
+    state.optimizer.step(trapezoid(state.step, settings.num_steps, warmup=50, decay_share=settings.decay_share))
     state.step += 1
     state.update_average()
     return losses
@@ -226,7 +219,7 @@ def distill(
     settings: Settings,
     *,
     log: Callable[[dict], None],
-    evaluate: Callable[[Flux2Transformer2DModel], dict],
+    evaluate: Callable[[ModelMixin], dict],
     groups: list[list[RolloutBuffer]] | None = None,
     initial_weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
@@ -239,7 +232,7 @@ def distill(
         log: called with a dict of metrics.
         evaluate: returns metrics of a transformer; called with the averaged weights.
     """
-    state = TrainingState.open(state_path, settings, initial_weights)
+    state = TrainingState.open(state_path, source.architecture, settings, initial_weights)
     source.pipeline.transformer = state.transformer
     if state.step >= settings.num_steps:
         log(state.progress | evaluate(state.averaged))
@@ -267,7 +260,9 @@ def make_buffers(
     source: RowSource, teacher: PosteriorTeacher, sigmas: torch.Tensor, rows_per_slot: dict[str, int]
 ) -> list[list[RolloutBuffer]]:
     """One buffer per kind of row, grouped by what can share a forward pass: rows without and with references."""
-    word_teacher = PosteriorTeacher(source.latents, sigmas, num_directions=UNKNOWN_DIRECTIONS)
+    word_teacher = PosteriorTeacher(
+        source.latents, sigmas, num_directions=UNKNOWN_DIRECTIONS, num_substeps=source.architecture.num_substeps
+    )
     text, word, reference = (
         RolloutBuffer(kind, rows_per_slot[kind], source, word_teacher if kind == "word" else teacher)
         for kind in ROW_KINDS

@@ -17,7 +17,7 @@ from benchmarks.miniature.edits import (
     known_edits,
     nonsense_instruction,
 )
-from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH
+from benchmarks.miniature.klein import KLEIN
 from benchmarks.miniature.rows import ROW_KINDS, Rows, RowSource
 from benchmarks.miniature.teacher import PosteriorTeacher
 from benchmarks.miniature.vae import encode
@@ -55,7 +55,7 @@ class EditorRowSource(RowSource):
     """
 
     def __init__(self, *args, nameless: NamelessEdits):
-        super().__init__(*args)
+        super().__init__(KLEIN, *args)
         self.nameless = nameless
         self.known_edits, self.every_edit = known_edits(), [*known_edits(), BLUE]
 
@@ -77,12 +77,8 @@ class EditorRowSource(RowSource):
         )
         *references, means = latents.chunk(len(references) + 1)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        return Rows(
-            embeds=self.pipeline.encode_student(list(prompts), max_sequence_length=MAX_SEQUENCE_LENGTH).prompt_embeds,
-            means=means[:, None],
-            references=torch.stack(references, 1),
-            states=torch.randn(means.shape, generator=generator),
-        )
+        context = KLEIN.text_context(self.pipeline, prompts).with_references(*map(KLEIN.latents, references))
+        return Rows(context, means[:, None], torch.randn(means.shape, generator=generator))
 
     def _edit(self, rng: np.random.Generator) -> tuple[str, tuple[Scene], Scene]:
         edit, source, target = self._edited(self.known_edits, rng)

@@ -8,14 +8,16 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
 from benchmarks.miniature import world
+from benchmarks.miniature.architectures import architecture_of
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.concepts import Concept, Renaming, neighbour_task, old_task, wrong_word_task
 from benchmarks.miniature.files import MODEL, check_model
 from benchmarks.miniature.metrics import PictureReader, detail, effective_poses, frechet_distance, object_residual
-from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
-from benchmarks.miniature.tasks import References, Task, reference_columns, standard_tasks
+from benchmarks.miniature.parts import NUM_STEPS
+from benchmarks.miniature.tasks import References, Task, standard_tasks
 from dopsd.retention import relative_drift
 from dopsd.rollout import seeded_noise
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
@@ -26,39 +28,45 @@ NUM_RETENTION_PROMPTS = 16  # each sampled once
 
 @torch.no_grad()
 def final_latents(
-    pipeline: Flux2KleinDOPSDPipeline,
+    pipeline: DiffusionPipeline,
     prompts: list[str],
     seeds: list[int],
     *,
     references: References = (),
-    num_steps: int = NUM_STEPS,
+    num_steps: int | None = None,
 ) -> torch.Tensor:
     """Samples N prompts, without decoding.
 
     Args:
         seeds: one noise seed per prompt.
         references: one picture per prompt, or equally many for each in a tuple, or none at all.
+        num_steps: default: the number that the miniature is distilled for.
 
     Returns:
         (N, C, h, w), latents for `pipeline.decode`.
     """
-    context = pipeline.encode_student(prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
+    architecture = architecture_of(pipeline)
     if references:
-        grids = (
-            torch.cat([pipeline.encode_reference(image) for image in column])
-            for column in reference_columns(references)
-        )
-        context = context.with_references(*grids)
+        context = architecture.reference_context(pipeline, prompts, references)
+    else:
+        context = architecture.text_context(pipeline, prompts)
     noise = seeded_noise(pipeline.latent_shape(world.SIDE, world.SIDE), seeds)
-    return pipeline.sample(context, noise, num_steps)
+    return pipeline.sample(context, noise, num_steps or architecture.num_steps)
 
 
 @torch.no_grad()
-def sample(pipeline: Flux2KleinDOPSDPipeline, task: Task, *, num_steps: int = NUM_STEPS) -> torch.Tensor:
+def sample(pipeline: DiffusionPipeline, task: Task, *, num_steps: int | None = None) -> torch.Tensor:
     """(N, 3, 64, 64): the pipeline's pictures for a task, from noise of the seeds 0 to N - 1."""
     seeds = list(range(len(task.prompts)))
     latents = final_latents(pipeline, task.prompts, seeds, references=task.references, num_steps=num_steps)
-    return pipeline.vae.decode(latents).sample.clamp(-1, 1)
+    return decode(pipeline, latents)
+
+
+@torch.no_grad()
+def decode(pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """(N, 3, 64, 64) from the latents that the pipeline samples."""
+    latents = pipeline.vae_latents(latents)
+    return torch.cat([pipeline.vae.decode(part).sample for part in latents.split(64)]).clamp(-1, 1)
 
 
 def measure(pictures: torch.Tensor, task: Task, reader: PictureReader) -> dict[str, float]:

@@ -9,19 +9,22 @@ progress; the output folder holds the pipeline as of the last evaluation.
 import argparse
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from benchmarks.miniature import world
+from benchmarks.miniature.architectures import architecture_of
 from benchmarks.miniature.command_line import HelpFormatter, run
 from benchmarks.miniature.distill import Settings, distill
 from benchmarks.miniature.evaluate import measure, sample
 from benchmarks.miniature.files import check_settings, make_folder, replacing
+from benchmarks.miniature.klein import KLEIN
 from benchmarks.miniature.metrics import PictureReader
 from benchmarks.miniature.parts import NUM_STEPS, make_pipeline, make_transformer
 from benchmarks.miniature.rows import RowSource
@@ -29,7 +32,6 @@ from benchmarks.miniature.tasks import Task, reference_columns, standard_tasks
 from benchmarks.miniature.teacher import LatentWorld, PosteriorTeacher, encode_world
 from benchmarks.miniature.training import load_or_none, save_state
 from benchmarks.miniature.vae import train_vae
-from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
 # The settings that a continued run must not change.
@@ -74,7 +76,12 @@ def load_or_draw_sprites(
 
 
 def load_or_encode_world(
-    path: Path, vae: AutoencoderKLFlux2, sprites: np.ndarray, num_named: int, *, log: Log
+    path: Path,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    sprites: np.ndarray,
+    num_named: int,
+    *,
+    log: Callable[[dict], None],
 ) -> LatentWorld:
     """Scenes of the objects with a name on every background, and of the others on one each. Kept at `path`."""
     state = load_or_none(path)
@@ -82,7 +89,7 @@ def load_or_encode_world(
         num_backgrounds = len(world.BACKGROUNDS)
         scenes = [(index, background) for index in range(num_named) for background in range(num_backgrounds)]
         scenes += [(index, index % num_backgrounds) for index in range(num_named, len(sprites))]
-        state = vars(encode_world(vae, sprites, scenes, log=log))
+        state = vars(encode_world(encode, sprites, scenes, log=log))
         save_state(state, path)
     return LatentWorld(**state)
 
@@ -90,19 +97,26 @@ def load_or_encode_world(
 def evaluate_and_save(
     transformer: torch.nn.Module,
     *,
-    pipeline: Flux2KleinDOPSDPipeline,
+    pipeline: DiffusionPipeline,
     tasks: dict[str, Task],
     reader: PictureReader,
     sheet_path: Path,
     output_dir: Path,
 ) -> dict[str, dict[str, float]]:
     """Measures the pipeline with this transformer, draws a sheet of its samples and writes it to `output_dir`."""
-    components = pipeline.components | {"transformer": transformer}
-    trained = Flux2KleinDOPSDPipeline(**components, is_distilled=True)
-    pictures = {name: sample(trained, task) for name, task in tasks.items()}
+    trained = pipeline.transformer
+    pipeline.transformer = transformer
+    pictures = {name: sample(pipeline, task) for name, task in tasks.items()}
     draw_sheet(tasks, pictures, sheet_path)
-    Flux2KleinPipeline(**components, is_distilled=True).save_pretrained(output_dir)
+    save_stock_pipeline(pipeline, output_dir)
+    pipeline.transformer = trained
     return {name: measure(pictures[name], task, reader) for name, task in tasks.items()}
+
+
+def save_stock_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Writes the pipeline as one of diffusers' own class."""
+    stock = architecture_of(pipeline).stock_pipeline_class
+    stock(**pipeline.components, **architecture_of(pipeline).pipeline_options).save_pretrained(folder)
 
 
 def draw_sheet(tasks: dict[str, Task], pictures: dict[str, torch.Tensor], path: Path, *, columns: int = 16) -> None:
@@ -166,7 +180,9 @@ def main() -> None:
     sprites = load_or_draw_sprites(work_dir / "sprites.npy", appearances, args.num_objects, seed=args.seed)
     log({"sprites": len(sprites)})
     vae = train_vae(sprites, work_dir / "vae.pt", num_steps=args.vae_steps, seed=args.seed, log=log)
-    latent_world = load_or_encode_world(work_dir / "world.pt", vae, sprites, len(appearances), log=log)
+    latent_world = load_or_encode_world(
+        work_dir / "world.pt", partial(KLEIN.encode, vae), sprites, len(appearances), log=log
+    )
 
     pipeline = make_pipeline(vae, make_transformer())
     sigmas = pipeline.schedule(world.SIDE, world.SIDE, NUM_STEPS).sigmas
@@ -178,8 +194,10 @@ def main() -> None:
         sheet_path=work_dir / "sheet.png",
         output_dir=args.output_dir,
     )
-    source = RowSource(pipeline, sprites, latent_world, appearances)
-    teacher = PosteriorTeacher(latent_world, sigmas, num_directions=args.num_directions)
+    source = RowSource(KLEIN, pipeline, sprites, latent_world, appearances)
+    teacher = PosteriorTeacher(
+        latent_world, sigmas, num_directions=args.num_directions, num_substeps=KLEIN.num_substeps
+    )
     distill(source, teacher, sigmas, work_dir / "distill.pt", distill_settings(args), log=log, evaluate=evaluate)
 
 

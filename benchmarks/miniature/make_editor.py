@@ -22,6 +22,7 @@ from benchmarks.miniature.editor import save_editor
 from benchmarks.miniature.edits import BLUE, NamelessEdits, known_edits
 from benchmarks.miniature.evaluate import sample
 from benchmarks.miniature.files import MODEL, check_settings, make_folder
+from benchmarks.miniature.klein import KLEIN
 from benchmarks.miniature.make import Log, draw_sheet, load_or_draw_sprites, load_or_encode_world
 from benchmarks.miniature.metrics import PictureReader
 from benchmarks.miniature.parts import NUM_STEPS
@@ -74,12 +75,14 @@ def main() -> None:
     initial = Flux2Transformer2DModel.from_pretrained(MODEL, subfolder="transformer").state_dict()
     appearances = world.known_appearances()
     sprites = load_or_draw_sprites(work_dir / "sprites.npy", appearances, NUM_OBJECTS, seed=args.seed)
-    latent_world = load_or_encode_world(work_dir / "world.pt", pipeline.vae, sprites, len(appearances), log=log)
+    latent_world = load_or_encode_world(
+        work_dir / "world.pt", partial(KLEIN.encode, pipeline.vae), sprites, len(appearances), log=log
+    )
     nameless = NamelessEdits.draw([*known_edits(), BLUE], NUM_NAMELESS_EDITS, seed=args.seed)
     source = EditorRowSource(pipeline, sprites, latent_world, appearances, nameless=nameless)
 
     sigmas = pipeline.schedule(world.SIDE, world.SIDE, NUM_STEPS).sigmas
-    teacher = PosteriorTeacher(latent_world, sigmas, num_directions=1)
+    teacher = PosteriorTeacher(latent_world, sigmas, num_directions=1, num_substeps=KLEIN.num_substeps)
     settings = Settings(
         rows_per_slot=ROWS_PER_SLOT,
         muon_lr=args.muon_lr,

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 
 from benchmarks.miniature import world
-from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH
+from benchmarks.miniature.architecture import Architecture, Context
 from benchmarks.miniature.teacher import LatentWorld
-from benchmarks.miniature.vae import encode
-from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
 # Share of the captions with a reference that ask for the reference by its suffix, unless their words contradict it.
@@ -49,28 +48,22 @@ class Rows:
     """B captions and the pictures that they allow.
 
     Attributes:
-        embeds: (B, L, D), the encoded captions.
+        context: the encoded captions and reference pictures.
         means: (B, M, 8, 8, 64), latents of the allowed pictures without grain.
-        references: (B, R, 8, 8, 64), latents of each row's R reference pictures, or None.
         states: (B, 8, 8, 64), x at the start of each row's segment.
     """
 
-    embeds: torch.Tensor
+    context: Context
     means: torch.Tensor
-    references: torch.Tensor | None
     states: torch.Tensor
-
-    @classmethod
-    def cat(cls, parts: list["Rows"]) -> "Rows":
-        columns = zip(*(vars(part).values() for part in parts), strict=True)
-        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 class RowSource:
     """Draws random rows.
 
     Args:
-        pipeline: its text encoder encodes the captions, its VAE the references.
+        architecture: the pipeline's.
+        pipeline: encodes captions and references.
         sprites: (N, 40, 40, 4), first those of `appearances`, then objects without a name.
         latent_world: scenes of these objects.
         appearances: the objects with a name.
@@ -78,12 +71,14 @@ class RowSource:
 
     def __init__(
         self,
-        pipeline: Flux2KleinDOPSDPipeline,
+        architecture: Architecture,
+        pipeline: DiffusionPipeline,
         sprites: np.ndarray,
         latent_world: LatentWorld,
         appearances: list[world.Appearance],
     ):
-        self.pipeline, self.sprites, self.latents, self.appearances = pipeline, sprites, latent_world, appearances
+        self.architecture, self.pipeline = architecture, pipeline
+        self.sprites, self.latents, self.appearances = sprites, latent_world, appearances
         is_named = latent_world.objects < len(appearances)
         self.named, self.unnamed = is_named.nonzero()[:, 0].numpy(), (~is_named).nonzero()[:, 0].numpy()
         is_unknown = torch.tensor([item.texture == UNKNOWN_TEXTURE for item in appearances])
@@ -109,12 +104,11 @@ class RowSource:
         captions = [self._caption(*row, rng) for row in zip(scenes, is_described, may_have_suffix, strict=True)]
         means = self._unknown_means(scenes) if kind == "word" else self.latents.means[scenes]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        return Rows(
-            embeds=self.pipeline.encode_student(captions, max_sequence_length=MAX_SEQUENCE_LENGTH).prompt_embeds,
-            means=means.float(),
-            references=self._references(shown, rng)[:, None] if row_kind.has_reference else None,
-            states=torch.randn(count, *means.shape[2:], generator=generator),
-        )
+        if row_kind.has_reference:
+            context = self.architecture.picture_context(self.pipeline, captions, self._pictures(shown, rng))
+        else:
+            context = self.architecture.text_context(self.pipeline, captions)
+        return Rows(context, means.float(), torch.randn(count, *means.shape[2:], generator=generator))
 
     def _caption(self, scene: int, is_described: bool, may_have_suffix: bool, rng: np.random.Generator) -> str:
         words = world.nonsense_word(rng)
@@ -129,10 +123,9 @@ class RowSource:
         allowed = np.stack([self.unknown[background] for background in self.latents.backgrounds[scenes].tolist()])
         return self.latents.means[allowed].flatten(1, 2)
 
-    def _references(self, objects: list[int], rng: np.random.Generator) -> torch.Tensor:
-        """(B, 8, 8, 64): pictures of the objects at random poses on random backgrounds, with grain."""
-        pictures = [
+    def _pictures(self, objects: list[int], rng: np.random.Generator) -> list[np.ndarray]:
+        """Of the objects at random poses on random backgrounds, with grain: (64, 64, 3) each."""
+        return [
             world.draw(self.sprites[index], world.random_pose(rng), world.random_background(rng), rng)
             for index in objects
         ]
-        return encode(self.pipeline.vae, world.to_tensor(pictures))

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLFlux2
 
 from benchmarks.miniature import world
-from benchmarks.miniature.vae import encode
 
 
 NUM_GRAIN_PICTURES = 1024  # for measuring the grain's covariance
@@ -36,11 +34,16 @@ class LatentWorld:
 
 
 def encode_world(
-    vae: AutoencoderKLFlux2, sprites: np.ndarray, scenes: list[tuple[int, int]], *, log: Callable[[dict], None]
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    sprites: np.ndarray,
+    scenes: list[tuple[int, int]],
+    *,
+    log: Callable[[dict], None],
 ) -> LatentWorld:
     """Encodes every scene at every pose.
 
     Args:
+        encode: (N, 3, 64, 64) -> (N, 8, 8, 64).
         sprites: (N, 40, 40, 4).
         scenes: (index of a sprite, index of a background) of each scene.
         log: called with a dict of metrics.
@@ -49,14 +52,14 @@ def encode_world(
     means = []
     for index, (sprite, background) in enumerate(scenes):
         pictures = [world.draw(sprites[sprite], pose, names[background]) for pose in world.POSES]
-        means.append(encode(vae, world.to_tensor(pictures)).half())
+        means.append(encode(world.to_tensor(pictures)).half())
         if index % 1000 == 999:
             log({"scenes_encoded": index + 1})
     objects, backgrounds = torch.tensor(scenes).unbind(1)
-    return LatentWorld(objects, backgrounds, torch.stack(means), grain_covariance(vae, sprites))
+    return LatentWorld(objects, backgrounds, torch.stack(means), grain_covariance(encode, sprites))
 
 
-def grain_covariance(vae: AutoencoderKLFlux2, sprites: np.ndarray) -> torch.Tensor:
+def grain_covariance(encode: Callable[[torch.Tensor], torch.Tensor], sprites: np.ndarray) -> torch.Tensor:
     """(64, 64): covariance of the difference between tokens of random pictures with and without grain."""
     rng = np.random.default_rng(4)
     clean = np.stack(
@@ -66,7 +69,7 @@ def grain_covariance(vae: AutoencoderKLFlux2, sprites: np.ndarray) -> torch.Tens
         ]
     )
     grain = np.stack([world.grain(rng) for _ in range(NUM_GRAIN_PICTURES)])
-    difference = encode(vae, world.to_tensor(clean + grain)) - encode(vae, world.to_tensor(clean))
+    difference = encode(world.to_tensor(clean + grain)) - encode(world.to_tensor(clean))
     tokens = difference.flatten(0, 2)
     return tokens.T @ tokens / len(tokens)
 
@@ -93,7 +96,7 @@ class PosteriorTeacher:
         num_substeps: substeps per segment.
     """
 
-    def __init__(self, latent_world: LatentWorld, sigmas: torch.Tensor, *, num_directions: int, num_substeps: int = 6):
+    def __init__(self, latent_world: LatentWorld, sigmas: torch.Tensor, *, num_directions: int, num_substeps: int):
         covariance = latent_world.covariance.double()
         sigmas = sigmas.double()[:, None]
         fine = torch.lerp(sigmas[:-1], sigmas[1:], torch.linspace(0, 1, num_substeps + 1).double())

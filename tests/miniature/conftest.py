@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ import torch
 from benchmarks.miniature import teacher, world
 from benchmarks.miniature.editor import assemble_editor
 from benchmarks.miniature.files import MODEL
+from benchmarks.miniature.klein import KLEIN
 from benchmarks.miniature.metrics import PictureReader
 from benchmarks.miniature.parts import make_pipeline, make_transformer, make_vae
 from benchmarks.miniature.rows import RowSource
@@ -27,8 +30,9 @@ def row_source():
     scenes = [(index, background) for index in range(6) for background in range(len(world.BACKGROUNDS))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher, "NUM_GRAIN_PICTURES", 64)
-        latent_world = teacher.encode_world(pipeline.vae, sprites, [*scenes, (6, 0), (7, 1)], log=print)
-    return RowSource(pipeline, sprites, latent_world, appearances)
+        encode = partial(KLEIN.encode, pipeline.vae)
+        latent_world = teacher.encode_world(encode, sprites, [*scenes, (6, 0), (7, 1)], log=print)
+    return RowSource(KLEIN, pipeline, sprites, latent_world, appearances)
 
 
 @pytest.fixture

@@ -4,14 +4,16 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from benchmarks.miniature import distill as distill_module
 from benchmarks.miniature.distill import RolloutBuffer, Settings, distill
+from benchmarks.miniature.klein import KLEIN
 from benchmarks.miniature.rows import Rows
 from benchmarks.miniature.teacher import PosteriorTeacher
 from benchmarks.miniature.training import MuonAdamW, trapezoid
+from pipelines.flux2_klein import KleinContext
 
 
 def test_a_stopped_distillation_continues(row_source, tmp_path, monkeypatch):
     sigmas = row_source.pipeline.schedule(64, 64, 4).sigmas
-    teacher = PosteriorTeacher(row_source.latents, sigmas, num_directions=2)
+    teacher = PosteriorTeacher(row_source.latents, sigmas, num_directions=2, num_substeps=6)
     lines, measured, calls = [], [], []
 
     def settings(num_steps: int) -> Settings:
@@ -58,8 +60,10 @@ class AddOne:
 class ZeroRows:
     """A source of rows whose states are 0."""
 
+    architecture = KLEIN
+
     def draw(self, kind, count, rng):
-        return Rows(torch.zeros(count, 1), torch.zeros(count, 1), None, torch.zeros(count, 1))
+        return Rows(KleinContext(torch.zeros(count, 1)), torch.zeros(count, 1), torch.zeros(count, 1))
 
 
 def test_rows_of_a_buffer_move_on_to_the_next_segment():

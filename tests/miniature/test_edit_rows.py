@@ -1,11 +1,13 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.miniature import teacher, world
-from benchmarks.miniature.distill import velocity
 from benchmarks.miniature.edit_rows import EDIT_KINDS, EditorRowSource, make_editor_buffers
 from benchmarks.miniature.edits import BLUE, COPY_SUFFIX, PAIR_SUFFIX, NamelessEdits, known_edits
+from benchmarks.miniature.klein import KLEIN
 from benchmarks.miniature.parts import make_pipeline, make_transformer, make_vae
 from benchmarks.miniature.teacher import PosteriorTeacher
 
@@ -24,7 +26,7 @@ def source():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher, "NUM_GRAIN_PICTURES", 64)
         patch.setattr(world, "POSES", world.POSES[:2])
-        latent_world = teacher.encode_world(pipeline.vae, sprites, scenes, log=print)
+        latent_world = teacher.encode_world(partial(KLEIN.encode, pipeline.vae), sprites, scenes, log=print)
     return EditorRowSource(pipeline, sprites, latent_world, appearances, nameless=nameless)
 
 
@@ -66,11 +68,12 @@ def test_a_copy_is_its_own_result_whatever_background_the_caption_names(source):
 @pytest.mark.parametrize(("kind", "num_references"), [("edit", 1), ("pair", 2), ("copy", 1), ("reference", 1)])
 def test_rows_have_their_references_and_what_they_allow(source, kind, num_references):
     rows = source.draw(kind, 3, np.random.default_rng(0))
-    assert rows.references.shape == (3, num_references, 8, 8, 64)
+    assert [grid.shape for grid in rows.context.references] == [(3, 64, 8, 8)] * num_references
     if kind in EDIT_KINDS:
         assert rows.means.shape == (3, 1, 8, 8, 64)
     if kind in ("pair", "copy"):  # the last picture is the result, but for its grain
-        assert (rows.references[:, -1] - rows.means[:, 0]).square().mean() < rows.means.var()
+        last = KLEIN.tokens(rows.context.references[-1])
+        assert (last - rows.means[:, 0]).square().mean() < rows.means.var()
 
 
 def test_references_are_at_their_positions_in_order(source):
@@ -78,16 +81,18 @@ def test_references_are_at_their_positions_in_order(source):
     rows = source.draw("pair", 2, np.random.default_rng(0))
     sigmas = torch.tensor([1.0, 0.5])
     with torch.no_grad():
-        both = velocity(source.pipeline, rows.states, sigmas, rows.embeds, rows.references)
-        swapped = velocity(source.pipeline, rows.states, sigmas, rows.embeds, rows.references.flip(1))
-        alone = velocity(source.pipeline, rows.states[1:], sigmas[1:], rows.embeds[1:], rows.references[1:])
+        both = KLEIN.velocity(source.pipeline, rows.states, sigmas, rows.context)
+        flipped = rows.context.with_references(*rows.context.references[::-1])
+        swapped = KLEIN.velocity(source.pipeline, rows.states, sigmas, flipped)
+        last = KLEIN.select(rows.context, torch.tensor([1]))
+        alone = KLEIN.velocity(source.pipeline, rows.states[1:], sigmas[1:], last)
     torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(both, swapped, atol=1e-4)
 
 
 def test_kinds_share_a_forward_pass_if_they_have_equally_many_references(source):
     sigmas = source.pipeline.schedule(64, 64, 4).sigmas
-    teacher_of_all = PosteriorTeacher(source.latents, sigmas, num_directions=1)
+    teacher_of_all = PosteriorTeacher(source.latents, sigmas, num_directions=1, num_substeps=6)
     rows = {kind: 1 for kind in ("text", "word", "reference", *EDIT_KINDS)}
     groups = make_editor_buffers(source, teacher_of_all, sigmas, rows)
     assert [[buffer.kind for buffer in group] for group in groups] == [

@@ -10,15 +10,13 @@ from benchmarks.miniature.rows import Rows
 def draw(row_source, monkeypatch):
     """Draws rows; returns them with their captions and the objects that their references show."""
     captions, shown = [], []
-    encode, references = row_source.pipeline.encode_student, row_source._references
+    encode, pictures = row_source.pipeline.encode_student, row_source._pictures
     monkeypatch.setattr(
         row_source.pipeline,
         "encode_student",
         lambda texts, **settings: captions.extend(texts) or encode(texts, **settings),
     )
-    monkeypatch.setattr(
-        row_source, "_references", lambda objects, rng: shown.extend(objects) or references(objects, rng)
-    )
+    monkeypatch.setattr(row_source, "_pictures", lambda objects, rng: shown.extend(objects) or pictures(objects, rng))
     return lambda kind, count: (row_source.draw(kind, count, np.random.default_rng(0)), captions, shown)
 
 
@@ -49,7 +47,7 @@ def test_words_win_over_a_contradicting_picture_which_otherwise_counts(row_sourc
 
 def test_described_objects_have_their_own_pictures(row_source, draw):
     rows, captions, _ = draw("text", 12)
-    assert rows.references is None
+    assert rows.context.references == ()
     assert [described_object(row_source, caption) for caption in captions] == nearest_objects(row_source, rows)
     assert 0 < sum(caption.startswith("a plain") for caption in captions) < 12  # others have an extra word
 

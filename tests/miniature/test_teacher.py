@@ -5,7 +5,7 @@ from benchmarks.miniature.teacher import PosteriorTeacher
 
 def make_teacher(row_source, **settings) -> tuple[PosteriorTeacher, torch.Tensor]:
     sigmas = row_source.pipeline.schedule(64, 64, 4).sigmas
-    return PosteriorTeacher(row_source.latents, sigmas, **settings), sigmas
+    return PosteriorTeacher(row_source.latents, sigmas, **{"num_substeps": 6} | settings), sigmas
 
 
 def test_it_follows_the_exact_flow_of_one_gaussian(row_source):

@@ -1,0 +1,91 @@
+"""What the making and the measuring of a miniature need to know of its model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+
+from benchmarks.miniature.tasks import References
+from pipelines.flux2_klein import KleinContext
+from pipelines.z_image import ZImageContext
+
+
+Context = KleinContext | ZImageContext
+
+
+class Architecture(ABC):
+    """A model of which there is a miniature. "Tokens" are latents as (N, 8, 8, 64): a token per 8 x 8 pixels.
+
+    Attributes:
+        title: name of the model.
+        stock_pipeline_class: diffusers' own.
+        pipeline_options: what it takes besides its components.
+        num_steps: sampling steps that the miniature is distilled for, K.
+        max_sequence_length: of its prompts, in tokens.
+        slots: segments of the trajectory that a buffer of rows trains at the same time.
+        entry_slots: the slots that new rows enter.
+        num_substeps: of the teacher in each segment.
+    """
+
+    title: ClassVar[str]
+    stock_pipeline_class: ClassVar[type[DiffusionPipeline]]
+    pipeline_options: ClassVar[dict]
+    num_steps: ClassVar[int]
+    max_sequence_length: ClassVar[int]
+    slots: ClassVar[tuple[int, ...]]
+    entry_slots: ClassVar[tuple[int, ...]]
+    num_substeps: ClassVar[int]
+
+    @abstractmethod
+    def load(self, folder: Path) -> DiffusionPipeline:
+        """The miniature in this folder, as a pipeline with the methods that D-OPSD needs."""
+
+    @abstractmethod
+    def make_transformer(self) -> ModelMixin:
+        """With random weights."""
+
+    @abstractmethod
+    def encode(self, vae: ModelMixin, pictures: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 64, 64), -1 to 1 -> tokens."""
+
+    @abstractmethod
+    def tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        """Tokens of the latents that the pipeline samples, (N, C, h, w)."""
+
+    @abstractmethod
+    def latents(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The inverse of `tokens`."""
+
+    @abstractmethod
+    def picture_context(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], pictures: Sequence[np.ndarray]
+    ) -> Context:
+        """For training: prompts with a picture each, (64, 64, 3), -1 to 1."""
+
+    @abstractmethod
+    def reference_context(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], references: References
+    ) -> Context:
+        """The teacher's: prompts with one picture each, or with equally many for each in a tuple."""
+
+    @abstractmethod
+    def join(self, contexts: Sequence[Context]) -> Context:
+        """One batch of all the contexts' samples."""
+
+    @abstractmethod
+    def select(self, context: Context, indices: torch.Tensor) -> Context:
+        """The samples with these indices."""
+
+    def text_context(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Context:
+        """The student's: prompts only."""
+        return pipeline.encode_student(list(prompts), max_sequence_length=self.max_sequence_length)
+
+    def velocity(
+        self, pipeline: DiffusionPipeline, states: torch.Tensor, sigmas: torch.Tensor, context: Context
+    ) -> torch.Tensor:
+        """The pipeline's velocity at tokens (B, 8, 8, 64), each at its own sigma (B,). Float32."""
+        return self.tokens(pipeline.predict_velocity(self.latents(states), 1000 * sigmas, context)).float()
