@@ -26,7 +26,7 @@ from PIL import Image
 from benchmarks.miniature import world
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.files import MODEL
-from benchmarks.miniature.runs import TRAINING_SCRIPT
+from benchmarks.miniature.klein import KLEIN
 from dopsd.command_line import parse_settings
 from dopsd.contexts import Contexts, batches
 
@@ -54,7 +54,7 @@ class Started(Exception):
     """Ends the script where its start ends."""
 
 
-def load_script(path: Path = TRAINING_SCRIPT) -> ModuleType:
+def load_script(path: Path = KLEIN.script) -> ModuleType:
     """A training script as a module: benchmarks do not import scripts."""
     spec = importlib.util.spec_from_file_location("training_script", path)
     script = importlib.util.module_from_spec(spec)

@@ -16,10 +16,13 @@ from functools import partial
 from itertools import islice
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from PIL import Image
 
 from benchmarks.miniature import world
+from benchmarks.miniature.architecture import Context
+from benchmarks.miniature.architectures import architecture_of
 from benchmarks.miniature.methods import SharedSettings
 from dopsd.data.order import place_seed
 from dopsd.roles import Roles
@@ -32,7 +35,6 @@ from dopsd.rollout import (
     rollout,
     seeded_noise,
 )
-from pipelines.flux2_klein import Flux2KleinDOPSDPipeline, KleinContext
 
 
 MAX_TIMESTEP = 1000  # in the scheduler's scale: timestep = 1000 sigma
@@ -45,11 +47,11 @@ class EncodedPictures:
     Attributes:
         student: encoded captions; for an editor also the pictures to edit.
         teacher: encoded captions with the suffix, and each picture as its own reference, the last one.
-        x0: (N, C, h, w), latents of the pictures, patchified and normalised.
+        x0: (N, C, h, w), latents of the pictures, as the pipeline samples them.
     """
 
-    student: KleinContext
-    teacher: KleinContext
+    student: Context
+    teacher: Context
     x0: torch.Tensor
 
     def select(self, indices: torch.Tensor) -> "EncodedPictures":
@@ -66,7 +68,7 @@ class PriorPictures:
         x0: (N, C, h, w), latents.
     """
 
-    context: KleinContext
+    context: Context
     x0: torch.Tensor
 
     def draw(self, count: int, generator: torch.Generator) -> "PriorPictures":
@@ -74,17 +76,17 @@ class PriorPictures:
         return PriorPictures(selected(self.context, indices), self.x0[indices])
 
 
-def selected(context: KleinContext, indices: torch.Tensor) -> KleinContext:
+def selected(context: Context, indices: torch.Tensor) -> Context:
     """The samples with these indices."""
-    return KleinContext(context.prompt_embeds[indices], tuple(grid[indices] for grid in context.references))
+    return architecture_of(context).select(context, indices)
 
 
 @torch.no_grad()
 def draw_prior_pictures(
-    pipeline: Flux2KleinDOPSDPipeline, prompts: list[str], schedule: Schedule, *, max_sequence_length: int, seed: int
+    pipeline: DiffusionPipeline, prompts: list[str], schedule: Schedule, *, seed: int
 ) -> PriorPictures:
     """One picture for each prompt. The pipeline must be the base model's."""
-    context = pipeline.encode_student(prompts, max_sequence_length=max_sequence_length)
+    context = architecture_of(pipeline).text_context(pipeline, prompts)
     seeds = [place_seed(seed, "prior pictures", str(index)) for index in range(len(prompts))]
     noise = seeded_noise(pipeline.latent_shape(world.SIDE, world.SIDE), seeds)
     return PriorPictures(
@@ -93,18 +95,15 @@ def draw_prior_pictures(
 
 
 def encode_pictures(
-    pipeline: Flux2KleinDOPSDPipeline,
-    pictures: list[Image.Image],
-    captions: list[str],
-    *,
-    prompt_suffix: str,
-    max_sequence_length: int,
+    pipeline: DiffusionPipeline, pictures: list[Image.Image], captions: list[str], *, prompt_suffix: str
 ) -> EncodedPictures:
-    student = pipeline.encode_student(captions, max_sequence_length=max_sequence_length)
-    teacher = pipeline.encode_edit_teacher(
-        captions, pictures, prompt_suffix=prompt_suffix, max_sequence_length=max_sequence_length
+    architecture = architecture_of(pipeline)
+    prompts = [caption + prompt_suffix for caption in captions]
+    return EncodedPictures(
+        student=architecture.text_context(pipeline, captions),
+        teacher=architecture.reference_context(pipeline, prompts, pictures),
+        x0=architecture.picture_latents(pipeline, pictures),
     )
-    return EncodedPictures(student, teacher, teacher.references[0])
 
 
 def batch_indices(count: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
@@ -227,7 +226,7 @@ def drawn_noise(x0: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def build_optimizer(
     parameters: list[torch.nn.Parameter], settings: SharedSettings, num_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Optimizer and learning-rate scheduler of `train_dopsd_flux2.py`."""
+    """Optimizer and learning-rate scheduler of the training script."""
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, eps=settings.adam_epsilon, weight_decay=0.0)
     scheduler = get_scheduler(
         settings.lr_scheduler,
@@ -239,7 +238,7 @@ def build_optimizer(
 
 
 class BaselineTraining:
-    """Trains the student, with gradients clipped as in `train_dopsd_flux2.py`.
+    """Trains the student, with gradients clipped as in the training script.
 
     Args:
         method: see the module's docstring.
@@ -250,7 +249,7 @@ class BaselineTraining:
     def __init__(
         self,
         method: str,
-        pipeline: Flux2KleinDOPSDPipeline,
+        pipeline: DiffusionPipeline,
         roles: Roles,
         pictures: EncodedPictures,
         schedule: Schedule,
@@ -300,5 +299,5 @@ class BaselineTraining:
                 prior_loss = flow_matching_loss(self.velocity(prior.context), prior.x0, self.generator)
                 (prior_loss / len(self.schedule)).backward()
 
-    def velocity(self, context: KleinContext) -> VelocityFunction:
+    def velocity(self, context: Context) -> VelocityFunction:
         return partial(self.pipeline.predict_velocity, context=context)

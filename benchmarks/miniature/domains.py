@@ -15,7 +15,6 @@ from benchmarks.miniature.concepts import MAX_EVAL_COUNT, old_task, write_pictur
 from benchmarks.miniature.evaluate import measure
 from benchmarks.miniature.files import MODEL
 from benchmarks.miniature.metrics import LatentFeatures, PictureReader, frechet_distance
-from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH
 from benchmarks.miniature.tasks import Task, random_picture
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
@@ -68,7 +67,6 @@ class Domain:
             pipeline,
             *self.pictures(seed),
             prompt_suffix=world.REFERENCE_SUFFIX,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
         )
 
     def new_task(self, count: int, seed: int = 51) -> Task:

@@ -11,16 +11,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks.miniature import world
-from benchmarks.miniature.architectures import architecture_of
+from benchmarks.miniature.architectures import ARCHITECTURES, architecture_in, architecture_of
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.concepts import Concept, Renaming, neighbour_task, old_task, wrong_word_task
 from benchmarks.miniature.files import MODEL, check_model
 from benchmarks.miniature.metrics import PictureReader, detail, effective_poses, frechet_distance, object_residual
-from benchmarks.miniature.parts import NUM_STEPS
 from benchmarks.miniature.tasks import References, Task, standard_tasks
 from dopsd.retention import relative_drift
 from dopsd.rollout import seeded_noise
-from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
 NUM_RETENTION_PROMPTS = 16  # each sampled once
@@ -88,13 +86,13 @@ class Evaluator:
     """
 
     def __init__(self, model: Path, count: int):
-        self.model, self.count = model, count
+        self.model, self.count, self.architecture = model, count, architecture_in(model)
         self.reader = PictureReader(world.all_appearances())
         self.old = old_task(count)
 
-    def load(self, *loras: Path) -> Flux2KleinDOPSDPipeline:
+    def load(self, *loras: Path) -> DiffusionPipeline:
         """The base model with LoRAs, each at its full strength."""
-        pipeline = Flux2KleinDOPSDPipeline.from_pretrained(self.model)
+        pipeline = self.architecture.load(self.model)
         names = [f"lora_{index}" for index in range(len(loras))]
         for name, lora in zip(names, loras, strict=True):
             pipeline.load_lora_weights(lora, adapter_name=name)
@@ -110,19 +108,19 @@ class Evaluator:
     def _base_latents(self) -> torch.Tensor:
         return self._retention_latents(self.load())
 
-    def _retention_latents(self, pipeline: Flux2KleinDOPSDPipeline) -> torch.Tensor:
+    def _retention_latents(self, pipeline: DiffusionPipeline) -> torch.Tensor:
         """Sampled with the seeds 0, 1, 2..., like in the training script."""
         return final_latents(pipeline, self.retention_prompts, list(range(NUM_RETENTION_PROMPTS)))
 
-    def retention(self, pipeline: Flux2KleinDOPSDPipeline) -> float:
+    def retention(self, pipeline: DiffusionPipeline) -> float:
         """Drift from the base model on `retention_prompts`, as the training script logs it. 0: unchanged."""
         return relative_drift(self._base_latents, self._retention_latents(pipeline))
 
-    def measure(self, pipeline: Flux2KleinDOPSDPipeline, task: Task, num_steps: int = NUM_STEPS) -> dict[str, float]:
+    def measure(self, pipeline: DiffusionPipeline, task: Task, num_steps: int | None = None) -> dict[str, float]:
         return measure(sample(pipeline, task, num_steps=num_steps), task, self.reader)
 
     def evaluate(
-        self, pipeline: Flux2KleinDOPSDPipeline, concept: Concept | Renaming, num_steps: int = NUM_STEPS
+        self, pipeline: DiffusionPipeline, concept: Concept | Renaming, num_steps: int | None = None
     ) -> dict[str, dict[str, float]]:
         """Metrics on the concept ("new") and on known objects ("old")."""
         return {
@@ -130,9 +128,7 @@ class Evaluator:
             "old": self.measure(pipeline, self.old, num_steps),
         }
 
-    def evaluate_leaks(
-        self, pipeline: Flux2KleinDOPSDPipeline, concept: Concept | Renaming
-    ) -> dict[str, dict[str, float]]:
+    def evaluate_leaks(self, pipeline: DiffusionPipeline, concept: Concept | Renaming) -> dict[str, dict[str, float]]:
         """Metrics on known objects that are like the concept ("neighbours"), and with other new words ("wrong_words").
 
         With the latter, "exact" is the share of pictures that show the concept.
@@ -142,15 +138,29 @@ class Evaluator:
             metrics["wrong_words"] = self.measure(pipeline, wrong_word_task(concept, self.count))
         return metrics
 
-    def evaluate_stack(self, pipeline: Flux2KleinDOPSDPipeline, concepts: list[Concept]) -> dict[str, float]:
+    def evaluate_stack(self, pipeline: DiffusionPipeline, concepts: list[Concept]) -> dict[str, float]:
         """Shares of right pictures with the LoRAs of several concepts: the concepts' mean ("exact") and "old"."""
         new = [self.measure(pipeline, concept.task(self.count))["exact"] for concept in concepts]
         return {"exact": sum(new) / len(new), "old": self.measure(pipeline, self.old)["exact"]}
 
 
+def add_model_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=model_folder,
+        default=MODEL,
+        help=f"Folder of the miniature, or one that is shipped: {', '.join(ARCHITECTURES)}. Default: klein.",
+    )
+
+
+def model_folder(text: str) -> Path:
+    """An argparse type: the name of a shipped miniature, or a folder."""
+    return ARCHITECTURES[text].folder if text in ARCHITECTURES else Path(text)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL, help="Folder of the miniature. Default: the shipped one.")
+    add_model_flag(parser)
     parser.add_argument("--count", type=positive_int, default=192, help="Number of pictures per task.")
     return parser.parse_args()
 
@@ -158,9 +168,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_model(args.model)
-    pipeline = Flux2KleinDOPSDPipeline.from_pretrained(args.model)
+    architecture = architecture_in(args.model)
+    pipeline = architecture.load(args.model)
     reader = PictureReader(world.all_appearances())
-    print(f"| {args.count} pictures of each, {NUM_STEPS} steps | exact | residual | detail | places |")
+    print(f"| {args.count} pictures of each, {architecture.num_steps} steps | exact | residual | detail | places |")
     print("|---" * 5 + "|")
     for name, task in standard_tasks(args.count).items():
         figures = measure(sample(pipeline, task), task, reader)

@@ -18,8 +18,8 @@ from pathlib import Path
 from benchmarks.miniature import report
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.concepts import CONCEPTS, MAX_EVAL_COUNT, RENAMING
-from benchmarks.miniature.evaluate import NUM_RETENTION_PROMPTS
-from benchmarks.miniature.files import MODEL, check_model, check_settings, make_folder
+from benchmarks.miniature.evaluate import NUM_RETENTION_PROMPTS, add_model_flag
+from benchmarks.miniature.files import check_model, check_settings, make_folder
 from benchmarks.miniature.methods import (
     ABLATIONS,
     EQUAL_COST_TABLE,
@@ -53,7 +53,7 @@ STEPS_PER_EVALUATION, QUICK_STEPS_PER_EVALUATION = 20, 30
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL, help="Folder of the miniature. Default: the shipped one.")
+    add_model_flag(parser)
     parser.add_argument(
         "--output_dir",
         type=Path,

@@ -13,7 +13,8 @@ from dopsd.errors import InputError
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MODEL = Path(__file__).resolve().parent / "model"  # the shipped miniature
+MODEL = Path(__file__).resolve().parent / "model"  # the shipped miniature FLUX.2-klein
+ZIMAGE_MODEL = Path(__file__).resolve().parent / "zimage"  # the shipped miniature Z-Image-Turbo
 TRANSFORMER_WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 
 

@@ -6,19 +6,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from PIL import Image
 
 from benchmarks.miniature import vae as klein_vae
 from benchmarks.miniature import world
-from benchmarks.miniature.architecture import Architecture
+from benchmarks.miniature.architecture import Architecture, PassCosts
+from benchmarks.miniature.files import MODEL, REPOSITORY
 from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS, make_transformer
 from benchmarks.miniature.tasks import References, reference_columns
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline, KleinContext
+from pipelines.published import KLEIN_LORA_LAYERS
 
 
 class Klein(Architecture):
-    title = "FLUX.2-klein"
+    name, title = "klein", "FLUX.2-klein"
+    folder, script = MODEL, REPOSITORY / "train_dopsd_flux2.py"
+    lora_layers = KLEIN_LORA_LAYERS
+    costs = PassCosts(forward_and_backward=2.09, teacher=1.71, base=0.87)
     stock_pipeline_class, pipeline_options = Flux2KleinPipeline, {"is_distilled": True}
-    num_steps = NUM_STEPS
+    num_steps, guidance_scale = NUM_STEPS, 1.0
     max_sequence_length = MAX_SEQUENCE_LENGTH
     # The first four slots form a whole trajectory. The others start at the teacher's state after segment 0, which
     # only prepares what the later segments decide.
@@ -27,6 +33,12 @@ class Klein(Architecture):
 
     def load(self, folder: Path) -> Flux2KleinDOPSDPipeline:
         return Flux2KleinDOPSDPipeline.from_pretrained(folder)
+
+    def script_flags(self, folder: Path) -> dict[str, object]:
+        return {"max_sequence_length": self.max_sequence_length}
+
+    def picture_latents(self, pipeline: Flux2KleinDOPSDPipeline, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.cat([pipeline.encode_reference(picture) for picture in pictures])
 
     def make_transformer(self) -> Flux2Transformer2DModel:
         return make_transformer()
@@ -49,10 +61,7 @@ class Klein(Architecture):
     def reference_context(
         self, pipeline: Flux2KleinDOPSDPipeline, prompts: Sequence[str], references: References
     ) -> KleinContext:
-        grids = (
-            torch.cat([pipeline.encode_reference(image) for image in column])
-            for column in reference_columns(references)
-        )
+        grids = (self.picture_latents(pipeline, column) for column in reference_columns(references))
         return self.text_context(pipeline, prompts).with_references(*grids)
 
     def join(self, contexts: Sequence[KleinContext]) -> KleinContext:

@@ -33,7 +33,6 @@ from benchmarks.miniature.edit_tasks import (
 )
 from benchmarks.miniature.edits import BLUE, PAIR_SUFFIX, Edit, known_edits, nonsense_instruction
 from benchmarks.miniature.metrics import PictureReader
-from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH
 from benchmarks.miniature.tasks import Task
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
@@ -102,7 +101,6 @@ class EditLesson:
             [world.to_image(pair.target) for pair in pairs],
             [self.instruction] * len(pairs),
             prompt_suffix=PAIR_SUFFIX,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
         )
         sources = torch.cat([pipeline.encode_reference(pair.source) for pair in pairs])
         return replace(
@@ -200,7 +198,6 @@ class LeakLesson:
             pipeline,
             *self.pictures(seed),
             prompt_suffix=world.REFERENCE_SUFFIX,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
         )
 
     def seen_task(self, count: int) -> Task:

@@ -5,8 +5,10 @@ import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from benchmarks.miniature.architecture import Architecture
 from benchmarks.miniature.concepts import Concept
 from benchmarks.miniature.costs import equal_cost_steps, training_cost
+from benchmarks.miniature.klein import KLEIN
 
 
 NUM_TRAIN_STEPS = 120
@@ -83,13 +85,13 @@ class Method:
     def num_steps(self, usual: int) -> int:
         return round(usual * self.relative_steps)
 
-    def cost(self, num_steps: int) -> float:
+    def cost(self, num_steps: int, architecture: Architecture) -> float:
         """In forward passes of the student; see `costs`."""
-        return training_cost(self.kind, SHARED_FLAGS | self.flags, num_steps)
+        return training_cost(self.kind, SHARED_FLAGS | self.flags, num_steps, architecture)
 
-    def at_cost(self, cost: float) -> "Method":
+    def at_cost(self, cost: float, architecture: Architecture) -> "Method":
         """The same with as many training steps as `cost` allows."""
-        num_steps = equal_cost_steps(self.kind, SHARED_FLAGS | self.flags, cost)
+        num_steps = equal_cost_steps(self.kind, SHARED_FLAGS | self.flags, cost, architecture)
         return replace(self, relative_steps=num_steps / NUM_TRAIN_STEPS)
 
 
@@ -148,7 +150,10 @@ QUICK_TABLE = (BASE, TEACHER, SFT, SFT_STOPPED, DOPSD, DOPSD_BOTH)
 LARGE_EPSILON_TABLE = tuned(LARGE_EPSILON)
 EQUAL_COST_TABLE = (
     DOPSD,
-    *(method.at_cost(DOPSD.cost(NUM_TRAIN_STEPS)) for method in (SFT, SFT_PRIOR, DOPSD_ONE, DOPSD_PRIOR, DOPSD_BOTH)),
+    *(
+        method.at_cost(DOPSD.cost(NUM_TRAIN_STEPS, KLEIN), KLEIN)
+        for method in (SFT, SFT_PRIOR, DOPSD_ONE, DOPSD_PRIOR, DOPSD_BOTH)
+    ),
 )
 LONG_BOTH = replace(DOPSD_BOTH, name="D-OPSD, one state + prior, twice the steps", relative_steps=2.0)
 

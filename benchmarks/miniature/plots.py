@@ -9,17 +9,17 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from diffusers import DiffusionPipeline
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 from PIL import Image
 
 from benchmarks.miniature import world
+from benchmarks.miniature.architectures import architecture_of
 from benchmarks.miniature.concepts import NUM_PICTURES, Concept, training_pictures
 from benchmarks.miniature.evaluate import final_latents
-from benchmarks.miniature.parts import NUM_STEPS
 from benchmarks.miniature.tables import value_of, values_of
 from dopsd.sheets import Cell, contact_sheet, stack
-from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
 CELL_PIXELS = 128
@@ -83,12 +83,12 @@ def draw_panel(axes: Axes, results: dict[str, list[dict]], base: dict, column: s
 
 
 def draw(
-    pipeline: Flux2KleinDOPSDPipeline,
+    pipeline: DiffusionPipeline,
     prompt: str,
     seed: int,
     *,
     reference: Image.Image | None = None,
-    num_steps: int = NUM_STEPS,
+    num_steps: int | None = None,
 ) -> Image.Image:
     """One picture by the pipeline."""
     references = [] if reference is None else [reference]
@@ -98,7 +98,7 @@ def draw(
 def concept_sheet(
     concept: Concept,
     seed: int,
-    pipelines: dict[str, Flux2KleinDOPSDPipeline],
+    pipelines: dict[str, DiffusionPipeline],
     old_prompts: list[str],
     *,
     title: str,
@@ -118,7 +118,7 @@ def concept_sheet(
         [SHEET_COLUMNS[name] for name in columns],
         sheet_rows(columns, draw_new_prompts(concept, seed, pipelines), new_captions),
         note=f"The word {concept.word!r} was taught with {NUM_PICTURES} pictures, none of them on these backgrounds. "
-        f"Pictures of a row start from the same noise; {NUM_STEPS} steps.",
+        f"Pictures of a row start from the same noise; {architecture_of(pipelines['base']).num_steps} steps.",
         cell_pixels=CELL_PIXELS,
         accent_columns=accents,
     )
@@ -133,12 +133,12 @@ def concept_sheet(
     return stack([new_sheet, old_sheet], 0)
 
 
-def draw_all(pipelines: dict[str, Flux2KleinDOPSDPipeline], prompt: str, seed: int) -> dict[str, Image.Image]:
+def draw_all(pipelines: dict[str, DiffusionPipeline], prompt: str, seed: int) -> dict[str, Image.Image]:
     return {name: draw(pipeline, prompt, seed) for name, pipeline in pipelines.items()}
 
 
 def draw_new_prompts(
-    concept: Concept, seed: int, pipelines: dict[str, Flux2KleinDOPSDPipeline]
+    concept: Concept, seed: int, pipelines: dict[str, DiffusionPipeline]
 ) -> list[tuple[str, dict[str, Image.Image]]]:
     """(prompt, column -> picture) for each background that no training picture shows."""
     images, _ = training_pictures(concept, seed)
@@ -171,7 +171,7 @@ def sheet_rows(
 
 
 def step_sheet(
-    concept: Concept, pipelines: dict[str, Flux2KleinDOPSDPipeline], old_prompt: str, step_counts: tuple[int, ...]
+    concept: Concept, pipelines: dict[str, DiffusionPipeline], old_prompt: str, step_counts: tuple[int, ...]
 ) -> Image.Image:
     """A new and an old prompt with one column per number of sampling steps and one row per method."""
     new_prompt = world.caption(concept.word, concept.other_backgrounds[0])
@@ -188,6 +188,7 @@ def step_sheet(
         f'"{new_prompt}" | "{old_prompt}"',
         2 * columns,
         rows,
-        note=f"All pictures start from the same noise. All models are made for {NUM_STEPS} steps.",
+        note=f"All pictures start from the same noise. All models are made for "
+        f"{architecture_of(next(iter(pipelines.values()))).num_steps} steps.",
         cell_pixels=CELL_PIXELS,
     )

@@ -1,4 +1,4 @@
-"""The quick start: teaches the shipped miniature FLUX.2-klein a new object with D-OPSD and with SFT, and draws both.
+"""The quick start: teaches a shipped miniature a new object with D-OPSD and with SFT, and draws what both learned.
 
 Run it with `bash quickstart.sh`. It needs no GPU and downloads no model.
 """
@@ -16,19 +16,20 @@ import sys
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
 from benchmarks.miniature import world
+from benchmarks.miniature.architecture import Architecture
+from benchmarks.miniature.architectures import ARCHITECTURES
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.concepts import CONCEPTS, concept_task, training_pictures, wrong_word_task
-from benchmarks.miniature.files import MODEL, REPOSITORY, make_folder
+from benchmarks.miniature.files import REPOSITORY, make_folder
 from benchmarks.miniature.methods import DOPSD_BOTH_FAST, NUM_TRAIN_STEPS, SFT, Run
-from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from benchmarks.miniature.plots import concept_sheet
-from benchmarks.miniature.runs import TRAINING_SCRIPT, Experiment, TrainingFailed, dopsd_flags, prior_flags
+from benchmarks.miniature.runs import Experiment, TrainingFailed, dopsd_flags, prior_flags
 from benchmarks.miniature.workers import disable_progress_bars
 from dopsd.errors import InputError
 from dopsd.sheets import save_png
-from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
 
 
 MARKER = ".made-by-quickstart"
@@ -40,6 +41,13 @@ NUM_THREADS = min(os.cpu_count(), 4)  # more threads slow such small matrices do
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--model",
+        choices=ARCHITECTURES,
+        default="klein",
+        help="Which miniature: FLUX.2-klein with the teacher that gets a picture to edit, or Z-Image-Turbo with the "
+        "teacher that sees it through Qwen3-VL.",
+    )
     parser.add_argument(
         "--output_dir",
         type=Path,
@@ -76,16 +84,18 @@ def clear(folder: Path) -> None:
     (folder / MARKER).touch()
 
 
-def train_dopsd(pictures_dir: Path, lora_dir: Path, num_steps: int, retention_prompts: list[str]) -> None:
+def train_dopsd(
+    architecture: Architecture, pictures_dir: Path, lora_dir: Path, num_steps: int, retention_prompts: list[str]
+) -> None:
     """Prints and runs the command that a user would type.
 
     Raises:
         TrainingFailed: the command failed.
     """
     launch = ["launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
-    launch += ["--mixed_precision", "no", "--num_cpu_threads_per_process", str(NUM_THREADS), str(TRAINING_SCRIPT)]
+    launch += ["--mixed_precision", "no", "--num_cpu_threads_per_process", str(NUM_THREADS), str(architecture.script)]
     flags = dopsd_flags(
-        MODEL,
+        architecture.folder,
         pictures_dir,
         lora_dir,
         seed=SEED,
@@ -102,7 +112,7 @@ def train_dopsd(pictures_dir: Path, lora_dir: Path, num_steps: int, retention_pr
         raise TrainingFailed(f"The training command above failed with exit status {finished.returncode}")
 
 
-def measure(experiment: Experiment, pipelines: dict[str, Flux2KleinDOPSDPipeline]) -> dict[str, dict]:
+def measure(experiment: Experiment, pipelines: dict[str, DiffusionPipeline]) -> dict[str, dict]:
     """Metrics of base, SFT, D-OPSD, and of the teacher on the new object."""
     evaluator = experiment.evaluator
     figures = {
@@ -125,7 +135,7 @@ def sheet_captions(figures: dict[str, dict]) -> tuple[str, str]:
     return new_caption, f"old: {old:.0%} right; wrong words: {wrong:.0%}"
 
 
-def print_results(figures: dict[str, dict], lora_dir: Path, sheet_path: Path) -> None:
+def print_results(architecture: Architecture, figures: dict[str, dict], lora_dir: Path, sheet_path: Path) -> None:
     print(
         f"{'right':10}{'new object':>12}{'places':>8}{'old objects':>13}{'objects like it':>17}{'by wrong words':>16}"
     )
@@ -135,7 +145,10 @@ def print_results(figures: dict[str, dict], lora_dir: Path, sheet_path: Path) ->
             old, like, wrong = (figures[name][task]["exact"] for task in ("old", "neighbours", "wrong_words"))
             line += f"{old:13.2f}{like:17.2f}{wrong:16.2f}"
         print(line)
-    prompt = world.caption(CONCEPT.word, CONCEPT.other_backgrounds[0])
+    prompt, stock = (
+        world.caption(CONCEPT.word, CONCEPT.other_backgrounds[0]),
+        architecture.stock_pipeline_class.__name__,
+    )
     print(f"""
 LoRA:    {lora_dir / "pytorch_lora_weights.safetensors"}
 Picture: {sheet_path}
@@ -143,11 +156,11 @@ Picture: {sheet_path}
 To use the LoRA in your own Python:
 
 import torch
-from diffusers import Flux2KleinPipeline
-pipe = Flux2KleinPipeline.from_pretrained({str(MODEL)!r})
+from diffusers import {stock}
+pipe = {stock}.from_pretrained({str(architecture.folder)!r})
 pipe.load_lora_weights({str(lora_dir)!r})
-image = pipe(prompt={prompt!r}, height={world.SIDE}, width={world.SIDE}, num_inference_steps={NUM_STEPS},
-             guidance_scale=1.0, max_sequence_length={MAX_SEQUENCE_LENGTH},
+image = pipe(prompt={prompt!r}, height={world.SIDE}, width={world.SIDE}, num_inference_steps={architecture.num_steps},
+             guidance_scale={architecture.guidance_scale}, max_sequence_length={architecture.max_sequence_length},
              generator=torch.Generator().manual_seed(0)).images[0]
 image.save("{CONCEPT.word}.png")""")
 
@@ -159,7 +172,10 @@ def main() -> None:
     folder, num_steps = args.output_dir.resolve(), args.max_train_steps
     pictures_dir, lora_dir, sheet_path = folder / "pictures", folder / "lora", folder / "sheet.png"
     clear(folder)
-    experiment = Experiment(MODEL, folder, num_steps, steps_per_evaluation=num_steps, eval_count=EVAL_COUNT)
+    architecture = ARCHITECTURES[args.model]
+    experiment = Experiment(
+        architecture.folder, folder, num_steps, steps_per_evaluation=num_steps, eval_count=EVAL_COUNT
+    )
     evaluator = experiment.evaluator
 
     announce(f"1. Four pictures of a new object, called {CONCEPT.word!r}")
@@ -167,7 +183,7 @@ def main() -> None:
     print(f"{pictures_dir}: {', '.join(sorted(path.name for path in pictures_dir.iterdir()))}")
 
     announce("2. D-OPSD: the training script")
-    train_dopsd(pictures_dir, lora_dir, num_steps, evaluator.retention_prompts)
+    train_dopsd(architecture, pictures_dir, lora_dir, num_steps, evaluator.retention_prompts)
 
     announce(f"3. Ordinary LoRA training (SFT) for comparison: {num_steps} steps, without progress messages")
     sft_run = Run(CONCEPT, SEED, SFT)
@@ -186,11 +202,11 @@ def main() -> None:
         SEED,
         pipelines,
         [*evaluator.old.prompts[:NUM_OLD_PROMPTS], *wrong_word_task(CONCEPT, 1).prompts],
-        title=f"A miniature FLUX.2-klein learns an object from four pictures, {num_steps} steps",
+        title=f"A miniature {architecture.title} learns an object from four pictures, {num_steps} steps",
         captions={name: sheet_captions(column) for name, column in figures.items()},
     )
     save_png(sheet, sheet_path)
-    print_results(figures, lora_dir, sheet_path)
+    print_results(architecture, figures, lora_dir, sheet_path)
     if num_steps < NUM_TRAIN_STEPS / 2:
         print(
             f"\n--max_train_steps {num_steps}: too few to learn the object, so the comparison means nothing yet; "

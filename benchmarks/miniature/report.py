@@ -24,7 +24,6 @@ from benchmarks.miniature.methods import (
     runs_of,
     with_rate,
 )
-from benchmarks.miniature.parts import NUM_STEPS
 from benchmarks.miniature.plots import concept_sheet, plot, step_sheet
 from benchmarks.miniature.runs import STEP_COUNTS, Experiment
 from benchmarks.miniature.tables import (
@@ -163,8 +162,8 @@ def step_section(experiment: Experiment, by_step_count: RunsByMethod) -> str:
     results = {name: [experiment.results_by_step_count(run) for run in runs] for name, runs in by_step_count.items()}
     run = all_runs(by_step_count)[0]
     return (
-        f"## Numbers of sampling steps; trained at {NUM_STEPS}\n\nConcept {run.concept.name!r}, seed {run.seed}.\n\n"
-        f"{step_table(results)}"
+        f"## Numbers of sampling steps; made for {experiment.architecture.num_steps}\n\n"
+        f"Concept {run.concept.name!r}, seed {run.seed}.\n\n{step_table(results)}"
     )
 
 

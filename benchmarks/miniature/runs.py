@@ -12,9 +12,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import DiffusionPipeline
 
 from benchmarks.miniature import world
+from benchmarks.miniature.architecture import Architecture
+from benchmarks.miniature.architectures import architecture_in, architecture_of
 from benchmarks.miniature.baselines import (
     BaselineTraining,
     EncodedPictures,
@@ -30,24 +32,19 @@ from benchmarks.miniature.concepts import (
     prior_prompts,
     training_pictures,
 )
-from benchmarks.miniature.costs import NUM_PRIOR_PICTURES
+from benchmarks.miniature.costs import NUM_PRIOR_PICTURES, NUM_ROLLOUT_STEPS
 from benchmarks.miniature.evaluate import Evaluator
-from benchmarks.miniature.files import REPOSITORY, replacing, write_pipeline
+from benchmarks.miniature.files import replacing, write_pipeline
 from benchmarks.miniature.methods import DOPSD, SHARED_FLAGS, TRAIN_MODE, Method, Run
-from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS
 from dopsd.context_cache import files_fingerprint
 from dopsd.errors import DOPSDError
 from dopsd.history import last_retention, read_history
 from dopsd.lora_roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.prior import TriggerWord, word_prompts
 from dopsd.roles import Roles
-from dopsd.rollout import Schedule
 from dopsd.weight_roles import StudentTeacherWeights, freeze_others, trained_weights
-from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
-from pipelines.published import KLEIN_LORA_LAYERS
 
 
-TRAINING_SCRIPT = REPOSITORY / "train_dopsd_flux2.py"
 NUM_TIMED_STEPS = 17
 STEP_COUNTS = (1, 2, 4, 8)  # numbers of sampling steps that models are compared at
 
@@ -74,6 +71,10 @@ class Experiment:
     eval_count: int
 
     @cached_property
+    def architecture(self) -> Architecture:
+        return architecture_in(self.model)
+
+    @cached_property
     def evaluator(self) -> Evaluator:
         return Evaluator(self.model, self.eval_count)
 
@@ -95,7 +96,7 @@ class Experiment:
         """
         result = self._once(run, "result.json", self._measure)
         if run.method.is_trained and isinstance(run.concept, Concept):  # a renaming's teacher has no picture
-            result["forwards"] = round(run.method.cost(result["steps"]))
+            result["forwards"] = round(run.method.cost(result["steps"], self.architecture))
             if (path := self.folder / timed_run(run).folder / "step_seconds.json").exists():
                 result["seconds"] = round(json.loads(path.read_text()) * result["steps"], 1)
         if (path := self.folder / run.folder / "stack.json").exists():
@@ -114,10 +115,10 @@ class Experiment:
         """Metrics "new" and "old" at each of `STEP_COUNTS`, for a run that has been trained."""
         return self._once(run, "step_counts.json", self._measure_by_step_count)
 
-    def load(self, run: Run) -> Flux2KleinDOPSDPipeline:
+    def load(self, run: Run) -> DiffusionPipeline:
         """The pipeline of a run that has been trained, or of the base model."""
         if run.method.is_full:
-            return Flux2KleinDOPSDPipeline.from_pretrained(self.folder / run.folder)
+            return self.architecture.load(self.folder / run.folder)
         return self.evaluator.load(*([self.folder / run.folder] if run.method.is_trained else []))
 
     def _once(self, run: Run, name: str, compute: Callable[[Run], dict | float]) -> dict | float:
@@ -189,7 +190,7 @@ class Experiment:
         )
         log_path = folder / "training.log"
         with open(log_path, "a") as log:
-            command = [sys.executable, str(TRAINING_SCRIPT), *sum(flags, [])]
+            command = [sys.executable, str(self.architecture.script), *sum(flags, [])]
             finished = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
         if finished.returncode:
             raise TrainingFailed(f"{log_path}: the training script ended with exit status {finished.returncode}")
@@ -212,10 +213,10 @@ class Experiment:
         """
         pipeline = self.evaluator.load()
         torch.manual_seed(run.seed)
-        schedule = pipeline.schedule(world.SIDE, world.SIDE, NUM_STEPS)
-        prior = self._prior_pictures(run, pipeline, schedule) if run.method.kind == "sft_prior" else None
+        schedule = pipeline.schedule(world.SIDE, world.SIDE, NUM_ROLLOUT_STEPS)
+        prior = self._prior_pictures(run, pipeline) if run.method.kind == "sft_prior" else None
         settings = run.method.settings
-        roles = make_roles(run.method, pipeline.transformer)
+        roles = make_roles(run.method, pipeline)
         stop = self._accuracy_stop(run, pipeline, roles) if run.method.stops_at_dopsd else should_stop
         pictures = self._encoded_pictures(run, pipeline)
         training = BaselineTraining(
@@ -225,22 +226,22 @@ class Experiment:
         save_baseline(roles, pipeline, self.folder / run.folder)
         return ({"reached": stop.reached} if run.method.stops_at_dopsd else {}) | {"steps": num_steps}
 
-    def _encoded_pictures(self, run: Run, pipeline: Flux2KleinDOPSDPipeline) -> EncodedPictures:
+    def _encoded_pictures(self, run: Run, pipeline: DiffusionPipeline) -> EncodedPictures:
         return encode_pictures(
             pipeline,
             *training_pictures(run.concept, run.seed),
             prompt_suffix=world.REFERENCE_SUFFIX,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
         )
 
-    def _prior_pictures(self, run: Run, pipeline: Flux2KleinDOPSDPipeline, schedule: Schedule) -> PriorPictures:
+    def _prior_pictures(self, run: Run, pipeline: DiffusionPipeline) -> PriorPictures:
+        schedule = pipeline.schedule(world.SIDE, world.SIDE, self.architecture.num_steps)
         _, captions = training_pictures(run.concept, run.seed)
         made = word_prompts([TriggerWord(run.concept.word, "")], captions, run.seed)
         prompts = replace(made, unrelated=tuple(prior_prompts(run.method.prior_avoids)))
         drawn = [prompts.draw(run.seed, place, 1)[0] for place in range(NUM_PRIOR_PICTURES)]
-        return draw_prior_pictures(pipeline, drawn, schedule, max_sequence_length=MAX_SEQUENCE_LENGTH, seed=run.seed)
+        return draw_prior_pictures(pipeline, drawn, schedule, seed=run.seed)
 
-    def _accuracy_stop(self, run: Run, pipeline: Flux2KleinDOPSDPipeline, roles: Roles) -> "AccuracyStop":
+    def _accuracy_stop(self, run: Run, pipeline: DiffusionPipeline, roles: Roles) -> "AccuracyStop":
         task = run.concept.task(self.eval_count)
 
         def accuracy() -> float:
@@ -266,23 +267,22 @@ class AccuracyStop:
         return self.reached
 
 
-def make_roles(method: Method, transformer: torch.nn.Module) -> Roles:
+def make_roles(method: Method, pipeline: DiffusionPipeline) -> Roles:
     """What a baseline trains."""
+    transformer = pipeline.transformer
     if method.is_full:
         freeze_others(transformer, trained_weights(transformer, None))
         cpu = torch.device("cpu")
         return StudentTeacherWeights(transformer, ema_device=cpu, base_device=cpu)
-    targets = lora_target_modules(transformer, KLEIN_LORA_LAYERS)
+    targets = lora_target_modules(transformer, architecture_of(pipeline).lora_layers)
     return StudentTeacherLoRA(transformer, targets, rank=method.settings.rank, alpha=method.settings.lora_alpha)
 
 
-def save_baseline(roles: Roles, pipeline: Flux2KleinDOPSDPipeline, folder: Path) -> None:
+def save_baseline(roles: Roles, pipeline: DiffusionPipeline, folder: Path) -> None:
     """Writes what `Experiment.load` reads: a LoRA, or the whole pipeline."""
     if isinstance(roles, StudentTeacherLoRA):
         weights, metadata = roles.export(torch.float32)
-        Flux2KleinPipeline.save_lora_weights(
-            folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
-        )
+        pipeline.save_lora_weights(folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata)
     else:
         write_pipeline(folder, pipeline.transformer.state_dict())
 
@@ -321,7 +321,7 @@ def dopsd_flags(
         "instance_data_dir": pictures_dir,
         "output_dir": output_dir,
         "resolution": world.SIDE,
-        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        **architecture_in(model).script_flags(model),
         **SHARED_FLAGS,
         "max_train_steps": num_steps,
         "checkpointing_steps": min(100, num_steps),

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+from PIL import Image
 
 from benchmarks.miniature import world
-from benchmarks.miniature.architecture import Architecture
+from benchmarks.miniature.architecture import Architecture, PassCosts
+from benchmarks.miniature.files import REPOSITORY, ZIMAGE_MODEL
 from benchmarks.miniature.tasks import References
 from benchmarks.miniature.zimage_parts import NUM_STEPS, make_transformer
+from pipelines.published import Z_IMAGE_LORA_LAYERS
 from pipelines.vision_encoder import VisionEncoder
 from pipelines.z_image import ZImageContext, ZImageDOPSDPipeline
 
@@ -20,9 +23,12 @@ VLM_PIXELS = world.SIDE**2  # at least and at most
 
 
 class ZImage(Architecture):
-    title = "Z-Image-Turbo"
+    name, title = "zimage", "Z-Image-Turbo"
+    folder, script = ZIMAGE_MODEL, REPOSITORY / "train_dopsd_zimage.py"
+    lora_layers = Z_IMAGE_LORA_LAYERS
+    costs = PassCosts(forward_and_backward=2.1, teacher=1.7, base=0.9)
     stock_pipeline_class, pipeline_options = ZImagePipeline, {}
-    num_steps = NUM_STEPS
+    num_steps, guidance_scale = NUM_STEPS, 0.0
     max_sequence_length = 64
     slots, entry_slots = tuple(range(NUM_STEPS)), (0,)
     num_substeps = 3
@@ -31,6 +37,19 @@ class ZImage(Architecture):
         pipeline = ZImageDOPSDPipeline.from_pretrained(folder)
         self.load_vlm(pipeline, folder / VLM_FOLDER)
         return pipeline
+
+    def script_flags(self, folder: Path) -> dict[str, object]:
+        return {
+            "max_sequence_length": self.max_sequence_length,
+            "teacher_context": "vlm",
+            "vlm_name_or_path": folder / VLM_FOLDER,
+            "vlm_min_pixels": VLM_PIXELS,
+            "vlm_max_pixels": VLM_PIXELS,
+        }
+
+    def picture_latents(self, pipeline: ZImageDOPSDPipeline, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        pixels = torch.cat([pipeline.image_processor.preprocess(picture) for picture in pictures])
+        return self.latents(self.encode(pipeline.vae, pixels))
 
     def load_vlm(self, pipeline: ZImageDOPSDPipeline, folder: Path) -> None:
         """Makes `picture_context` use this Qwen3-VL."""

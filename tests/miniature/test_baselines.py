@@ -16,7 +16,6 @@ from benchmarks.miniature.baselines import (
 )
 from benchmarks.miniature.concepts import CONCEPTS, training_pictures
 from benchmarks.miniature.methods import SharedSettings
-from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH
 from dopsd.lora_roles import StudentTeacherLoRA, lora_target_modules
 from dopsd.rollout import Schedule, distillation_loss, few_step_sample, rollout, seeded_noise
 from pipelines.published import KLEIN_LORA_LAYERS
@@ -28,9 +27,7 @@ SCHEDULE = Schedule(sigmas=SIGMAS, timesteps=1000 * SIGMAS[:-1])
 
 def encode(pipeline, count: int) -> EncodedPictures:
     images, captions = training_pictures(CONCEPTS[0], 0)
-    return encode_pictures(
-        pipeline, images[:count], captions[:count], prompt_suffix=" so", max_sequence_length=MAX_SEQUENCE_LENGTH
-    )
+    return encode_pictures(pipeline, images[:count], captions[:count], prompt_suffix=" so")
 
 
 def test_flow_matching_has_no_loss_at_the_true_velocity():
@@ -150,7 +147,7 @@ def gradient(roles: StudentTeacherLoRA) -> torch.Tensor:
 def test_prior_pictures_are_the_bases_and_are_learned_beside_the_own_ones(miniature):
     schedule = miniature.schedule(64, 64, 2)
     prompts = ["a plain red disc on sand"] * 3
-    prior = draw_prior_pictures(miniature, prompts, schedule, max_sequence_length=MAX_SEQUENCE_LENGTH, seed=0)
+    prior = draw_prior_pictures(miniature, prompts, schedule, seed=0)
     assert len({picture.sum().item() for picture in prior.x0}) == 3  # each from its own noise
     pictures, roles, schedule = encode(miniature, 2), make_roles(miniature), miniature.schedule(64, 64, 1)
 

@@ -83,7 +83,7 @@ def test_rates_are_chosen_by_what_is_learned_and_kept():
 def test_the_script_takes_the_flags_of_whole_models(tmp_path):
     method = recipe_in_mode(RECIPES[-1], FULL, 1e-4)
     flags = dopsd_flags(
-        tmp_path / "model",
+        MODEL,
         tmp_path,
         tmp_path / "out",
         seed=1,
@@ -101,7 +101,7 @@ def test_a_whole_baseline_trains_every_weight_and_its_pipeline_is_loaded(miniatu
     pictures = [Image.new("RGB", (64, 64))], ["a zofu on sand"]
     monkeypatch.setattr(type(DOMAIN), "pictures", lambda self, seed: pictures)
     before = {name: weight.clone() for name, weight in miniature.transformer.named_parameters()}
-    experiment = LessonExperiment(tmp_path, tmp_path, num_train_steps=2, steps_per_evaluation=2, eval_count=16)
+    experiment = LessonExperiment(MODEL, tmp_path, num_train_steps=2, steps_per_evaluation=2, eval_count=16)
     monkeypatch.setattr(experiment.evaluator, "load", lambda *loras: miniature)
     run = Run(DOMAIN, 0, recipe_in_mode(RECIPES[0], FULL, 1e-3))
     assert experiment.train_baseline(run) == {"steps": 2}

@@ -8,6 +8,7 @@ from PIL import Image
 import train_dopsd_flux2
 from benchmarks.miniature import world
 from benchmarks.miniature.edits import COPY_SUFFIX, PAIR_SUFFIX
+from benchmarks.miniature.files import MODEL
 from benchmarks.miniature.lesson_runs import (
     EDIT_COLUMNS,
     EDIT_METHODS,
@@ -92,7 +93,7 @@ def test_places_of_the_training_pictures_are_counted(reader):
 
 
 def test_prior_preservation_holds_edits_that_are_not_measured(tmp_path):
-    experiment = LessonExperiment(tmp_path, tmp_path, num_train_steps=2, steps_per_evaluation=2, eval_count=16)
+    experiment = LessonExperiment(MODEL, tmp_path, num_train_steps=2, steps_per_evaluation=2, eval_count=16)
     default = EDIT_METHODS[-1]
     flags = experiment._prior_flags(Run(BLUE, 0, default), tmp_path)
     assert flags["trigger_word"] == "blue" and len(flags["class_prompt"]) == 10
@@ -101,7 +102,7 @@ def test_prior_preservation_holds_edits_that_are_not_measured(tmp_path):
     assert "class_prompt" not in experiment._prior_flags(Run(OWN_PLACES, 0, default), tmp_path)
     all_flags = {**BLUE.training_flags, **flags, **default.flags}
     arguments = dopsd_flags(
-        tmp_path, tmp_path, tmp_path / "out", seed=1, num_steps=2, retention_prompts=["a ball", "a box"], **all_flags
+        MODEL, tmp_path, tmp_path / "out", seed=1, num_steps=2, retention_prompts=["a ball", "a box"], **all_flags
     )
     settings = parse_settings(train_dopsd_flux2.MODEL, "", sum(arguments, []))
     assert settings.prior.class_prompt == flags["class_prompt"]

@@ -10,6 +10,7 @@ from benchmarks.miniature import runs as runs_module
 from benchmarks.miniature.concepts import CONCEPTS, RENAMING, prior_prompts
 from benchmarks.miniature.experiment import make_comparisons, make_work
 from benchmarks.miniature.files import MODEL
+from benchmarks.miniature.klein import KLEIN, Klein
 from benchmarks.miniature.methods import (
     BASE,
     DOPSD,
@@ -44,7 +45,7 @@ OBJECT = CONCEPTS[0]
 
 def test_the_training_script_takes_the_flags_and_trains_like_the_baselines(tmp_path):
     flags = dopsd_flags(
-        tmp_path / "model",
+        MODEL,
         tmp_path,
         tmp_path / "out",
         seed=1,
@@ -160,7 +161,7 @@ def test_costs_stacks_and_times_join_the_result_once_they_are_measured(experimen
     run = Run(OBJECT, 0, SFT)
     others = [replace(run, concept=concept) for concept in CONCEPTS[1:]]
     plain = experiment.result(run)
-    assert plain["forwards"] == round(SFT.cost(3)) and "stack" not in plain and "seconds" not in plain
+    assert plain["forwards"] == round(SFT.cost(3, KLEIN)) and "stack" not in plain and "seconds" not in plain
     assert 0 <= plain["neighbours"]["exact"] <= 1 and plain["wrong_words"]["exact"] < 0.1
     for other in others:
         experiment.result(other)
@@ -206,7 +207,7 @@ def test_the_shared_base_latents_do_not_change_with_the_pipeline(experiment):
 )
 def test_a_failed_training_is_reported_with_its_log(experiment, monkeypatch, tmp_path, script, message, log):
     (tmp_path / "script.py").write_text(script)
-    monkeypatch.setattr(runs_module, "TRAINING_SCRIPT", tmp_path / "script.py")
+    monkeypatch.setattr(Klein, "script", tmp_path / "script.py")
     run = Run(OBJECT, 0, DOPSD)
     with pytest.raises(TrainingFailed, match=f"training.log: the training script {message}"):
         experiment.result(run)
