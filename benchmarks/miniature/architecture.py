@@ -70,8 +70,12 @@ class Architecture(ABC):
     num_substeps: ClassVar[int]
 
     @abstractmethod
-    def load(self, folder: Path) -> DiffusionPipeline:
-        """The miniature in this folder, as a pipeline with the methods that D-OPSD needs."""
+    def load(self, folder: Path, **teacher_flags: str) -> DiffusionPipeline:
+        """The miniature in this folder, as a pipeline with the methods that D-OPSD needs.
+
+        Args:
+            teacher_flags: the training script's, if they differ from its defaults.
+        """
 
     @abstractmethod
     def script_flags(self, folder: Path) -> dict[str, object]:

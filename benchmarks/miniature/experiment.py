@@ -17,36 +17,16 @@ from pathlib import Path
 
 from benchmarks.miniature import report
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
-from benchmarks.miniature.concepts import CONCEPTS, MAX_EVAL_COUNT, RENAMING
+from benchmarks.miniature.concepts import MAX_EVAL_COUNT
 from benchmarks.miniature.evaluate import NUM_RETENTION_PROMPTS, add_model_flag
 from benchmarks.miniature.files import check_model, check_settings, make_folder
-from benchmarks.miniature.methods import (
-    ABLATIONS,
-    EQUAL_COST_TABLE,
-    FIRST_TABLE,
-    LARGE_EPSILON,
-    LARGE_EPSILON_TABLE,
-    LEARNING_RATE_GRIDS,
-    NUM_TRAIN_STEPS,
-    PRIOR_TABLE,
-    QUICK_TABLE,
-    RENAMING_TABLE,
-    SAMPLING_TABLE,
-    STEP_TABLE,
-    RunsByMethod,
-    all_runs,
-    learning_rate_grid,
-    runs_by_method,
-)
-from benchmarks.miniature.report import Comparison
+from benchmarks.miniature.methods import NUM_TRAIN_STEPS, all_runs
+from benchmarks.miniature.plans import Plan, make_plan
 from benchmarks.miniature.runs import Experiment, timed_run
 from benchmarks.miniature.workers import Work, disable_progress_bars, run_side_by_side
 from dopsd.errors import InputError
 
 
-SEEDS = (0, 1, 2)
-TUNING_SEED = 3  # of the runs that learning rates are chosen by; not among the seeds that are reported
-RENAMING_TITLE = f"A lesson that prior preservation resists: {RENAMING.word!r} is to mean {RENAMING.meaning!r}"
 EVAL_COUNT, QUICK_EVAL_COUNT = 64, 48
 STEPS_PER_EVALUATION, QUICK_STEPS_PER_EVALUATION = 20, 30
 
@@ -102,57 +82,24 @@ def main() -> None:
     check_settings(args.output_dir, experiment.settings, flag="--output_dir")
     disable_progress_bars()
 
-    comparisons = make_comparisons(is_quick=args.quick)
-    by_step_count = runs_by_method(STEP_TABLE, CONCEPTS[:1], SEEDS[:1])
+    plan = make_plan(experiment.architecture, is_quick=args.quick)
 
     # For the workers and the training script, which read it when they start.
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.num_workers))
-    run_side_by_side(experiment, make_work(comparisons, by_step_count), args.num_workers)
-    report.write(experiment, comparisons, by_step_count)
+    run_side_by_side(experiment, make_work(plan), args.num_workers)
+    report.write(experiment, plan)
 
 
-def make_comparisons(*, is_quick: bool) -> list[Comparison]:
-    """The tables of the report."""
-    if is_quick:
-        return [Comparison("first_table", "First table", QUICK_TABLE, CONCEPTS[:1], SEEDS[:1])]
-    every, one, renaming = (CONCEPTS, SEEDS), (CONCEPTS[:1], SEEDS), ((RENAMING,), SEEDS)
-    on_object = f"concept {CONCEPTS[0].name!r}"
-    return [
-        Comparison("first_table", "First table", FIRST_TABLE, *every, has_stacks=True),
-        Comparison("equal_cost", "At the cost of D-OPSD", EQUAL_COST_TABLE, *every, has_stacks=True),
-        Comparison(
-            "large_epsilon",
-            f"With an epsilon of {LARGE_EPSILON:g}, seed {SEEDS[0]}",
-            LARGE_EPSILON_TABLE,
-            CONCEPTS,
-            SEEDS[:1],
-        ),
-        Comparison("sampling", f"How states are sampled, {on_object}", SAMPLING_TABLE, *one),
-        Comparison("prior", f"Kinds of prior preservation, {on_object}", PRIOR_TABLE, *one),
-        Comparison("renaming", RENAMING_TITLE, RENAMING_TABLE, *renaming),
-        Comparison("ablations", f"Ablations, {on_object}, epsilon {LARGE_EPSILON:g}", ABLATIONS, *one),
-        *(
-            Comparison(
-                f"grid_{epsilon:g}",
-                f"Learning rates with an epsilon of {epsilon:g}, {on_object}, seed {TUNING_SEED}",
-                learning_rate_grid(epsilon),
-                CONCEPTS[:1],
-                (TUNING_SEED,),
-            )
-            for epsilon in LEARNING_RATE_GRIDS
-        ),
-    ]
-
-
-def make_work(comparisons: list[Comparison], by_step_count: RunsByMethod) -> Work:
-    """The runs of the comparisons. Steps are timed of the methods of which stacks are measured."""
-    stacked = [comparison.runs for comparison in comparisons if comparison.has_stacks]
+def make_work(plan: Plan) -> Work:
+    """The runs of the plan. Steps are timed of the methods of which stacks are measured."""
+    stacked = [comparison.runs for comparison in plan.comparisons if comparison.has_stacks]
     stacks = [run for run in all_runs(*stacked) if run.method.is_trained]
     return Work(
-        runs=all_runs(*(comparison.runs for comparison in comparisons)),
+        runs=all_runs(*(comparison.runs for comparison in plan.comparisons)),
         stacks=stacks,
         timed=list({timed_run(run).folder: run for run in stacks}.values()),
-        by_step_count=all_runs(by_step_count),
+        by_step_count=all_runs(plan.by_step_count),
+        step_counts=plan.step_counts,
     )
 
 

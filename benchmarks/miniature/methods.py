@@ -53,7 +53,7 @@ class Method:
         kind: "base"; "teacher", the base model with a reference; "dopsd", the training script; or the name of a
             baseline (see `baselines`).
         flags: flags of the training script that differ from `SHARED_FLAGS`. A baseline has those of
-            `SharedSettings` and `TRAIN_MODE` only.
+            `SharedSettings` and `TRAIN_MODE` only; the teacher what `Architecture.load` takes.
         relative_steps: training steps, relative to the experiment's number.
         stops_at_dopsd: whether training stops when it reaches the concept accuracy of D-OPSD.
         prior_avoids: words that no unrelated prompt of prior preservation has.
@@ -124,12 +124,12 @@ def tuned(epsilon: float) -> tuple[Method, ...]:
     return tuple(with_rate(recipe, epsilon, rate) for recipe, rate in pairs)
 
 
-def learning_rate_grid(epsilon: float) -> tuple[Method, ...]:
-    """Every recipe with every learning rate of the grid."""
+def learning_rate_grid(epsilon: float, rates: tuple[float, ...]) -> tuple[Method, ...]:
+    """Every recipe with every learning rate."""
     return tuple(
         replace(with_rate(recipe, epsilon, rate), name=f"{recipe.name} | {rate:g}")
         for recipe in RECIPES
-        for rate in LEARNING_RATE_GRIDS[epsilon]
+        for rate in rates
     )
 
 

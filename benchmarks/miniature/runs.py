@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -46,7 +46,6 @@ from dopsd.weight_roles import StudentTeacherWeights, freeze_others, trained_wei
 
 
 NUM_TIMED_STEPS = 17
-STEP_COUNTS = (1, 2, 4, 8)  # numbers of sampling steps that models are compared at
 
 
 class TrainingFailed(DOPSDError):
@@ -111,9 +110,9 @@ class Experiment:
         """Seconds per training step, measured by a short training on an otherwise idle machine."""
         return self._once(timed_run(run), "step_seconds.json", self._time)
 
-    def results_by_step_count(self, run: Run) -> dict[str, dict]:
-        """Metrics "new" and "old" at each of `STEP_COUNTS`, for a run that has been trained."""
-        return self._once(run, "step_counts.json", self._measure_by_step_count)
+    def results_by_step_count(self, run: Run, step_counts: tuple[int, ...]) -> dict[str, dict]:
+        """Metrics "new" and "old" at each number of sampling steps, for a run that has been trained."""
+        return self._once(run, "step_counts.json", partial(self._measure_by_step_count, step_counts=step_counts))
 
     def load(self, run: Run) -> DiffusionPipeline:
         """The pipeline of a run that has been trained, or of the base model."""
@@ -135,7 +134,8 @@ class Experiment:
         if run.method.kind == "teacher":
             images, _ = training_pictures(run.concept, run.seed)
             task = concept_task(run.concept, self.eval_count, references=images)
-            return {"new": self.evaluator.measure(self.evaluator.load(), task)}
+            pipeline = self.architecture.load(self.model, **run.method.flags)
+            return {"new": self.evaluator.measure(pipeline, task)}
         trained = self._once(run, "trained.json", self._train) if run.method.is_trained else {}
         pipeline = self.load(run)
         metrics = self.evaluator.evaluate(pipeline, run.concept) | self.evaluator.evaluate_leaks(pipeline, run.concept)
@@ -158,9 +158,14 @@ class Experiment:
                 seconds = [line["seconds_per_step"] for line in read_history(Path(folder, run.folder))]
         return round(float(np.mean(seconds[1:])), 4)  # the first one includes warming up
 
-    def _measure_by_step_count(self, run: Run) -> dict[str, dict]:
-        pipeline = self.load(run)
-        return {str(count): self.evaluator.evaluate(pipeline, run.concept, count) for count in STEP_COUNTS}
+    def _measure_by_step_count(self, run: Run, step_counts: tuple[int, ...]) -> dict[str, dict]:
+        pipeline, result = self.load(run), self.result(run)
+        return {
+            str(count): {name: result[name] for name in ("new", "old")}
+            if count == self.architecture.num_steps
+            else self.evaluator.evaluate(pipeline, run.concept, count)
+            for count in step_counts
+        }
 
     def _train(self, run: Run) -> dict:
         return self.train_dopsd(run) if run.method.kind == "dopsd" else self.train_baseline(run)

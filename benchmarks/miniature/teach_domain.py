@@ -41,7 +41,7 @@ def main() -> None:
     comparison = DomainComparison(experiment.result, modes, tuple(args.seeds))
 
     def make(runs: list[Run]) -> None:
-        run_side_by_side(experiment, Work(runs, stacks=[], timed=[], by_step_count=[]), args.num_workers)
+        run_side_by_side(experiment, Work(runs), args.num_workers)
 
     make(comparison.grid_runs)
     make(comparison.runs)

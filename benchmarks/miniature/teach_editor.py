@@ -73,7 +73,7 @@ def main() -> None:
     }
     # For the workers and the training script, which read it when they start.
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.num_workers))
-    run_side_by_side(experiment, Work(runs_of_all(groups), stacks=[], timed=[], by_step_count=[]), args.num_workers)
+    run_side_by_side(experiment, Work(runs_of_all(groups)), args.num_workers)
     write_report(experiment, groups, args.seeds)
 
 

@@ -1,6 +1,7 @@
 """Makes the results of many runs in worker processes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import diffusers
 import transformers
@@ -22,12 +23,14 @@ class Work:
         stacks: of these, the ones to be measured together with another concept's.
         timed: of these, the ones whose training steps are timed.
         by_step_count: of these, the ones to be measured at several numbers of sampling steps.
+        step_counts: these numbers.
     """
 
     runs: list[Run]
-    stacks: list[Run]
-    timed: list[Run]
-    by_step_count: list[Run]
+    stacks: list[Run] = field(default_factory=list)
+    timed: list[Run] = field(default_factory=list)
+    by_step_count: list[Run] = field(default_factory=list)
+    step_counts: tuple[int, ...] = ()
 
 
 def run_side_by_side(experiment: Experiment, work: Work, num_workers: int) -> None:
@@ -42,7 +45,7 @@ def run_side_by_side(experiment: Experiment, work: Work, num_workers: int) -> No
         (_make_result, [run for run in runs if not run.method.stops_at_dopsd]),
         (_make_result, [run for run in runs if run.method.stops_at_dopsd]),
         (_make_stack, work.stacks),
-        (_make_results_by_step_count, work.by_step_count),
+        (partial(_make_results_by_step_count, step_counts=work.step_counts), work.by_step_count),
     ]
     # A copy, since the workers need not receive what `experiment` has cached.
     start = {"initializer": _start_worker, "initargs": (replace(experiment),)}
@@ -66,8 +69,8 @@ def _make_result(run: Run) -> None:
     worker_experiment.result(run)
 
 
-def _make_results_by_step_count(run: Run) -> None:
-    worker_experiment.results_by_step_count(run)
+def _make_results_by_step_count(run: Run, step_counts: tuple[int, ...]) -> None:
+    worker_experiment.results_by_step_count(run, step_counts)
 
 
 def _make_stack(run: Run) -> None:

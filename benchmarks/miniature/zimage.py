@@ -33,9 +33,9 @@ class ZImage(Architecture):
     slots, entry_slots = tuple(range(NUM_STEPS)), (0,)
     num_substeps = 3
 
-    def load(self, folder: Path) -> ZImageDOPSDPipeline:
+    def load(self, folder: Path, *, vlm_rope: str = "vlm") -> ZImageDOPSDPipeline:
         pipeline = ZImageDOPSDPipeline.from_pretrained(folder)
-        self.load_vlm(pipeline, folder / VLM_FOLDER)
+        self.load_vlm(pipeline, folder / VLM_FOLDER, rope=vlm_rope)
         return pipeline
 
     def script_flags(self, folder: Path) -> dict[str, object]:
@@ -51,14 +51,19 @@ class ZImage(Architecture):
         pixels = torch.cat([pipeline.image_processor.preprocess(picture) for picture in pictures])
         return self.latents(self.encode(pipeline.vae, pixels))
 
-    def load_vlm(self, pipeline: ZImageDOPSDPipeline, folder: Path) -> None:
-        """Makes `picture_context` use this Qwen3-VL."""
+    def load_vlm(self, pipeline: ZImageDOPSDPipeline, folder: Path, *, rope: str = "vlm") -> None:
+        """Makes the pipeline's teacher use this Qwen3-VL.
+
+        Args:
+            rope: see `VisionEncoder`.
+        """
         pipeline.vision_encoder = VisionEncoder(
             str(folder),
             pipeline.tokenizer,
             pipeline.text_encoder.config,
             min_pixels=VLM_PIXELS,
             max_pixels=VLM_PIXELS,
+            rope=rope,
         )
         pipeline.vision_encoder.load(pipeline.text_encoder)
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.miniature import experiment as experiment_module
+from benchmarks.miniature import methods
 from benchmarks.miniature.concepts import CONCEPTS
 from benchmarks.miniature.methods import DOPSD, QUICK_TABLE, SFT, SFT_STOPPED, Run
 from dopsd.errors import InputError
@@ -21,7 +22,7 @@ def test_an_experiment_trains_measures_and_reports(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # `main` changes it; this restores it
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     set_command_line(monkeypatch, "--quick", "--output_dir", tmp_path, "--num_train_steps", 3, "--eval_count", 16)
-    monkeypatch.setattr(experiment_module, "STEP_TABLE", (DOPSD,))
+    monkeypatch.setattr(methods, "STEP_TABLE", (DOPSD,))
     experiment_module.main()
 
     results = json.loads((tmp_path / "results.json").read_text())

@@ -8,7 +8,7 @@ import torch
 import train_dopsd_flux2
 from benchmarks.miniature import runs as runs_module
 from benchmarks.miniature.concepts import CONCEPTS, RENAMING, prior_prompts
-from benchmarks.miniature.experiment import make_comparisons, make_work
+from benchmarks.miniature.experiment import make_work
 from benchmarks.miniature.files import MODEL
 from benchmarks.miniature.klein import KLEIN, Klein
 from benchmarks.miniature.methods import (
@@ -24,9 +24,9 @@ from benchmarks.miniature.methods import (
     Method,
     Run,
     SharedSettings,
-    runs_by_method,
     runs_of,
 )
+from benchmarks.miniature.plans import klein_plan, zimage_plan
 from benchmarks.miniature.runs import (
     NUM_TIMED_STEPS,
     AccuracyStop,
@@ -63,12 +63,13 @@ def test_the_training_script_takes_the_flags_and_trains_like_the_baselines(tmp_p
     assert {name: settings[name] for name in expected} == expected
 
 
-def test_runs_share_a_folder_only_if_their_settings_are_equal():
-    methods = [method for comparison in make_comparisons(is_quick=False) for method in comparison.methods]
+@pytest.mark.parametrize(("make", "num_folders"), [(klein_plan, 60), (zimage_plan, 30)])
+def test_runs_share_a_folder_only_if_their_settings_are_equal(make, num_folders):
+    methods = [method for comparison in make(is_quick=False).comparisons for method in comparison.methods]
     settings = {}
     for method in methods:
         settings.setdefault(Run(OBJECT, 0, method).folder, set()).add(str(replace(method, name="")))
-    assert len(settings) > 60 and all(len(different) == 1 for different in settings.values())
+    assert len(settings) > num_folders and all(len(different) == 1 for different in settings.values())
     prefix = "transformer_blocks." * 10  # too long for a folder's name
     layers = [Run(OBJECT, 0, Method("x", flags={"lora_layers": prefix + end})).folder for end in ("a", "b")]
     assert layers[0] != layers[1]
@@ -79,10 +80,15 @@ def test_there_is_one_run_per_concept_and_seed_except_for_the_base():
     assert [run.seed for run in runs_of(BASE, CONCEPTS, (0, 1, 2))] == [0, 0, 0]
 
 
-def test_every_trained_run_is_measured_stacked_and_timed_where_the_tables_say_so():
-    work = make_work(make_comparisons(is_quick=False), runs_by_method((BASE,), (OBJECT,), (0,)))
-    assert len({run.folder for run in work.runs}) == len(work.runs) > 200
+@pytest.mark.parametrize(("make", "num_runs"), [(klein_plan, 200), (zimage_plan, 90)])
+def test_every_trained_run_is_measured_stacked_and_timed_where_the_tables_say_so(make, num_runs):
+    plan = make(is_quick=False)
+    work = make_work(plan)
+    assert len({run.folder for run in work.runs}) == len(work.runs) > num_runs
     assert {run.folder for run in work.stacks} < {run.folder for run in work.runs}
+    assert {run.folder for run in work.by_step_count} < {run.folder for run in work.runs}
+    shown = {method.name for method in plan.shown.values()}
+    assert shown <= {method.name for method in plan.comparisons[0].methods}
     for run in work.stacks:
         assert run.method.is_trained and run.concept in CONCEPTS
         assert all(

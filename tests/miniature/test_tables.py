@@ -1,10 +1,9 @@
 import json
 
-from benchmarks.miniature.concepts import CONCEPTS
-from benchmarks.miniature.experiment import SEEDS, make_comparisons
 from benchmarks.miniature.files import MODEL, REPOSITORY
-from benchmarks.miniature.methods import LEARNING_RATES, STEP_TABLE, runs_by_method
-from benchmarks.miniature.report import Comparison, grid_results, retention_runs
+from benchmarks.miniature.methods import LEARNING_RATES
+from benchmarks.miniature.plans import Comparison, klein_plan
+from benchmarks.miniature.report import grid_results, retention_runs
 from benchmarks.miniature.tables import (
     MAIN_COLUMNS,
     README_METHODS,
@@ -79,7 +78,7 @@ def rows(results: dict, comparison: Comparison) -> dict[str, list[dict]]:
 
 def test_the_learning_rates_of_the_tables_are_the_best_of_the_committed_grids():
     results = committed_results()
-    grids = [comparison for comparison in make_comparisons(is_quick=False) if comparison.name.startswith("grid")]
+    grids = [comparison for comparison in klein_plan(is_quick=False).comparisons if comparison.name.startswith("grid")]
     assert len(grids) == len(LEARNING_RATES)
     for comparison, rates in zip(grids, LEARNING_RATES.values(), strict=True):
         by_recipe = grid_results(comparison, lambda run: results[str(run.folder)])
@@ -89,20 +88,19 @@ def test_the_learning_rates_of_the_tables_are_the_best_of_the_committed_grids():
 def test_the_readmes_show_the_committed_results():
     folder, results = MODEL.parent / "results", committed_results()
     report, readme = (folder / "results.md").read_text(), (MODEL.parent / "README.md").read_text()
-    comparisons = make_comparisons(is_quick=False)
-    for comparison in comparisons:
+    plan = klein_plan(is_quick=False)
+    for comparison in plan.comparisons:
         if comparison.name.startswith("grid"):
             text = grid_table(grid_results(comparison, lambda run: results[str(run.folder)]))
             assert text in report and text in readme
         else:
             assert table(rows(results, comparison)) in report
             assert table(rows(results, comparison), MAIN_COLUMNS) in readme
-    assert readme_table(rows(results, comparisons[0])) in (REPOSITORY / "README.md").read_text()
-    step_runs = runs_by_method(STEP_TABLE, CONCEPTS[:1], SEEDS[:1])
+    assert readme_table(rows(results, plan.comparisons[0])) in (REPOSITORY / "README.md").read_text()
     steps = step_table(
-        {name: [results[str(run.folder)]["step_counts"] for run in runs] for name, runs in step_runs.items()}
+        {name: [results[str(run.folder)]["step_counts"] for run in runs] for name, runs in plan.by_step_count.items()}
     )
     assert steps in report and steps in readme
-    compared = {name: [results[str(run.folder)] for run in runs] for name, runs in retention_runs(comparisons).items()}
+    compared = {name: [results[str(run.folder)] for run in runs] for name, runs in retention_runs(plan).items()}
     lines = [line for line in retention_text(compared, list(results.values())).splitlines()[2:] if line]
     assert len(lines) == 4 and all(line in report and line in readme for line in lines)
