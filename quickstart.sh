@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Installs, trains a LoRA on a miniature FLUX.2-klein, and draws a contact sheet. Arguments are passed to
-# benchmarks/miniature/quickstart.py; paths among them are relative to the current folder.
+# Installs, trains a LoRA on a miniature FLUX.2-klein or Z-Image-Turbo, and draws a contact sheet. Arguments are passed
+# to benchmarks/miniature/quickstart.py; paths among them are relative to the current folder.
 set -euo pipefail
 
 cat <<'TEXT'
-Quick start: teaches a miniature FLUX.2-klein, which is part of this repository, a new object from four pictures, with
-train_dopsd_flux2.py and, for comparison, with ordinary LoRA training. It needs no GPU and downloads no model.
+Quick start: teaches a miniature FLUX.2-klein, or with --model zimage a miniature Z-Image-Turbo, a new object from four
+pictures: with this repository's training script and, for comparison, with ordinary LoRA training. Both miniatures are
+part of the repository. It needs no GPU and downloads no model.
 
 The first run installs requirements-tested.txt into .venv: about 400 MB if pip installs the CPU build of torch, several
 GB if it installs the CUDA build (on Linux). After that, a run takes two to four minutes.

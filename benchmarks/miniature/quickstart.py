@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from benchmarks.miniature import world
+from benchmarks.miniature import methods, world, zimage_methods
 from benchmarks.miniature.architecture import Architecture
 from benchmarks.miniature.architectures import ARCHITECTURES
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.concepts import CONCEPTS, concept_task, training_pictures, wrong_word_task
 from benchmarks.miniature.files import REPOSITORY, make_folder
-from benchmarks.miniature.methods import DOPSD_BOTH_FAST, NUM_TRAIN_STEPS, SFT, Run
+from benchmarks.miniature.methods import NUM_TRAIN_STEPS, Method, Run
 from benchmarks.miniature.plots import concept_sheet
 from benchmarks.miniature.runs import Experiment, TrainingFailed, dopsd_flags, prior_flags
 from benchmarks.miniature.workers import disable_progress_bars
@@ -32,6 +32,11 @@ from dopsd.errors import InputError
 from dopsd.sheets import save_png
 
 
+# SFT and D-OPSD of each miniature.
+METHODS = {
+    "klein": (methods.SFT, methods.DOPSD_BOTH_FAST),
+    "zimage": (zimage_methods.SFT, zimage_methods.DOPSD_BOTH),
+}
 MARKER = ".made-by-quickstart"
 CONCEPT, SEED = CONCEPTS[0], 0
 EVAL_COUNT = 48  # pictures per task
@@ -85,7 +90,12 @@ def clear(folder: Path) -> None:
 
 
 def train_dopsd(
-    architecture: Architecture, pictures_dir: Path, lora_dir: Path, num_steps: int, retention_prompts: list[str]
+    architecture: Architecture,
+    method: Method,
+    pictures_dir: Path,
+    lora_dir: Path,
+    num_steps: int,
+    retention_prompts: list[str],
 ) -> None:
     """Prints and runs the command that a user would type.
 
@@ -102,8 +112,8 @@ def train_dopsd(
         num_steps=num_steps,
         retention_prompts=retention_prompts,
         **CONCEPT.training_flags,
-        **prior_flags(DOPSD_BOTH_FAST, CONCEPT, pictures_dir.parent),
-        **DOPSD_BOTH_FAST.flags,
+        **prior_flags(method, CONCEPT, pictures_dir.parent),
+        **method.flags,
     )
     print(" \\\n  ".join(["accelerate " + shlex.join(launch), *map(shlex.join, flags)]), flush=True)
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, *sum(flags, [])]
@@ -172,7 +182,7 @@ def main() -> None:
     folder, num_steps = args.output_dir.resolve(), args.max_train_steps
     pictures_dir, lora_dir, sheet_path = folder / "pictures", folder / "lora", folder / "sheet.png"
     clear(folder)
-    architecture = ARCHITECTURES[args.model]
+    architecture, (sft, dopsd) = ARCHITECTURES[args.model], METHODS[args.model]
     experiment = Experiment(
         architecture.folder, folder, num_steps, steps_per_evaluation=num_steps, eval_count=EVAL_COUNT
     )
@@ -183,10 +193,10 @@ def main() -> None:
     print(f"{pictures_dir}: {', '.join(sorted(path.name for path in pictures_dir.iterdir()))}")
 
     announce("2. D-OPSD: the training script")
-    train_dopsd(architecture, pictures_dir, lora_dir, num_steps, evaluator.retention_prompts)
+    train_dopsd(architecture, dopsd, pictures_dir, lora_dir, num_steps, evaluator.retention_prompts)
 
     announce(f"3. Ordinary LoRA training (SFT) for comparison: {num_steps} steps, without progress messages")
-    sft_run = Run(CONCEPT, SEED, SFT)
+    sft_run = Run(CONCEPT, SEED, sft)
     (folder / sft_run.folder).mkdir(parents=True)
     experiment.train_baseline(sft_run)
 

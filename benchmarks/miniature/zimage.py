@@ -42,7 +42,7 @@ class ZImage(Architecture):
         return {
             "max_sequence_length": self.max_sequence_length,
             "teacher_context": "vlm",
-            "vlm_name_or_path": folder / VLM_FOLDER,
+            "vlm_model_name_or_path": folder / VLM_FOLDER,
             "vlm_min_pixels": VLM_PIXELS,
             "vlm_max_pixels": VLM_PIXELS,
         }
