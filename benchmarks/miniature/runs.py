@@ -189,6 +189,7 @@ class Experiment:
             seed=run.seed,
             num_steps=num_steps,
             retention_prompts=self.evaluator.retention_prompts,
+            num_validation_images=1,  # the experiment draws and measures its own
             **run.concept.training_flags,
             **self._prior_flags(run, folder),
             **run.method.flags | changed,
