@@ -1,11 +1,20 @@
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks.miniature.architectures import ARCHITECTURES, architecture_of
+import train_dopsd_flux2
+import train_dopsd_zimage
+from benchmarks.miniature import world
+from benchmarks.miniature.architectures import ARCHITECTURES, architecture_in, architecture_of
+from benchmarks.miniature.files import MODEL
 from benchmarks.miniature.klein import KLEIN
 from benchmarks.miniature.zimage import ZIMAGE
+from dopsd.command_line import parse_settings
 from pipelines.flux2_klein import KleinContext
 from pipelines.z_image import ZImageContext
+from short_runs import as_arguments
 
 
 def klein_context(*values: float, num_pictures: int) -> KleinContext:
@@ -37,12 +46,22 @@ def test_z_images_contexts_are_joined_and_selected():
     assert [embeds[:, 0].tolist() for embeds in chosen.prompt_embeds] == [[3, 3, 3], [1], [3, 3, 3]]
 
 
-def test_a_pipelines_architecture_is_found_and_loads_its_folder(miniature, zimage):
-    assert architecture_of(miniature) is ARCHITECTURES["klein"]
-    assert architecture_of(zimage) is ARCHITECTURES["zimage"]
-    for architecture, pipeline in ((KLEIN, miniature), (ZIMAGE, zimage)):
-        assert isinstance(pipeline, architecture.stock_pipeline_class)
-        made = architecture.make_transformer()
-        assert {name: weight.shape for name, weight in made.state_dict().items()} == {
-            name: weight.shape for name, weight in pipeline.transformer.state_dict().items()
-        }
+def test_an_architecture_is_found_by_pipeline_context_and_folder(miniature, zimage, zimage_folder):
+    for name, pipeline, folder in (("klein", miniature, MODEL), ("zimage", zimage, zimage_folder)):
+        architecture = ARCHITECTURES[name]
+        assert architecture.name == name
+        assert architecture_of(pipeline) is architecture_in(folder) is architecture
+        assert architecture_of(architecture.text_context(pipeline, ["a zofu on sand"])) is architecture
+        made, loaded = architecture.make_transformer().state_dict(), pipeline.transformer.state_dict()
+        assert {key: weight.shape for key, weight in made.items()} == {key: t.shape for key, t in loaded.items()}
+
+
+@pytest.mark.parametrize("model", [train_dopsd_flux2.MODEL, train_dopsd_zimage.MODEL])
+def test_the_scripts_know_the_flags_that_their_miniature_needs(model, zimage_folder):
+    (architecture,) = (item for item in ARCHITECTURES.values() if item.script == Path(inspect.getfile(type(model))))
+    flags = architecture.script_flags(zimage_folder)
+    required = {"pretrained_model_name_or_path": zimage_folder, "instance_data_dir": ".", "instance_prompt": "a zofu"}
+    settings = parse_settings(model, "", as_arguments(required | flags))
+    assert settings.model.max_sequence_length == architecture.max_sequence_length
+    if architecture is ZIMAGE:
+        assert settings.teacher.vlm_min_pixels == settings.teacher.vlm_max_pixels == world.SIDE**2
