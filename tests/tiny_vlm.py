@@ -7,7 +7,8 @@ import torch
 from transformers import Qwen3Config, Qwen3VLForConditionalGeneration
 
 from benchmarks.miniature.parts import byte_tokenizer
-from benchmarks.real_shapes.checkpoint import PREPROCESSOR, TINY, vlm_config
+from benchmarks.real_shapes.checkpoint import TINY
+from benchmarks.vlm_files import PREPROCESSOR, vlm_config
 
 
 def make_tiny_vlm(

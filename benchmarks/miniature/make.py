@@ -9,7 +9,8 @@ progress; the output folder holds the pipeline as of the last evaluation.
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -104,19 +105,28 @@ def evaluate_and_save(
     output_dir: Path,
 ) -> dict[str, dict[str, float]]:
     """Measures the pipeline with this transformer, draws a sheet of its samples and writes it to `output_dir`."""
-    trained = pipeline.transformer
-    pipeline.transformer = transformer
-    pictures = {name: sample(pipeline, task) for name, task in tasks.items()}
-    draw_sheet(tasks, pictures, sheet_path)
-    save_stock_pipeline(pipeline, output_dir)
-    pipeline.transformer = trained
+    with using_transformer(pipeline, transformer):
+        pictures = {name: sample(pipeline, task) for name, task in tasks.items()}
+        draw_sheet(tasks, pictures, sheet_path)
+        save_stock_pipeline(pipeline, output_dir)
     return {name: measure(pictures[name], task, reader) for name, task in tasks.items()}
+
+
+@contextmanager
+def using_transformer(pipeline: DiffusionPipeline, transformer: torch.nn.Module) -> Iterator[None]:
+    """The pipeline has this transformer in the meantime."""
+    original, pipeline.transformer = pipeline.transformer, transformer
+    try:
+        yield
+    finally:
+        pipeline.transformer = original
 
 
 def save_stock_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Writes the pipeline as one of diffusers' own class."""
-    stock = architecture_of(pipeline).stock_pipeline_class
-    stock(**pipeline.components, **architecture_of(pipeline).pipeline_options).save_pretrained(folder)
+    architecture = architecture_of(pipeline)
+    stock = architecture.stock_pipeline_class(**pipeline.components, **architecture.pipeline_options)
+    stock.save_pretrained(folder)
 
 
 def draw_sheet(tasks: dict[str, Task], pictures: dict[str, torch.Tensor], path: Path, *, columns: int = 16) -> None:

@@ -3,8 +3,8 @@
     python -m benchmarks.miniature.make_zimage --work_dir zimage-work --output_dir zimage
 
 Its VAE is that of the shipped miniature FLUX.2-klein. Run the same command again to continue a stopped run.
-`log.jsonl` and `sheet.png` in the working folder show its progress. The output folder holds the pipeline as of the
-last evaluation, and in `vlm` the Qwen3-VL.
+`log.jsonl` and `sheet.png` in the working folder show its progress. The output folder holds the Qwen3-VL in `vlm`, and
+the pipeline as of the last evaluation.
 """
 
 import argparse
@@ -25,13 +25,7 @@ from benchmarks.miniature.tasks import standard_tasks
 from benchmarks.miniature.teacher import PosteriorTeacher
 from benchmarks.miniature.tower import TowerTraining, train_tower
 from benchmarks.miniature.zimage import VLM_FOLDER, ZIMAGE
-from benchmarks.miniature.zimage_parts import (
-    NUM_VISUAL_TOKENS,
-    make_pipeline,
-    make_transformer,
-    make_vae,
-    write_vlm,
-)
+from benchmarks.miniature.zimage_parts import make_pipeline, make_transformer, make_vae, write_vlm
 from pipelines.vision_encoder import IMAGE_PAD, VISION_START
 from pipelines.z_image import ZImageDOPSDPipeline
 
@@ -47,10 +41,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, required=True, help="Folder for training states, log and samples.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the pipeline and its Qwen3-VL.")
     parser.add_argument("--seed", type=int, default=0, help="Seed for the objects, the weights and the training.")
-    parser.add_argument("--tower_steps", type=positive_int, default=1200, help="Updates of the vision tower.")
+    parser.add_argument("--tower_steps", type=positive_int, default=1000, help="Updates of the vision tower.")
     parser.add_argument("--num_steps", type=positive_int, default=2400, help="Updates of the transformer.")
-    parser.add_argument("--muon_lr", type=float, default=1.2e-2, help="Peak learning rate of Muon, transformer.")
-    parser.add_argument("--adamw_lr", type=float, default=2e-3, help="Peak learning rate of AdamW, transformer.")
+    parser.add_argument("--muon_lr", type=float, default=1.2e-2, help="Peak learning rate of the transformer, Muon.")
+    parser.add_argument("--adamw_lr", type=float, default=2e-3, help="Peak learning rate of the transformer, AdamW.")
     parser.add_argument("--eval_count", type=positive_int, default=48, help="Pictures per task in an evaluation.")
     parser.add_argument("--minutes_per_evaluation", type=float, default=10, help="Minutes between evaluations.")
     return parser.parse_args()
@@ -58,8 +52,7 @@ def parse_args() -> argparse.Namespace:
 
 def image_prefix(pipeline: ZImageDOPSDPipeline) -> list[int]:
     """The token ids before the visual tokens."""
-    text = pipeline.chat_text(VISION_START + IMAGE_PAD * NUM_VISUAL_TOKENS)
-    ids = pipeline.tokenizer(text).input_ids
+    ids = pipeline.tokenizer(pipeline.chat_text(VISION_START + IMAGE_PAD)).input_ids
     return ids[: ids.index(pipeline.tokenizer.convert_tokens_to_ids(IMAGE_PAD))]
 
 
@@ -68,16 +61,18 @@ def make_vlm(
     sprites: np.ndarray,
     folder: Path,
     state_path: Path,
-    args: argparse.Namespace,
+    *,
+    num_steps: int,
+    seed: int,
     log: Log,
 ) -> None:
-    """Trains the vision tower and writes the Qwen3-VL, to be used by the pipeline's teacher."""
+    """Trains the vision tower, writes the Qwen3-VL to `folder` and gives it to the pipeline."""
     held_out = np.stack([world.sprite(appearance) for appearance in world.held_out_appearances()])
     training = TowerTraining(
-        pipeline.text_encoder, image_prefix(pipeline), partial(ZIMAGE.encode, pipeline.vae), seed=args.seed
+        pipeline.text_encoder, image_prefix(pipeline), partial(ZIMAGE.encode, pipeline.vae), seed=seed
     )
-    tower = train_tower(training, sprites, held_out, state_path, num_steps=args.tower_steps, seed=args.seed, log=log)
-    write_vlm(folder, pipeline.text_encoder, tower)
+    tower = train_tower(training, sprites, held_out, state_path, num_steps=num_steps, seed=seed, log=log)
+    write_vlm(folder, pipeline.text_encoder, pipeline.tokenizer, tower)
     ZIMAGE.load_vlm(pipeline, folder)
 
 
@@ -93,7 +88,15 @@ def main() -> None:
     pipeline = make_pipeline(vae, make_transformer())
     appearances = world.known_appearances()
     sprites = load_or_draw_sprites(work_dir / "sprites.npy", appearances, NUM_OBJECTS, seed=args.seed)
-    make_vlm(pipeline, sprites, args.output_dir / VLM_FOLDER, work_dir / "tower.pt", args, log)
+    make_vlm(
+        pipeline,
+        sprites,
+        args.output_dir / VLM_FOLDER,
+        work_dir / "tower.pt",
+        num_steps=args.tower_steps,
+        seed=args.seed,
+        log=log,
+    )
     latent_world = load_or_encode_world(
         work_dir / "world.pt", partial(ZIMAGE.encode, vae), sprites, len(appearances), log=log
     )

@@ -1,8 +1,8 @@
 """Trains the vision tower of the miniature's Qwen3-VL, through the frozen text encoder.
 
-From the states of a picture's visual tokens, as the diffusion transformer will see them, linear heads are to tell what
-the token shows and where it lies in the object, whatever the object's place and background. The transformer only has
-to put it elsewhere. The heads are thrown away.
+The diffusion transformer will see the text encoder's states of a picture's visual tokens. From these states, a linear
+head predicts what each token shows of the object on a canonical background, and where in the object it lies. So the
+transformer only has to put the tokens in another place. The head is thrown away after the training.
 """
 
 from collections.abc import Callable
@@ -22,26 +22,27 @@ from benchmarks.miniature.zimage_parts import (
     PATCH,
     TEXT_WIDTH,
     make_tower,
-    vlm_config,
+    miniature_vlm_config,
 )
 
 
 BATCH_SIZE = 24
 MUON_LR, ADAMW_LR = 1e-2, 2e-3
 OBJECT_TOKENS = world.OBJECT // world.TOKEN  # on a side of the object's square
+ROW, COLUMN = slice(OBJECT_TOKENS), slice(OBJECT_TOKENS, 2 * OBJECT_TOKENS)  # in `place_targets`
 GRID_TOKENS = world.SIDE // world.TOKEN  # on a side of the picture
-PLACE_WEIGHT = 10.0  # of the error of row, column and object flag, relative to that of the latents
-OUTSIDE_WEIGHT = 0.1  # of the latents outside the object's square
+PLACE_WEIGHT = 10.0  # of the error of row, column and object flag; that of the latents has weight 1
+OUTSIDE_WEIGHT = 0.1  # of the latents of tokens outside the object's square; those inside have weight 1
 CANONICAL_BACKGROUND = "stone"
 STEPS_PER_SAVE = 200
 
 
 class TowerTraining(torch.nn.Module):
-    """The tower, the frozen text encoder behind it, and the heads.
+    """The tower, the frozen text encoder behind it, and the head that is trained with the tower.
 
     Args:
-        text_encoder: of the pipeline.
-        prefix: token ids before the visual tokens: of the chat template and the start of an image.
+        text_encoder: of the pipeline. Its weights are shared, not copied.
+        prefix: ids of the L tokens before the visual ones: of the chat template, and the one that starts an image.
         encode: pictures (N, 3, 64, 64) -> tokens (N, 8, 8, 64).
         seed: of the initial weights.
     """
@@ -55,21 +56,27 @@ class TowerTraining(torch.nn.Module):
         seed: int,
     ):
         super().__init__()
-        config = vlm_config(text_encoder.config)
+        config = miniature_vlm_config(text_encoder.config)
         self.tower = make_tower(config, seed=seed)
         self.head = torch.nn.Linear(TEXT_WIDTH, TOKEN_CHANNELS + 2 * OBJECT_TOKENS + 1)
         with torch.device("meta"):
             vlm = Qwen3VLModel(config)
         vlm.language_model.load_state_dict(text_encoder.state_dict(), assign=True)
         vlm.language_model.rotary_emb = type(vlm.language_model.rotary_emb)(config.text_config)
-        # Not a child module: it is neither trained nor saved.
+        # In a list it is no child module, so it is neither trained nor saved.
         self.language_model = [vlm.language_model.eval().requires_grad_(False)]
         self.prefix, self.encode = torch.tensor(prefix), encode
 
     def visual_states(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(N, 64, D): the text encoder's last but one layer at the visual tokens of pictures (N, 3, 64, 64).
+        """What the transformer sees of the visual tokens: the text encoder's states before its last layer.
 
-        The prompt follows the image, so that these states do not depend on it.
+        They do not depend on the prompt, which follows the image.
+
+        Args:
+            pictures: (N, 3, 64, 64), -1 to 1.
+
+        Returns:
+            (N, 64, D).
         """
         count, (language_model,) = len(pictures), self.language_model
         side = world.SIDE // PATCH
@@ -90,40 +97,46 @@ class TowerTraining(torch.nn.Module):
         return hidden[-2][:, start:]
 
     def losses(self, sprites: np.ndarray, rng: np.random.Generator, count: int) -> dict[str, torch.Tensor]:
-        """ "content": mean squared error of the object's latents on the canonical background. "place": that of row,
-        column and object flag. "right": share of the object's tokens whose row and column are told right."""
+        """Errors on `count` random pictures of these objects, (N, 40, 40, 4).
+
+        Returns:
+            "content": mean squared error of the latents that the object has on the canonical background.
+            "place": mean squared error of row, column and object flag.
+            "right": share of the object's tokens whose row and column are both recognised.
+        """
         objects = rng.integers(len(sprites), size=count)
         poses = [world.random_pose(rng) for _ in objects]
-        pictures = [
-            world.draw(sprites[index], pose, world.random_background(rng), rng)
-            for index, pose in zip(objects, poses, strict=True)
-        ]
-        clean = [
-            world.draw(sprites[index], pose, CANONICAL_BACKGROUND) for index, pose in zip(objects, poses, strict=True)
-        ]
+        pictures, clean = [], []
+        for index, pose in zip(objects, poses, strict=True):
+            pictures.append(world.draw(sprites[index], pose, world.random_background(rng), rng))
+            clean.append(world.draw(sprites[index], pose, CANONICAL_BACKGROUND))
         states = self.visual_states(world.to_tensor(pictures))
-        # Like the RMSNorm with which the transformer begins.
-        told = self.head(states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6))
-        place, is_inside = place_targets(torch.tensor(poses))
-        content = self.encode(world.to_tensor(clean)).flatten(1, 2)
+        # Scaled like in the RMSNorm with which the transformer begins.
+        predicted = self.head(states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6))
+        content, place = predicted.tensor_split([TOKEN_CHANNELS], -1)
+        true_content = self.encode(world.to_tensor(clean)).flatten(1, 2)
+        true_place, is_inside = place_targets(torch.tensor(poses))
         weight = torch.where(is_inside, 1.0, OUTSIDE_WEIGHT)[..., None]
-        content_error = ((told[..., :TOKEN_CHANNELS] - content).square() * weight).mean() / weight.mean()
-        told_place = told[..., TOKEN_CHANNELS:]
-        is_right = [
-            told_place[..., part].argmax(-1) == place[..., part].argmax(-1)
-            for part in (slice(OBJECT_TOKENS), slice(OBJECT_TOKENS, 2 * OBJECT_TOKENS))
-        ]
+        is_row_right, is_column_right = (
+            place[..., part].argmax(-1) == true_place[..., part].argmax(-1) for part in (ROW, COLUMN)
+        )
         return {
-            "content": content_error,
-            "place": (told_place - place).square().mean(),
-            "right": (is_right[0] & is_right[1])[is_inside].float().mean(),
+            "content": ((content - true_content).square() * weight).mean() / weight.mean(),
+            "place": (place - true_place).square().mean(),
+            "right": (is_row_right & is_column_right)[is_inside].float().mean(),
         }
 
 
 def patches(pictures: torch.Tensor) -> torch.Tensor:
-    """(N, 3, H, W), -1 to 1 -> (N * patches, 3 * 2 * PATCH * PATCH): as Qwen3-VL's processor orders them.
+    """Flattens square pictures to patches in the order of Qwen3-VL's processor.
 
-    The patches of a merged token follow each other, and each is repeated for the two frames of a still picture.
+    The patches of a merged token follow each other. A still picture has two equal frames.
+
+    Args:
+        pictures: (N, 3, S, S), -1 to 1.
+
+    Returns:
+        (N * (S / PATCH)^2, 3 * 2 * PATCH^2).
     """
     merged = pictures.shape[-1] // (PATCH * MERGE)
     parts = pictures.view(-1, 3, merged, MERGE, PATCH, merged, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
@@ -131,13 +144,14 @@ def patches(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def place_targets(poses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each of the picture's 64 tokens lies in the object's square.
+    """Where in the object's square each of the picture's 64 tokens lies.
 
     Args:
-        poses: (N, 2), row and column of the square's corner, in tokens.
+        poses: (N, 2), row and column of the square's upper left corner, in tokens.
 
     Returns:
-        (N, 64, 2 * 5 + 1): one-hot row, one-hot column and 1; all 0 outside the square. And (N, 64), bool: inside.
+        (N, 64, 5 + 5 + 1), one-hot row, one-hot column and 1, or only zeros outside the square; and (N, 64), whether
+        the token is inside.
     """
     rows, columns = torch.meshgrid(torch.arange(GRID_TOKENS), torch.arange(GRID_TOKENS), indexing="ij")
     row, column = rows.flatten() - poses[:, :1], columns.flatten() - poses[:, 1:]
@@ -160,8 +174,11 @@ def train_tower(
 
     Args:
         sprites: (N, 40, 40, 4), the objects in the pictures.
-        held_out: the same, of objects that training does not show; only measured.
+        held_out: (M, 40, 40, 4), objects that training does not show, for measuring.
         log: called with a dict of metrics.
+
+    Returns:
+        The tower in evaluation mode, frozen.
     """
     optimizer = MuonAdamW(training, muon_lr=MUON_LR, adamw_lr=ADAMW_LR)
     step = 0
@@ -177,8 +194,8 @@ def train_tower(
         if step % STEPS_PER_SAVE == 0 or step == num_steps:
             with torch.no_grad():
                 for name, shown in (("seen", sprites), ("unseen", held_out)):
-                    losses = training.losses(shown, np.random.default_rng([8, seed]), 2 * BATCH_SIZE)
-                    figures = {key: round(value.item(), 4) for key, value in losses.items()}
+                    measured = training.losses(shown, np.random.default_rng([8, seed]), 2 * BATCH_SIZE)
+                    figures = {key: round(value.item(), 4) for key, value in measured.items()}
                     log({"tower_step": step, "objects": name, **figures})
             state = {"training": training.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             save_state(state, state_path)

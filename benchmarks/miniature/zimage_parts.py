@@ -10,12 +10,13 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ZImageTransformer2DModel,
 )
-from transformers import Qwen3Config, Qwen3Model, Qwen3VLConfig
+from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3Model, Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLVisionModel
 
 from benchmarks.miniature import world
 from benchmarks.miniature.parts import TOKEN_CHANNELS, make_tokenizer
-from pipelines.vision_encoder import LANGUAGE_FIELDS, PREPROCESSOR_FILE
+from benchmarks.vlm_files import PREPROCESSOR, vlm_config
+from pipelines.vision_encoder import IMAGE_PAD, PREPROCESSOR_FILE, VISION_END, VISION_START
 from pipelines.z_image import TURBO_SHIFT, ZImageDOPSDPipeline
 
 
@@ -23,7 +24,6 @@ TEXT_WIDTH = 128
 NUM_STEPS = 8  # sampling steps that the miniature is distilled for, as Z-Image-Turbo is
 LATENT_CHANNELS = TOKEN_CHANNELS // 4
 SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159  # of Z-Image's VAE
-TEXT_ROPE_THETA, VLM_ROPE_THETA = 1e6, 5e6  # of Qwen3 and Qwen3-VL
 PATCH, MERGE = 4, 2  # of the tower: a visual token stands for 8 x 8 pixels, like a token of the transformer
 NUM_VISUAL_TOKENS = (world.SIDE // (PATCH * MERGE)) ** 2
 
@@ -48,7 +48,7 @@ def make_vae(klein: AutoencoderKLFlux2) -> AutoencoderKL:
         shift_factor=SHIFT_FACTOR,
     )
     vae.load_state_dict({name: value for name, value in klein.state_dict().items() if not name.startswith("bn.")})
-    # klein's statistics are of a channel at each of the four places in a token.
+    # klein has statistics of each channel at each of the four places in a token.
     means, variances = (value.view(LATENT_CHANNELS, 4) for value in (klein.bn.running_mean, klein.bn.running_var))
     mean = means.mean(1)
     std = (variances.mean(1) + means.var(1, correction=0)).sqrt()
@@ -61,16 +61,22 @@ def make_vae(klein: AutoencoderKLFlux2) -> AutoencoderKL:
 
 
 def _normalise(quant_conv: torch.nn.Conv2d, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Makes the posterior's mean, less the shift and times the scale, a latent of mean 0 and variance 1."""
+    """Gives the posterior's mean, after the pipeline's shift and scale, mean 0 and variance 1 in each channel.
+
+    Args:
+        quant_conv: makes the posterior's means, then its log-variances, of as many channels.
+        mean, std: (C,), of the posterior's mean so far.
+    """
+    scale = std * SCALING_FACTOR
+    means, log_variances = slice(LATENT_CHANNELS), slice(LATENT_CHANNELS, None)
     weight, bias = quant_conv.weight, quant_conv.bias
-    count = LATENT_CHANNELS
-    weight[:count] /= (std * SCALING_FACTOR).view(-1, 1, 1, 1)
-    bias[:count] = (bias[:count] - mean) / (std * SCALING_FACTOR) + SHIFT_FACTOR
-    bias[count:] -= 2 * (std * SCALING_FACTOR).log()  # of the log-variances
+    weight[means] /= scale.view(-1, 1, 1, 1)
+    bias[means] = (bias[means] - mean) / scale + SHIFT_FACTOR
+    bias[log_variances] -= 2 * scale.log()
 
 
 def make_text_encoder(vocab_size: int) -> Qwen3Model:
-    """4 thin layers with random weights, never trained. The transformer sees the last but one."""
+    """4 thin layers with random weights, never trained. The transformer sees the states before the last of them."""
     torch.manual_seed(0)
     text_encoder = Qwen3Model(
         Qwen3Config(
@@ -83,7 +89,7 @@ def make_text_encoder(vocab_size: int) -> Qwen3Model:
             head_dim=32,
             initializer_range=0.04,
             tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": TEXT_ROPE_THETA},
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         )
     )
     torch.nn.init.normal_(text_encoder.embed_tokens.weight)
@@ -104,7 +110,7 @@ def make_transformer() -> ZImageTransformer2DModel:
         axes_dims=[8, 12, 12],
         axes_lens=[1536, 512, 512],
     )
-    # They are zeros before an RMSNorm, whose gradient there is 1 / sqrt(eps).
+    # diffusers makes them zeros, where the gradient of the RMSNorm that follows is 1 / sqrt(eps).
     torch.nn.init.normal_(transformer.cap_pad_token)
     torch.nn.init.normal_(transformer.x_pad_token)
     return transformer
@@ -127,37 +133,24 @@ def make_pipeline(vae: AutoencoderKL, transformer: ZImageTransformer2DModel) -> 
     )
 
 
-def vlm_config(text_config: Qwen3Config) -> Qwen3VLConfig:
-    """A Qwen3-VL whose language model has the text encoder's shapes: tower of 3 layers of width 64, no DeepStack."""
-    half = text_config.head_dim // 2
-    side = half * 20 // 64  # Qwen3-VL's share of frequencies for rows, and for columns
-    return Qwen3VLConfig(
-        text_config={name: getattr(text_config, name) for name in LANGUAGE_FIELDS}
-        | {
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": VLM_ROPE_THETA,
-                "mrope_interleaved": True,
-                "mrope_section": [half - 2 * side, side, side],
-            }
-        },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 2,
-            "out_hidden_size": text_config.hidden_size,
-            "num_position_embeddings": (world.SIDE // PATCH) ** 2,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "deepstack_visual_indexes": [],
-        },
-        tie_word_embeddings=True,
-    )
+def miniature_vlm_config(text_config: Qwen3Config) -> Qwen3VLConfig:
+    """A Qwen3-VL that fits the text encoder, with a tower of 3 layers of width 64 and no DeepStack."""
+    tower = {
+        "depth": 3,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": text_config.hidden_size,
+        "num_position_embeddings": (world.SIDE // PATCH) ** 2,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "deepstack_visual_indexes": [],
+    }
+    return vlm_config(text_config, tower)
 
 
 def make_tower(config: Qwen3VLConfig, *, seed: int) -> Qwen3VLVisionModel:
-    """With random weights that keep the size of activations."""
+    """With random weights that keep the size of the activations."""
     torch.manual_seed(seed)
     tower = Qwen3VLVisionModel(config.vision_config)
     for module in tower.modules():
@@ -168,20 +161,17 @@ def make_tower(config: Qwen3VLConfig, *, seed: int) -> Qwen3VLVisionModel:
     return tower
 
 
-def write_vlm(folder: Path, text_encoder: Qwen3Model, tower: Qwen3VLVisionModel) -> None:
-    """Writes a Qwen3-VL checkpoint with this tower; its language model is the text encoder."""
-    config = vlm_config(text_encoder.config)
+def write_vlm(
+    folder: Path, text_encoder: Qwen3Model, tokenizer: Qwen2TokenizerFast, tower: Qwen3VLVisionModel
+) -> None:
+    """Writes a whole Qwen3-VL checkpoint, but for the pipeline's tokenizer: text encoder and tower in one file."""
+    config = miniature_vlm_config(text_encoder.config)
+    ids = tokenizer.convert_tokens_to_ids([IMAGE_PAD, VISION_START, VISION_END])
+    config.image_token_id, config.vision_start_token_id, config.vision_end_token_id = ids
     vlm = Qwen3VLForConditionalGeneration(config)
     vlm.model.language_model.load_state_dict(text_encoder.state_dict())
     vlm.model.visual.load_state_dict(tower.state_dict())
     vlm.save_pretrained(folder)
-    settings = {
-        "image_processor_type": "Qwen2VLImageProcessorFast",
-        "size": {"shortest_edge": world.SIDE**2, "longest_edge": 16777216},
-        "patch_size": PATCH,
-        "temporal_patch_size": config.vision_config.temporal_patch_size,
-        "merge_size": MERGE,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
+    settings = PREPROCESSOR | {"patch_size": PATCH, "merge_size": MERGE}
+    settings["size"] = settings["size"] | {"shortest_edge": world.SIDE**2}
     (folder / PREPROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")

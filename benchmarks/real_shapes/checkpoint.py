@@ -14,26 +14,16 @@ from benchmarks.miniature.files import replacing
 from benchmarks.miniature.parts import byte_tokenizer
 from benchmarks.startup import write_data
 from benchmarks.step_models import TINY_KLEIN, TINY_TEXT, make_random
+from benchmarks.vlm_files import PREPROCESSOR, vlm_config
 from dopsd.model import Model
 from pipelines.published_shapes import SHAPES, PublishedShape
-from pipelines.vision_encoder import LANGUAGE_FIELDS, PREPROCESSOR_FILE, WEIGHTS_FILE
+from pipelines.vision_encoder import PREPROCESSOR_FILE, WEIGHTS_FILE
 
 
 DTYPE = torch.bfloat16
 NUM_PHOTOGRAPHS = 4
 CAPTION_COLUMN = "text0"
 PIPELINE_OPTIONS = {"train_dopsd_flux2": {"is_distilled": True}}
-# Patches of 16 x 16 pixels, tokens of 2 x 2 patches.
-PREPROCESSOR = {
-    "size": {"longest_edge": 16777216, "shortest_edge": 65536},
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "processor_class": "Qwen3VLProcessor",
-    "image_processor_type": "Qwen2VLImageProcessorFast",
-}
 # The prompt embeddings are layers 9, 18 and 27 of the text encoder.
 TINY = replace(
     TINY_KLEIN,
@@ -111,32 +101,6 @@ def write_checkpoint(
         **PIPELINE_OPTIONS.get(shape.script, {}),
     )
     pipeline.save_pretrained(folder, max_shard_size="5GB")
-
-
-def vlm_config(
-    text_config: Qwen3Config, vision_tower: dict, *, tie_word_embeddings: bool = True, **changed: object
-) -> Qwen3VLConfig:
-    """Configuration of a Qwen3-VL that fits a text encoder.
-
-    Args:
-        vision_tower: arguments of `Qwen3VLVisionConfig`.
-        changed: other arguments of the language model's configuration.
-    """
-    # Of each head's 64 frequencies, Qwen3-VL uses 24 for time and 20 each for height and width.
-    frequencies = text_config.head_dim // 2
-    spatial = frequencies * 20 // 64
-    rope = {
-        "rope_type": "default",
-        "mrope_interleaved": True,
-        "mrope_section": [frequencies - 2 * spatial, spatial, spatial],
-        "rope_theta": 5e6,
-    }
-    fields = {field: getattr(text_config, field) for field in LANGUAGE_FIELDS}
-    return Qwen3VLConfig(
-        text_config={**fields, "rope_parameters": rope, **changed},
-        vision_config=vision_tower,
-        tie_word_embeddings=tie_word_embeddings,
-    )
 
 
 def write_vlm(folder: Path, config: Qwen3VLConfig, device: torch.device) -> None:

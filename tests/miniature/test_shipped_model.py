@@ -1,14 +1,15 @@
 """The shipped miniature: what it is made of, and what it can draw."""
 
-import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
 from benchmarks.miniature import world
 from benchmarks.miniature.files import MODEL, REPOSITORY
-from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH, NUM_STEPS, make_text_encoder, make_tokenizer
+from benchmarks.miniature.klein import KLEIN
+from benchmarks.miniature.parts import make_text_encoder, make_tokenizer
 from benchmarks.miniature.tasks import standard_tasks
+from stock_helpers import draw_miniature
 
 
 @pytest.fixture(scope="module")
@@ -30,31 +31,18 @@ def test_it_is_small_and_its_text_encoder_is_what_the_code_makes(stock_pipeline)
         assert torch.equal(weight, made[name]), name
 
 
-def draw(pipeline, prompts: list[str], seeds: list[int], image=None) -> list[np.ndarray]:
-    pictures = pipeline(
-        prompt=prompts,
-        image=image,
-        height=world.SIDE,
-        width=world.SIDE,
-        num_inference_steps=NUM_STEPS,
-        guidance_scale=1.0,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-        output_type="np",
-    ).images
-    return [2 * picture - 1 for picture in pictures]
-
-
 @pytest.mark.parametrize("kind", ["text_seen", "text_unseen", "reference_seen", "reference_unseen"])
 def test_stock_diffusers_draws_what_is_asked_for(stock_pipeline, reader, kind):
     task = standard_tasks(16)[kind]
     seeds = range(len(task.prompts))
     if task.references:  # the stock pipeline gives all references to every prompt of a batch
         rows = zip(task.prompts, seeds, task.references, strict=True)
-        pictures = [draw(stock_pipeline, [prompt], [seed], image)[0] for prompt, seed, image in rows]
+        pictures = torch.cat(
+            [draw_miniature(stock_pipeline, KLEIN, [seed], prompt=prompt, image=image) for prompt, seed, image in rows]
+        )
     else:
-        pictures = draw(stock_pipeline, task.prompts, seeds)
-    figures = reader.accuracy(reader.read(world.to_tensor(pictures)), task.wanted, task.backgrounds)
+        pictures = draw_miniature(stock_pipeline, KLEIN, seeds, prompt=task.prompts)
+    figures = reader.accuracy(reader.read(pictures), task.wanted, task.backgrounds)
     assert figures["exact"] >= 0.9 and figures["background"] >= 0.9
 
 
