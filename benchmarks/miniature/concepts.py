@@ -46,8 +46,12 @@ class Concept:
             if sum(getattr(known, part) != getattr(self.appearance, part) for part in PARTS) == 1
         ]
 
+    def pictures(self, seed: int) -> tuple[list[Image.Image], list[str]]:
+        """The training pictures and their captions."""
+        return training_pictures(self, seed)
+
     def write_training_data(self, folder: Path, seed: int) -> None:
-        write_pictures(folder, *training_pictures(self, seed))
+        write_pictures(folder, *self.pictures(seed))
 
     @property
     def training_flags(self) -> dict[str, str]:
@@ -184,16 +188,19 @@ def wrong_word_task(concept: Concept, count: int) -> Task:
     )
 
 
+def unasked_appearances() -> list[world.Appearance]:
+    """The known objects that no task of a concept asks for."""
+    asked = {*old_task(MAX_EVAL_COUNT).wanted, *(item for concept in CONCEPTS for item in concept.neighbours)}
+    return [item for item in world.known_appearances() if item not in asked]
+
+
 def prior_prompts(avoids: Collection[str] = ()) -> list[str]:
     """Prompts for prior preservation: known objects that no task of a concept asks for.
 
     Args:
         avoids: words that no prompt has.
     """
-    asked = {*old_task(MAX_EVAL_COUNT).wanted, *(item for concept in CONCEPTS for item in concept.neighbours)}
-    unasked = [
-        item for item in world.known_appearances() if item not in asked and not {*item.words.split()} & {*avoids}
-    ]
+    unasked = [item for item in unasked_appearances() if not {*item.words.split()} & {*avoids}]
     rng = np.random.default_rng(29)
     chosen = rng.choice(len(unasked), NUM_PRIOR_PROMPTS, replace=False)
     return [world.caption(unasked[index].words, world.random_background(rng)) for index in chosen]

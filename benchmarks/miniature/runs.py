@@ -235,17 +235,20 @@ class Experiment:
     def _encoded_pictures(self, run: Run, pipeline: DiffusionPipeline) -> EncodedPictures:
         return encode_pictures(
             pipeline,
-            *training_pictures(run.concept, run.seed),
+            *run.concept.pictures(run.seed),
             prompt_suffix=world.REFERENCE_SUFFIX,
         )
 
     def _prior_pictures(self, run: Run, pipeline: DiffusionPipeline) -> PriorPictures:
         schedule = pipeline.schedule(world.SIDE, world.SIDE, self.architecture.num_steps)
-        _, captions = training_pictures(run.concept, run.seed)
+        return draw_prior_pictures(pipeline, self._held_prompts(run), schedule, seed=run.seed)
+
+    def _held_prompts(self, run: Run) -> list[str]:
+        """`NUM_PRIOR_PICTURES` draws from the prompts of D-OPSD's prior preservation."""
+        _, captions = run.concept.pictures(run.seed)
         made = word_prompts([TriggerWord(run.concept.word, "")], captions, run.seed)
         prompts = replace(made, unrelated=tuple(prior_prompts(run.method.prior_avoids)))
-        drawn = [prompts.draw(run.seed, place, 1)[0] for place in range(NUM_PRIOR_PICTURES)]
-        return draw_prior_pictures(pipeline, drawn, schedule, seed=run.seed)
+        return [prompts.draw(run.seed, place, 1)[0] for place in range(NUM_PRIOR_PICTURES)]
 
     def _accuracy_stop(self, run: Run, pipeline: DiffusionPipeline, roles: Roles) -> "AccuracyStop":
         task = run.concept.task(self.eval_count)

@@ -1,0 +1,160 @@
+"""Compares D-OPSD with what owners of few-step models do today: a grid for each, the best of it on other runs.
+
+    python -m benchmarks.miniature.rivals --model klein --output_dir klein-rivals
+
+Run the same command again to continue a stopped comparison: finished runs are kept. First the models that rivals need
+are trained, once (`once.py`). Then each method is trained with all settings of its grid on one concept and one seed,
+and the best of these on all concepts with other seeds; at last where off-policy breaks is looked for. `--quick` has
+one setting for some methods, one concept and one seed, and no study.
+"""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; set before a library reads it
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.miniature import rival_report
+from benchmarks.miniature.architecture import Architecture
+from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
+from benchmarks.miniature.concepts import CONCEPTS, MAX_EVAL_COUNT
+from benchmarks.miniature.evaluate import NUM_RETENTION_PROMPTS, add_model_flag
+from benchmarks.miniature.experiment import EVAL_COUNT, QUICK_EVAL_COUNT
+from benchmarks.miniature.files import check_model, check_settings, make_folder
+from benchmarks.miniature.methods import NUM_TRAIN_STEPS
+from benchmarks.miniature.once import OnceSettings, waves_of
+from benchmarks.miniature.plans import SEEDS, TUNING_SEED
+from benchmarks.miniature.processes import run_in_waves
+from benchmarks.miniature.rival_methods import DOPSD_ONE_PRIOR, GRID_STEPS, RECIPES, RivalPlan, RivalRun
+from benchmarks.miniature.rival_runs import RivalExperiment
+from benchmarks.miniature.rival_study import study
+from benchmarks.miniature.workers import disable_progress_bars
+from dopsd.errors import InputError
+
+
+QUICK_NAMES = (
+    *("SFT + prior pictures", "SFT + prior pictures, repaired", "training adapter + prior pictures"),
+    *("undistilled + prior pictures", "off-policy + prior, cached, 1 state"),
+    *("delta of the adapter + prior", DOPSD_ONE_PRIOR),
+)
+QUICK_STEPS = (120,)
+QUICK_ONCE = OnceSettings(num_pictures=256, adapter_steps=100, undistilled_steps=100, repair_steps=60)
+
+worker_experiment: RivalExperiment  # in a worker process only
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_model_flag(parser)
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="Folder for runs, tables and plots. Default: miniature-rivals; with --quick miniature-rivals-quick.",
+    )
+    parser.add_argument(
+        "--num_train_steps",
+        type=positive_int,
+        default=NUM_TRAIN_STEPS,
+        help=f"Training steps of a run that the tables count as {NUM_TRAIN_STEPS}; other numbers are in proportion.",
+    )
+    parser.add_argument("--eval_count", type=positive_int, help="Pictures per task that are measured.")
+    parser.add_argument("--num_workers", type=positive_int, default=os.cpu_count(), help="Runs at the same time.")
+    parser.add_argument("--quick", action="store_true", help="One setting, concept and seed, some methods, no study.")
+    args = parser.parse_args()
+    if args.output_dir is None:
+        args.output_dir = Path("miniature-rivals-quick" if args.quick else "miniature-rivals")
+    if args.eval_count is None:
+        args.eval_count = QUICK_EVAL_COUNT if args.quick else EVAL_COUNT
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    check_model(args.model)
+    if not NUM_RETENTION_PROMPTS <= args.eval_count <= MAX_EVAL_COUNT:
+        raise InputError(f"--eval_count {args.eval_count}: give {NUM_RETENTION_PROMPTS} to {MAX_EVAL_COUNT}")
+    make_folder(args.output_dir, flag="--output_dir")
+    experiment = RivalExperiment(
+        model=args.model.resolve(),
+        folder=args.output_dir.resolve(),
+        num_train_steps=args.num_train_steps,
+        steps_per_evaluation=args.num_train_steps,
+        eval_count=args.eval_count,
+        once_settings=QUICK_ONCE if args.quick else OnceSettings(),
+    )
+    check_settings(args.output_dir, experiment.settings, flag="--output_dir")
+    disable_progress_bars()
+    # For the workers and the training script, which read it when they start.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.num_workers))
+    plan = make_plan(experiment, is_quick=args.quick)
+    run_all(experiment, plan, args.num_workers)
+    rival_report.write(experiment, plan)
+
+
+def make_plan(experiment: RivalExperiment, *, is_quick: bool) -> RivalPlan:
+    if is_quick:
+        return RivalPlan(
+            experiment.short_result, QUICK_NAMES, CONCEPTS[:1], SEEDS[:1], TUNING_SEED, QUICK_STEPS, num_rates=1
+        )
+    return RivalPlan(experiment.short_result, (*RECIPES,), CONCEPTS, SEEDS, TUNING_SEED, GRID_STEPS, study_seeds=SEEDS)
+
+
+def run_all(experiment: RivalExperiment, plan: RivalPlan, num_workers: int) -> None:
+    """Makes all results, with one run per worker at a time."""
+    start = {"initializer": _start_worker, "initargs": (replace(experiment),)}  # a copy without what is cached
+    run_in_waves(waves_of(experiment.once, _make_once), num_workers, **start)
+    for needing_others in (False, True):
+        grids = [run for recipe in plan.recipes(needing_others=needing_others) for run in plan.grid(recipe)]
+        run_in_waves([(_make_short_result, slowest_first(grids, experiment.architecture))], num_workers, **start)
+    has_stacks = plan.concepts == CONCEPTS  # the next concept's LoRA is trained as well
+    reported = {run.folder: run for runs in plan.reported.values() for run in runs}
+    sources = [run for run in reported.values() if run.method.source is None]
+    others = [run for run in reported.values() if run.method.source is not None]
+    stacked = [run for run in reported.values() if run.method.is_trained and has_stacks]
+    studied = [run for by_method in study(plan).values() for runs in by_method.values() for run in runs]
+    waves = [
+        (_make_result, slowest_first(sources, experiment.architecture)),
+        (_make_result, slowest_first(others, experiment.architecture)),
+        (_make_stack, stacked),
+        (_make_short_result, slowest_first({run.folder: run for run in studied}.values(), experiment.architecture)),
+    ]
+    run_in_waves(waves, num_workers, **start)
+
+
+def slowest_first(runs: Iterable[RivalRun], architecture: Architecture) -> list[RivalRun]:
+    """So that the last run does not leave the other workers idle for long."""
+
+    def cost(run: RivalRun) -> float:
+        return run.method.cost(run.method.num_steps(NUM_TRAIN_STEPS), architecture) if run.method.is_trained else 0.0
+
+    return sorted(runs, key=cost, reverse=True)
+
+
+def _start_worker(experiment: RivalExperiment) -> None:
+    global worker_experiment
+    disable_progress_bars()
+    worker_experiment = experiment
+
+
+def _make_once(part: str) -> None:
+    worker_experiment.once.figures(part)
+
+
+def _make_short_result(run: RivalRun) -> None:
+    worker_experiment.short_result(run)
+
+
+def _make_result(run: RivalRun) -> None:
+    worker_experiment.result(run)
+
+
+def _make_stack(run: RivalRun) -> None:
+    worker_experiment.stack(run)
+
+
+if __name__ == "__main__":
+    run(main)

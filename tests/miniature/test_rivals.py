@@ -1,0 +1,285 @@
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.miniature import once as once_module
+from benchmarks.miniature import rivals as rivals_module
+from benchmarks.miniature.baselines import BaselineTraining, encode_pictures, off_policy_losses
+from benchmarks.miniature.concepts import CONCEPTS, MAX_EVAL_COUNT, old_task
+from benchmarks.miniature.files import MODEL
+from benchmarks.miniature.klein import KLEIN
+from benchmarks.miniature.methods import SharedSettings
+from benchmarks.miniature.once import ADAPTER, LORA, REPAIR, UNDISTILLED, Once, OnceSettings, adapted
+from benchmarks.miniature.rival_methods import (
+    DOPSD_ALL,
+    OFF_POLICY,
+    RECIPES,
+    SFT,
+    TEACHER_RIVAL,
+    Rival,
+    RivalPlan,
+    RivalRun,
+)
+from benchmarks.miniature.rival_plots import front
+from benchmarks.miniature.rival_runs import RivalExperiment
+from benchmarks.miniature.rival_study import CONDITIONS, study
+from benchmarks.miniature.rival_training import DeltaTraining, ManyStepChange, record
+from benchmarks.miniature.runs import make_roles, save_baseline
+from dopsd.rollout import seeded_noise
+
+
+OBJECT = CONCEPTS[0]
+SHAPE = KLEIN.load(MODEL).latent_shape(64, 64)
+TINY_ONCE = OnceSettings(num_pictures=16, batch_size=2, adapter_steps=2, undistilled_steps=2, repair_steps=2)
+
+
+def write_lora(folder, seed: int) -> None:
+    """A LoRA that changes the model visibly."""
+    pipeline = KLEIN.load(MODEL)
+    roles = make_roles(LORA, pipeline)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in roles.student_parameters:
+        parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    save_baseline(roles, pipeline, folder)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Two training steps; an adapter that was trained once."""
+    experiment = RivalExperiment(
+        MODEL, tmp_path, num_train_steps=2, steps_per_evaluation=2, eval_count=16, once_settings=TINY_ONCE
+    )
+    write_lora(experiment.once.folder / ADAPTER, 0)
+    return experiment
+
+
+def weights_of(pipeline) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in pipeline.transformer.state_dict().items()}
+
+
+def test_an_adapter_is_frozen_in_training_and_absent_afterwards(experiment, monkeypatch):
+    seen = []
+    train = BaselineTraining.train
+
+    def spy(self, num_steps):
+        names = ("base_layer.", "")
+        own = {k.replace(*names): v for k, v in weights_of(self.pipeline).items() if ".lora_" not in k}
+        taken = train(self, num_steps)
+        after = {k.replace(*names): v for k, v in weights_of(self.pipeline).items() if ".lora_" not in k}
+        seen.append((own, after))
+        return taken
+
+    monkeypatch.setattr(BaselineTraining, "train", spy)
+    run = RivalRun(OBJECT, 0, replace(SFT, trained_on=ADAPTER))
+    assert experiment.train_rival(run) == {"steps": 2}
+    ((before, after),) = seen
+    merged = weights_of(adapted(KLEIN.load(MODEL), experiment.once.folder / ADAPTER))
+    base = weights_of(KLEIN.load(MODEL))
+    assert set(before) == set(merged) == set(base)
+    for name, weight in merged.items():
+        assert torch.equal(before[name], weight) and torch.equal(after[name], weight)
+    assert any(not torch.allclose(merged[name], base[name]) for name in base)
+
+    loaded = experiment.load(run)
+    (adapter,) = loaded.transformer.peft_config
+    own = {k.replace("base_layer.", ""): v for k, v in weights_of(loaded).items() if ".lora_" not in k}
+    assert adapter == "lora_0" and all(torch.equal(own[name], base[name]) for name in base)
+
+
+def test_a_repaired_lora_is_the_trained_one_with_the_repair_at_full_strength(experiment):
+    source = RivalRun(OBJECT, 0, SFT)
+    run = replace(source, method=Rival("SFT, repaired", "repair", source=SFT))
+    write_lora(experiment.folder / source.folder, 1)
+    write_lora(experiment.once.folder / REPAIR, 2)
+    half, both = experiment.load(run, strength=0.5), experiment.load(run)
+    layer = half.transformer.transformer_blocks[0].attn.to_q
+    assert set(layer.lora_A) == {"lora_0", "lora_1"}
+    assert layer.scaling["lora_0"] == 0.5 and layer.scaling["lora_1"] == 1.0
+    assert both.transformer.transformer_blocks[0].attn.to_q.scaling == {"lora_0": 1.0, "lora_1": 1.0}
+    assert run.folder != source.folder
+    (experiment.folder / source.folder / "trained.json").write_text('{"steps": 7}')
+    assert experiment._train(run) == {"steps": 7}  # not trained again
+
+
+def test_cached_trajectories_train_like_those_that_are_made_at_each_step(miniature):
+    pictures = encode_pictures(miniature, *OBJECT.pictures(0), prompt_suffix=" so").select(torch.tensor([0, 1]))
+    schedule = miniature.schedule(64, 64, 4)
+    noise, order = seeded_noise(SHAPE, [0, 1, 2]), torch.tensor([1, 0, 0])
+
+    def teacher_of(indices):
+        return partial(miniature.predict_velocity, context=KLEIN.select(pictures.teacher, order[indices]))
+
+    cached = record(teacher_of, noise, schedule, pictures.student, order)
+    chosen = torch.tensor([2, 0])
+    student = partial(miniature.predict_velocity, context=KLEIN.select(pictures.student, order[chosen]))
+    expected = [*off_policy_losses(student, torch.no_grad()(teacher_of(chosen)), noise[chosen], schedule)]
+    losses = [*cached.losses(KLEIN, miniature, schedule, chosen, range(4))]
+    torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-4, atol=1e-7)
+    (last,) = cached.losses(KLEIN, miniature, schedule, chosen, [3])
+    assert last.item() == pytest.approx(expected[3].item(), rel=1e-4) and expected[3] != expected[2]
+
+
+class Linear:
+    """A model whose velocity is a multiple of its state."""
+
+    def __init__(self, factor: float):
+        self.factor = torch.tensor(factor, requires_grad=True)
+
+    def predict_velocity(self, latents, timestep, context):
+        assert context == "the prompt"
+        return self.factor * latents
+
+
+def test_delta_transfer_adds_the_many_step_models_change_to_the_base():
+    latents = torch.randn(2, 3, 4, 4)
+    change = ManyStepChange(before=Linear(0.5), after=Linear(0.8))
+    target = change.target(lambda latents, timestep: 2 * latents, "the prompt")(latents, torch.tensor(500.0))
+    torch.testing.assert_close(target, (2 + 0.8 - 0.5) * latents)
+    assert not target.requires_grad
+
+
+@pytest.mark.parametrize(("factors", "is_learned"), [((0.3, 0.3), False), ((0.3, 0.7), True)])
+def test_delta_transfer_teaches_nothing_where_nothing_changed(miniature, factors, is_learned):
+    roles = make_roles(LORA, miniature)
+    pictures = encode_pictures(miniature, *OBJECT.pictures(0), prompt_suffix=" so").select(torch.tensor([0]))
+    before, after = (
+        SimpleNamespace(predict_velocity=lambda latents, timestep, context, factor=factor: factor * latents)
+        for factor in factors
+    )
+    held = KLEIN.text_context(miniature, ["a plain red disc on sky"])
+    training = DeltaTraining(
+        *(KLEIN, ManyStepChange(before, after), held, miniature, roles, pictures, miniature.schedule(64, 64, 4)),
+        *(SharedSettings(),),
+        seed=0,
+        num_held=1,
+    )
+    training.backpropagate(pictures)
+    norm = torch.stack([parameter.grad.norm() for parameter in roles.student_parameters]).norm()
+    assert norm > 1e-2 if is_learned else norm < 1e-4
+
+
+def test_costs_are_counted_in_the_students_forward_passes():
+    costs = KLEIN.costs
+    both, base, teacher = costs.forward_and_backward, costs.base, costs.teacher
+    prior = 200 * 4 * base
+    assert SFT.cost(60, KLEIN) == pytest.approx(60 * 2 * 4 * both)
+    assert replace(SFT, trained_on=ADAPTER).cost(60, KLEIN) == SFT.cost(60, KLEIN)
+    repaired = RECIPES["SFT + prior pictures, repaired"].at(1e-3, 60)
+    assert repaired.cost(60, KLEIN) == pytest.approx(prior + 60 * 2 * 8 * both)
+    cached = 64 * 4 * teacher + prior
+    assert Rival("", "off_policy_prior").cost(60, KLEIN) == pytest.approx(cached + 60 * 2 * 8 * both)
+    assert Rival("", "off_policy_one_prior").cost(60, KLEIN) == pytest.approx(cached + 60 * 2 * 2 * both)
+    # Of the K = 4 states one is trained; the student walks 1.5 states to it on average.
+    source = RECIPES["training adapter"].at(1e-3, 240)
+    delta = RECIPES["delta of the adapter"].at(1e-3, 60, source)
+    assert delta.cost(60, KLEIN) == pytest.approx(source.cost(240, KLEIN) + 60 * 2 * (1.5 + 3 * base + both))
+    held = replace(delta, kind="delta_prior").cost(60, KLEIN) - delta.cost(60, KLEIN)
+    assert held == pytest.approx(60 * 2 * (1.5 + base + both))
+
+
+def make_plan(best_of: dict[str, tuple[float, int]], **changed) -> RivalPlan:
+    """A plan whose grids are best at the given learning rates and numbers of steps."""
+
+    def short_result(run):
+        rate, steps = run.method.flags["learning_rate"], round(120 * run.method.relative_steps)
+        assert (run.concept, run.seed) == (OBJECT, 3)
+        new = 0.9 if (rate, steps) == best_of[run.method.name] else 0.5
+        return {"new": {"exact": new}, "old": {"exact": 0.8}, "forwards": steps}
+
+    return RivalPlan(short_result, tuple(best_of), CONCEPTS, (0, 1, 2), grid_seed=3, **changed)
+
+
+def test_the_best_of_a_grid_is_reported_on_other_seeds():
+    name = "training adapter + prior pictures"
+    plan = make_plan({name: (3e-3, 240), "delta of the adapter + prior": (1e-2, 60)})
+    source, delta = plan.tuned
+    assert (source.flags["learning_rate"], source.relative_steps) == (3e-3, 2)
+    assert (delta.flags["learning_rate"], delta.relative_steps) == (1e-2, 0.5) and delta.source == source
+    assert len({run.folder for recipe in map(RECIPES.get, plan.names) for run in plan.grid(recipe)}) == 18
+    runs = plan.reported[delta.name]
+    assert {(run.concept.name, run.seed) for run in runs} == {(c.name, seed) for c in CONCEPTS for seed in (0, 1, 2)}
+    assert {run.source.folder for run in runs} == {run.folder for run in plan.reported[name]}
+    assert len(plan.reported["base"]) == 3 and len(plan.reported[TEACHER_RIVAL.name]) == 9
+
+
+def test_of_equal_settings_the_cheaper_one_is_chosen():
+    plan = make_plan({"SFT": (0.0, 0)})
+    assert plan.tuned[0].relative_steps == 0.5 and plan.tuned[0].flags["learning_rate"] == 3e-4
+
+
+def test_the_study_trains_both_of_a_pair_alike():
+    plan = make_plan({name: (3e-3, 120) for name in RECIPES if RECIPES[name].source is None}, study_seeds=(0,))
+    table = study(plan)
+    assert list(table) == list(CONDITIONS) and len(table) == 5
+    runs = [run for by_method in table.values() for (run,) in by_method.values()]
+    assert len({run.folder for run in runs}) == 20
+    for by_method in table.values():
+        (dopsd,), (off_policy,) = by_method[DOPSD_ALL], by_method[OFF_POLICY]
+        assert dopsd.method.relative_steps == off_policy.method.relative_steps
+        assert dopsd.method.flags["learning_rate"] == off_policy.method.flags["learning_rate"]
+        assert dopsd.concept == off_policy.concept
+    (long,), (fast,) = table["480 steps"][DOPSD_ALL], table["learning rate x 3"][DOPSD_ALL]
+    assert long.method.relative_steps == 4 and fast.method.flags["learning_rate"] == pytest.approx(9e-3)
+
+
+def test_faulty_lessons_have_one_picture_or_a_wrong_one():
+    images, captions = OBJECT.pictures(0)
+    right = [np.asarray(image) for image in images]
+    repeated, its_captions = CONDITIONS["one training picture"].concept.pictures(0)
+    assert all(np.array_equal(image, right[0]) for image in repeated) and its_captions == captions[:1] * 4
+    wrong = [*map(np.asarray, CONDITIONS["one picture of four shows another object"].concept.pictures(0)[0])]
+    assert [np.array_equal(*pair) for pair in zip(wrong, right, strict=True)] == [True, True, True, False]
+
+
+def test_what_is_trained_once_sees_nothing_that_a_task_asks_for(tmp_path):
+    prompts = Once(KLEIN, MODEL, tmp_path, OnceSettings(), 16).prompts
+    objects = {prompt.split(" on ")[0].removeprefix("a ") for prompt in prompts}
+    asked = {*old_task(MAX_EVAL_COUNT).wanted, *(item for concept in CONCEPTS for item in concept.neighbours)}
+    assert len(prompts) == 1024 and len(objects) > 100 and not objects & {item.words for item in asked}
+
+
+def test_a_front_has_the_points_that_no_other_beats():
+    points = [(0.2, 0.9), (0.5, 0.5), (0.4, 0.7), (0.3, 0.6), (0.9, 0.1)]
+    assert front(points, is_small_x_better=False) == [(0.2, 0.9), (0.4, 0.7), (0.5, 0.5), (0.9, 0.1)]
+    assert front(points, is_small_x_better=True) == [(0.2, 0.9)]
+
+
+@pytest.mark.slow
+def test_the_command_trains_measures_and_reports(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # `main` changes it; this restores it
+    monkeypatch.setattr(rivals_module, "QUICK_ONCE", TINY_ONCE)
+    monkeypatch.setattr(once_module, "MANY_STEPS", 5)
+    names = ("SFT, repaired", "undistilled + prior pictures", "delta of undistilled + prior")
+    monkeypatch.setattr(rivals_module, "QUICK_NAMES", names)
+    # In this process, where what is patched counts.
+    monkeypatch.setattr(rivals_module, "run_in_waves", run_here)
+    arguments = ["--quick", "--output_dir", tmp_path, "--num_train_steps", 2, "--eval_count", 16, "--num_workers", 1]
+    monkeypatch.setattr(sys, "argv", ["rivals.py", *map(str, arguments)])
+    rivals_module.main()
+    results = json.loads((tmp_path / "rivals_klein.json").read_text())
+    assert set(results["once"]) == {"samples", ADAPTER, UNDISTILLED, REPAIR} and set(results["grid"]) == {*names}
+    assert results["chosen"]["SFT, repaired"] == {"learning_rate": 1e-3, "steps": 120}
+    ((_, delta),) = results["reported"]["delta of undistilled + prior"].items()
+    assert delta["steps"] == 2 and delta["forwards"] > 1000 and 0 <= delta["at_0.5"]["old"]["exact"] <= 1
+    text = (tmp_path / "rivals_klein.md").read_text()
+    assert text.count("| SFT, repaired |") == 3 and "base with adapter and repair LoRA" in text
+    for name in ("rivals_klein.png", "rivals_klein_sheet.png"):
+        assert len(np.unique(np.asarray(Image.open(tmp_path / name)).reshape(-1, 3), axis=0)) > 50
+
+    monkeypatch.setattr(RivalExperiment, "_train", lambda self, run: pytest.fail("trained again"))
+    monkeypatch.setattr(Once, "_train", lambda self, *arguments: pytest.fail("trained again"))
+    rivals_module.main()
+
+
+def run_here(waves, num_workers, *, initializer, initargs) -> None:
+    initializer(*initargs)
+    for function, arguments in waves:
+        for argument in arguments:
+            function(argument)
