@@ -14,7 +14,7 @@ from benchmarks.miniature.tables import score, value_of
 
 GRID_STEPS = (60, 120, 240)
 # Where nothing is held; where trajectories are; where pictures are, or a many-step model's change is taught.
-LOW_RATES, RATES, HIGH_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 2e-2)
+LOW_RATES, RATES, HIGH_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 2e-2)
 NUM_TAUGHT_TRAJECTORIES = 64  # of the teacher, cached
 REPAIR, DELTA, DELTA_PRIOR = "repair", "delta", "delta_prior"
 OFF_POLICY_PRIOR, OFF_POLICY_ONE_PRIOR = "off_policy_prior", "off_policy_one_prior"
