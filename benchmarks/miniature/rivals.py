@@ -100,7 +100,9 @@ def make_plan(experiment: RivalExperiment, *, is_quick: bool) -> RivalPlan:
         return RivalPlan(
             experiment.short_result, QUICK_NAMES, CONCEPTS[:1], SEEDS[:1], TUNING_SEED, QUICK_STEPS, num_rates=1
         )
-    return RivalPlan(experiment.short_result, (*RECIPES,), CONCEPTS, SEEDS, TUNING_SEED, GRID_STEPS, study_seeds=SEEDS[:2])
+    return RivalPlan(
+        experiment.short_result, (*RECIPES,), CONCEPTS, SEEDS, TUNING_SEED, GRID_STEPS, study_seeds=SEEDS[:2]
+    )
 
 
 def run_all(experiment: RivalExperiment, plan: RivalPlan, num_workers: int) -> None:
