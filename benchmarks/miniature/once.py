@@ -105,10 +105,10 @@ class Once:
                 UNDISTILLED: self._make_undistilled,
                 REPAIR: self._make_repair,
             }[part]
-            figures = {"forwards": round(self.cost(part)), "drawn": make()}
+            text = json.dumps({"drawn": make()}, indent=2) + "\n"
             with replacing(path) as partial_path:
-                partial_path.write_text(json.dumps(figures, indent=2) + "\n")
-        return json.loads(path.read_text())
+                partial_path.write_text(text)
+        return json.loads(path.read_text()) | {"forwards": round(self.cost(part))}
 
     def cost(self, part: str) -> float:
         """In forward passes of a model with an adapter, without the parts that it needs; see `costs`.

@@ -4,7 +4,7 @@ import json
 
 from benchmarks.miniature.concepts import CONCEPTS, training_pictures
 from benchmarks.miniature.methods import NUM_TRAIN_STEPS
-from benchmarks.miniature.once import MANY_STEPS, WAVES
+from benchmarks.miniature.once import SAMPLES, WAVES
 from benchmarks.miniature.plots import CELL_PIXELS, draw
 from benchmarks.miniature.report import machine
 from benchmarks.miniature.rival_methods import RECIPES, Recipe, Rival, RivalPlan
@@ -162,7 +162,7 @@ def grid_table(plan: RivalPlan) -> str:
 def once_table(experiment: RivalExperiment, once: dict[str, dict]) -> str:
     """What each part draws for prompts of known objects, at the deployed number of steps and at many."""
     settings = experiment.once_settings
-    counts = (str(experiment.architecture.num_steps), str(MANY_STEPS))
+    counts = list(once[SAMPLES]["drawn"])
     names = {"samples": "base, which draws the samples", "repair": "base with adapter and repair LoRA"}
     rows = []
     for part, figures in once.items():

@@ -9,17 +9,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from benchmarks.miniature import world
-from benchmarks.miniature.architecture import Context
-from benchmarks.miniature.baselines import (
-    BaselineTraining,
-    EncodedPictures,
-)
-from benchmarks.miniature.concepts import (
-    CONCEPTS,
-    Concept,
-    training_pictures,
-)
-from benchmarks.miniature.costs import NUM_PRIOR_PICTURES, NUM_ROLLOUT_STEPS
+from benchmarks.miniature.baselines import BaselineTraining, EncodedPictures
+from benchmarks.miniature.concepts import CONCEPTS, Concept, training_pictures
+from benchmarks.miniature.costs import NUM_ROLLOUT_STEPS
 from benchmarks.miniature.evaluate import Evaluator
 from benchmarks.miniature.once import REPAIR as REPAIR_PART
 from benchmarks.miniature.once import Once, OnceSettings, adapted
@@ -172,22 +164,21 @@ class RivalExperiment(Experiment):
         if kind in (DELTA, DELTA_PRIOR):
             before, after = (self.once.load_many_step(run.method.source.trained_on) for _ in range(2))
             change = ManyStepChange(before, adapted(after, self.folder / run.source.folder))
-            held = self._held_context(run, base) if kind == DELTA_PRIOR else None
-            return partial(DeltaTraining, self.architecture, change, held, num_held=NUM_PRIOR_PICTURES)
+            prompts = self._held_prompts(run) if kind == DELTA_PRIOR else []
+            held = self.architecture.text_context(base, prompts) if prompts else None
+            return partial(DeltaTraining, self.architecture, change, held, num_held=len(prompts))
         prior = self._prior_pictures(run, base) if kind == "sft_prior" else None
         return partial(BaselineTraining, kind, prior=prior)
 
-    def _held_context(self, run: RivalRun, base: DiffusionPipeline) -> Context:
-        return self.architecture.text_context(base, self._held_prompts(run))
-
     def _held_trajectories(self, run: RivalRun, base: DiffusionPipeline, schedule: Schedule) -> Trajectories:
-        context = self._held_context(run, base)
-        seeds = [place_seed(run.seed, "prior pictures", str(index)) for index in range(NUM_PRIOR_PICTURES)]
+        prompts = self._held_prompts(run)
+        context = self.architecture.text_context(base, prompts)
+        seeds = [place_seed(run.seed, "prior pictures", str(index)) for index in range(len(prompts))]
 
         def velocity_of(indices: torch.Tensor) -> Callable:
             return partial(base.predict_velocity, context=self.architecture.select(context, indices))
 
-        return record(velocity_of, self._noise(base, seeds), schedule, context, torch.arange(NUM_PRIOR_PICTURES))
+        return record(velocity_of, self._noise(base, seeds), schedule, context, torch.arange(len(prompts)))
 
     def _taught_trajectories(
         self, run: RivalRun, base: DiffusionPipeline, pictures: EncodedPictures, schedule: Schedule
