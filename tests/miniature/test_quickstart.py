@@ -5,18 +5,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline
 from PIL import Image
 
-from benchmarks.miniature import quickstart, world
+from benchmarks.miniature import quickstart
+from benchmarks.miniature.architectures import ARCHITECTURES
 from benchmarks.miniature.command_line import run
-from benchmarks.miniature.files import MODEL, REPOSITORY
-from benchmarks.miniature.parts import MAX_SEQUENCE_LENGTH
+from benchmarks.miniature.files import REPOSITORY
 from dopsd.errors import InputError
+from stock_helpers import draw_miniature
 
 
 @pytest.mark.slow
-def test_it_leaves_a_lora_and_a_sheet_and_can_be_run_again(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("model", ["klein", pytest.param("zimage", marks=pytest.mark.exhaustive)])
+def test_it_leaves_a_lora_and_a_sheet_and_can_be_run_again(tmp_path, monkeypatch, capfd, model):
+    architecture = ARCHITECTURES[model]
     output_dir = tmp_path / "with a space"
     output_dir.mkdir()
     (output_dir / ".made-by-quickstart").touch()
@@ -24,7 +26,8 @@ def test_it_leaves_a_lora_and_a_sheet_and_can_be_run_again(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "NUM_THREADS", 1)
     monkeypatch.setattr(quickstart, "EVAL_COUNT", 16)
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output_dir", "with a space", "--max_train_steps", "6"])
+    arguments = ["quickstart.py", "--model", model, "--output_dir", "with a space", "--max_train_steps", "6"]
+    monkeypatch.setattr(sys, "argv", arguments)
     quickstart.main()
     printed = capfd.readouterr().out
     assert not (output_dir / "left over").exists()
@@ -33,24 +36,14 @@ def test_it_leaves_a_lora_and_a_sheet_and_can_be_run_again(tmp_path, monkeypatch
     assert sheet.shape[1] > 5 * 128 and sheet.shape[0] > 6 * 128  # five columns; three new and three old prompts
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 1000  # pictures, not a blank page
 
-    pipeline = Flux2KleinPipeline.from_pretrained(MODEL)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = architecture.stock_pipeline_class.from_pretrained(architecture.folder)
 
-    def draw() -> np.ndarray:
-        return pipeline(
-            prompt="a zofu on mint",
-            height=world.SIDE,
-            width=world.SIDE,
-            num_inference_steps=4,
-            guidance_scale=1.0,
-            generator=torch.Generator().manual_seed(0),
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
-            output_type="np",
-        ).images[0]
+    def draw() -> torch.Tensor:
+        return draw_miniature(pipeline, architecture, [0], prompt="a zofu on mint")
 
     before = draw()
     pipeline.load_lora_weights(output_dir / "lora")
-    assert np.abs(draw() - before).mean() > 1e-3
+    assert (draw() - before).abs().mean() > 1e-3
     for path in ("lora/pytorch_lora_weights.safetensors", "sheet.png"):
         assert str(output_dir / path) in printed
     figures = {
