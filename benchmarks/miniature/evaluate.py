@@ -162,19 +162,24 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flag(parser)
     parser.add_argument("--count", type=positive_int, default=192, help="Number of pictures per task.")
+    parser.add_argument(
+        "--num_inference_steps",
+        type=positive_int,
+        help="Sampling steps. Default: as many as the miniature is distilled for.",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     check_model(args.model)
-    architecture = architecture_in(args.model)
-    pipeline = architecture.load(args.model)
+    pipeline = architecture_in(args.model).load(args.model)
+    num_steps = args.num_inference_steps or architecture_of(pipeline).num_steps
     reader = PictureReader(world.all_appearances())
-    print(f"| {args.count} pictures of each, {architecture.num_steps} steps | exact | residual | detail | places |")
+    print(f"| {args.count} pictures of each, {num_steps} steps | exact | residual | detail | places |")
     print("|---" * 5 + "|")
     for name, task in standard_tasks(args.count).items():
-        figures = measure(sample(pipeline, task), task, reader)
+        figures = measure(sample(pipeline, task, num_steps=num_steps), task, reader)
         print(f"| {name} | {figures['exact']} | {figures['residual']} | {figures['detail']} | {figures['poses']} |")
 
 
