@@ -23,7 +23,7 @@ from benchmarks.miniature.edits import BLUE, NamelessEdits, known_edits
 from benchmarks.miniature.evaluate import sample
 from benchmarks.miniature.files import MODEL, check_settings, make_folder
 from benchmarks.miniature.klein import KLEIN
-from benchmarks.miniature.make import Log, draw_sheet, load_or_draw_sprites, load_or_encode_world
+from benchmarks.miniature.making import Log, draw_sheet, load_or_draw_sprites, load_or_encode_world
 from benchmarks.miniature.metrics import PictureReader
 from benchmarks.miniature.parts import NUM_STEPS
 from benchmarks.miniature.tasks import Task

@@ -9,7 +9,7 @@ from benchmarks.miniature import teacher, world, zimage_parts
 from benchmarks.miniature.editor import assemble_editor
 from benchmarks.miniature.files import MODEL
 from benchmarks.miniature.klein import KLEIN
-from benchmarks.miniature.make import save_stock_pipeline
+from benchmarks.miniature.making import save_stock_pipeline
 from benchmarks.miniature.metrics import PictureReader
 from benchmarks.miniature.parts import make_pipeline, make_transformer, make_vae
 from benchmarks.miniature.rows import RowSource

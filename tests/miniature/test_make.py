@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.miniature import make, world
+from benchmarks.miniature import make, making, world
 from benchmarks.miniature.files import check_settings, replacing
 from benchmarks.miniature.tasks import standard_tasks
 from dopsd.errors import InputError
@@ -23,21 +23,21 @@ def test_the_miniature_is_not_made_from_another_ones_parts(tmp_path, monkeypatch
 
 def test_sprites_are_drawn_once_and_those_with_a_name_come_first(tmp_path):
     appearances = world.known_appearances()[:2]
-    sprites = make.load_or_draw_sprites(tmp_path / "sprites.npy", appearances, 3, seed=0)
+    sprites = making.load_or_draw_sprites(tmp_path / "sprites.npy", appearances, 3, seed=0)
     assert sprites.shape == (5, 40, 40, 4)
     assert np.array_equal(sprites[1], world.sprite(appearances[1]))
-    again = make.load_or_draw_sprites(tmp_path / "sprites.npy", appearances, 3, seed=1)
+    again = making.load_or_draw_sprites(tmp_path / "sprites.npy", appearances, 3, seed=1)
     assert np.array_equal(again, sprites)
 
 
 def test_the_sheet_has_a_row_per_task_and_one_for_its_references(tmp_path):
     tasks = standard_tasks(3)
-    make.draw_sheet(tasks, {name: task.real for name, task in tasks.items()}, tmp_path / "sheet.png", columns=2)
+    making.draw_sheet(tasks, {name: task.real for name, task in tasks.items()}, tmp_path / "sheet.png", columns=2)
     assert Image.open(tmp_path / "sheet.png").size == (2 * 2 * 66, 2 * 6 * 66)
 
 
 def test_the_log_has_one_object_per_line(tmp_path, capsys):
-    log = make.Log(tmp_path / "log.jsonl")
+    log = making.Log(tmp_path / "log.jsonl")
     log({"step": 1})
     log({"step": 2})
     lines = (tmp_path / "log.jsonl").read_text().splitlines()

@@ -9,9 +9,9 @@ import torch
 from diffusers import ZImagePipeline
 from safetensors.torch import load_file
 
-from benchmarks.miniature import make_zimage, teacher, tower, world
+from benchmarks.miniature import make_zimage, making, teacher, tower, world
 from benchmarks.miniature.files import REPOSITORY, ZIMAGE_MODEL, check_settings
-from benchmarks.miniature.make import using_transformer
+from benchmarks.miniature.making import using_transformer
 from benchmarks.miniature.tasks import Task, standard_tasks
 from benchmarks.miniature.zimage import VLM_FOLDER, ZIMAGE
 from benchmarks.miniature.zimage_parts import NUM_VISUAL_TOKENS
@@ -33,11 +33,10 @@ def make(tmp_path, monkeypatch, reader):
     monkeypatch.setattr(world, "known_appearances", lambda: some)
     monkeypatch.setattr(teacher, "NUM_GRAIN_PICTURES", 64)
     monkeypatch.setattr(tower, "BATCH_SIZE", 2)
-    monkeypatch.setattr(make_zimage, "PictureReader", lambda appearances: reader)
-    monkeypatch.setattr(make_zimage, "NUM_OBJECTS", 5)
-    monkeypatch.setattr(make_zimage, "standard_tasks", two_tasks)
-    monkeypatch.setattr(make_zimage, "ROWS_PER_SLOT", {kind: 1 for kind in make_zimage.ROWS_PER_SLOT})
-    fixed = {"work_dir": tmp_path / "work", "output_dir": tmp_path / "model", "eval_count": 2}
+    monkeypatch.setattr(making, "PictureReader", lambda appearances: reader)
+    monkeypatch.setattr(making, "standard_tasks", two_tasks)
+    few = dict.fromkeys(("text_rows", "word_rows", "reference_rows"), 1) | {"num_objects": 5, "eval_count": 2}
+    fixed = {"work_dir": tmp_path / "work", "output_dir": tmp_path / "model", **few}
 
     def run(**flags) -> list[dict]:
         monkeypatch.setattr(sys, "argv", ["make_zimage.py", *as_arguments(fixed | flags)])
@@ -55,7 +54,7 @@ def test_it_makes_a_pipeline_and_a_qwen3_vl_and_goes_on_where_it_stopped(make, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(make_zimage, "distill", stop)
+        stopped.setattr(making, "distill", stop)
         with pytest.raises(KeyboardInterrupt):
             make(**flags)
     vlm = load_file(model / VLM_FOLDER / WEIGHTS_FILE)
