@@ -27,11 +27,13 @@ class PassCosts:
         forward_and_backward: with gradients of the activations and the adapters, not of the frozen weights.
         teacher: forward; its sequence has the picture's tokens as well.
         base: forward, without adapters.
+        base_teacher: forward, with the picture's tokens and without adapters.
     """
 
     forward_and_backward: float
     teacher: float
     base: float
+    base_teacher: float
 
 
 class Architecture(ABC):

@@ -1,6 +1,7 @@
 """The methods that D-OPSD is compared with: the same weights, data and steps, trained with other losses.
 
-- `sft`: flow matching on the training pictures, as in diffusers' training scripts.
+- `sft`: flow matching on the training pictures, as in diffusers' training scripts, which draw sigmas with the
+  scheduler's own shift, or uniformly if that depends on the size of the picture.
 - `sft_deployed`: the same, but only at the sigmas that the deployed sampler visits.
 - `sft_teacher`: flow matching on samples of the teacher, which sees the training pictures.
 - `sft_prior`: flow matching on the training pictures and, as in DreamBooth (arXiv 2208.12242), on as many pictures
@@ -114,20 +115,46 @@ def batch_indices(count: int, batch_size: int, seed: int) -> Iterator[torch.Tens
             yield indices.sort().values
 
 
+def shifted(u: torch.Tensor, shift: float) -> torch.Tensor:
+    """shift u / (1 + (shift - 1) u), the sigmas of a scheduler at u from 0 to 1 (arXiv 2403.03206, Eq. 23)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def loaded_shift(pipeline: DiffusionPipeline) -> float:
+    """The shift of the sigmas from which diffusers' training scripts draw: those of the scheduler as it is loaded.
+
+    A shift that depends on the size of the picture is not applied by then.
+    """
+    config = pipeline.scheduler.config
+    return 1.0 if config.use_dynamic_shifting else config.shift
+
+
+def deployed_shift(schedule: Schedule) -> float:
+    """The shift of a schedule of K steps, whose sigmas are `shifted` from 1, 1 - 1 / K, ..., 1 / K."""
+    u, sigma = 1 - 1 / len(schedule), float(schedule.sigmas[1])
+    return sigma * (1 - u) / (u * (1 - sigma))
+
+
 def flow_matching_loss(
-    student: VelocityFunction, x0: torch.Tensor, generator: torch.Generator, *, sigmas: torch.Tensor | None = None
+    student: VelocityFunction,
+    x0: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    shift: float = 1.0,
+    sigmas: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """MSE(v(x_sigma), noise - x0) at x_sigma = (1 - sigma) x0 + sigma noise (arXiv 2210.02747, Eq. 14).
 
-    The same as diffusers' DreamBooth LoRA scripts with `--weighting_scheme none`.
+    With `loaded_shift`, the same as diffusers' DreamBooth LoRA scripts with `--weighting_scheme none`.
 
     Args:
         x0: (B, C, h, w).
-        sigmas: each sample's sigma is drawn from these; None: uniformly from 0 to 1.
+        shift: of each sample's sigma, see `shifted`; 1: uniform from 0 to 1.
+        sigmas: each sample's sigma is drawn from these instead.
     """
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)
     if sigmas is None:
-        sigma = torch.rand(len(x0), generator=generator, device=x0.device)
+        sigma = shifted(torch.rand(len(x0), generator=generator, device=x0.device), shift)
     else:
         sigma = sigmas[torch.randint(len(sigmas), (len(x0),), generator=generator, device=x0.device)]
     weight = sigma.view(-1, 1, 1, 1)
@@ -197,12 +224,17 @@ def step_losses(
     x0: torch.Tensor,
     schedule: Schedule,
     generator: torch.Generator,
+    *,
+    num_draws: int | None = None,
+    shift: float = 1.0,
 ) -> Iterator[torch.Tensor]:
-    """The losses of one training step: K of them, so that every method sees as many states as D-OPSD.
+    """The losses of one training step, whose mean is trained on.
 
     Args:
         method: "sft", "sft_deployed", "sft_prior", "sft_teacher" or "off_policy".
         x0: (B, C, h, w), latents of the batch's pictures.
+        num_draws: of noise and sigma in flow matching. Default: K, as many states as D-OPSD sees.
+        shift: see `flow_matching_loss`.
     """
     sigmas = None
     if method == "sft_deployed":
@@ -214,8 +246,8 @@ def step_losses(
             return
         assert method == "sft_teacher", method
         x0 = few_step_sample(teacher, noise, schedule)
-    for _ in schedule.timesteps:
-        yield flow_matching_loss(student, x0, generator, sigmas=sigmas)
+    for _ in range(num_draws or len(schedule)):
+        yield flow_matching_loss(student, x0, generator, shift=shift, sigmas=sigmas)
 
 
 def drawn_noise(x0: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -244,6 +276,8 @@ class BaselineTraining:
         method: see the module's docstring.
         schedule: the K steps of the deployed sampler.
         prior: for "sft_prior".
+        num_draws: see `step_losses`.
+        shift: see `flow_matching_loss`. Default: `loaded_shift`.
     """
 
     def __init__(
@@ -257,9 +291,13 @@ class BaselineTraining:
         *,
         seed: int,
         prior: PriorPictures | None = None,
+        num_draws: int | None = None,
+        shift: float | None = None,
     ):
         self.method, self.pipeline, self.roles, self.settings = method, pipeline, roles, settings
         self.pictures, self.schedule, self.prior, self.seed = pictures, schedule, prior, seed
+        self.num_draws = num_draws or len(schedule)
+        self.shift = loaded_shift(pipeline) if shift is None else shift
         self.generator = torch.Generator().manual_seed(seed)
         self.sampler = StateSampler(len(schedule), by_norm=method == "one_state_by_norm")
 
@@ -292,12 +330,15 @@ class BaselineTraining:
             norm = torch.stack([parameter.grad.norm() for parameter in self.roles.student_parameters]).norm()
             self.sampler.observe(index, float(norm) / weight)
             return
-        for loss in step_losses(self.method, student, teacher, batch.x0, self.schedule, self.generator):
-            (loss / len(self.schedule)).backward()
+        count = len(self.schedule) if self.method == "off_policy" else self.num_draws
+        options = {"num_draws": self.num_draws, "shift": self.shift}
+        for loss in step_losses(self.method, student, teacher, batch.x0, self.schedule, self.generator, **options):
+            (loss / count).backward()
             if self.method == "sft_prior":
                 prior = self.prior.draw(len(batch.x0), self.generator)
-                prior_loss = flow_matching_loss(self.velocity(prior.context), prior.x0, self.generator)
-                (prior_loss / len(self.schedule)).backward()
+                student_of_prior = self.velocity(prior.context)
+                prior_loss = flow_matching_loss(student_of_prior, prior.x0, self.generator, shift=self.shift)
+                (prior_loss / count).backward()
 
     def velocity(self, context: Context) -> VelocityFunction:
         return partial(self.pipeline.predict_velocity, context=context)

@@ -11,7 +11,7 @@ from benchmarks.miniature.architecture import Architecture
 
 # Of D-OPSD's student, by default and as published, and the number of states that a baseline sees in a step.
 NUM_ROLLOUT_STEPS = 4
-NUM_PRIOR_PICTURES = 200  # drawn by the base for SFT with prior preservation
+NUM_PRIOR_PICTURES = 200  # at most; drawn by the base for SFT with prior preservation
 
 
 def sampled_cost(num_trained: int, num_rollout_steps: int, teacher: float, forward_and_backward: float) -> float:
@@ -26,14 +26,19 @@ def sampled_cost(num_trained: int, num_rollout_steps: int, teacher: float, forwa
     return float(num_visited - num_trained) + num_trained * (teacher + forward_and_backward)
 
 
-def step_cost(kind: str, flags: dict, architecture: Architecture) -> float:
+def num_samples(flags: dict) -> int:
+    """Of one training step."""
+    return flags["train_batch_size"] * flags.get("gradient_accumulation_steps", 1)
+
+
+def step_cost(kind: str, flags: dict, architecture: Architecture, num_draws: int = NUM_ROLLOUT_STEPS) -> float:
     """Of one training step, on average.
 
     Args:
         kind, flags: of a `Method` that is trained; `train_batch_size` must be among the flags.
+        num_draws: of flow matching, see `Method`.
     """
     costs = architecture.costs
-    num_samples = flags["train_batch_size"] * flags.get("gradient_accumulation_steps", 1)
     if kind == "dopsd":
         num_trained, num_rollout_steps = flags["num_trained_states"], flags.get("num_rollout_steps", NUM_ROLLOUT_STEPS)
         sampled = num_trained, num_rollout_steps
@@ -44,24 +49,33 @@ def step_cost(kind: str, flags: dict, architecture: Architecture) -> float:
     elif kind.startswith("one_state"):
         cost = sampled_cost(1, NUM_ROLLOUT_STEPS, costs.teacher, costs.forward_and_backward)
     elif kind == "sft_prior":
-        cost = 2 * NUM_ROLLOUT_STEPS * costs.forward_and_backward
+        cost = 2 * num_draws * costs.forward_and_backward
     elif kind in ("sft_teacher", "off_policy"):
         cost = NUM_ROLLOUT_STEPS * (costs.teacher + costs.forward_and_backward)
     else:
         assert kind in ("sft", "sft_deployed"), kind
-        cost = NUM_ROLLOUT_STEPS * costs.forward_and_backward
-    return num_samples * cost
+        cost = num_draws * costs.forward_and_backward
+    return num_samples(flags) * cost
 
 
-def preparation_cost(kind: str, architecture: Architecture) -> float:
+def num_prior_pictures(flags: dict, num_steps: int, num_draws: int = NUM_ROLLOUT_STEPS) -> int:
+    """No more than the training draws from."""
+    return min(NUM_PRIOR_PICTURES, num_steps * num_samples(flags) * num_draws)
+
+
+def preparation_cost(kind: str, num_pictures: int, architecture: Architecture) -> float:
     """Before the first step: the pictures that DreamBooth's prior preservation draws."""
-    return NUM_PRIOR_PICTURES * architecture.num_steps * architecture.costs.base if kind == "sft_prior" else 0.0
+    return num_pictures * architecture.num_steps * architecture.costs.base if kind == "sft_prior" else 0.0
 
 
-def training_cost(kind: str, flags: dict, num_steps: int, architecture: Architecture) -> float:
-    return preparation_cost(kind, architecture) + num_steps * step_cost(kind, flags, architecture)
+def training_cost(
+    kind: str, flags: dict, num_steps: int, architecture: Architecture, num_draws: int = NUM_ROLLOUT_STEPS
+) -> float:
+    prepared = preparation_cost(kind, num_prior_pictures(flags, num_steps, num_draws), architecture)
+    return prepared + num_steps * step_cost(kind, flags, architecture, num_draws)
 
 
 def equal_cost_steps(kind: str, flags: dict, cost: float, architecture: Architecture) -> int:
-    """The number of steps whose training costs about `cost`."""
-    return round((cost - preparation_cost(kind, architecture)) / step_cost(kind, flags, architecture))
+    """The number of steps whose training costs about `cost`, with all `NUM_PRIOR_PICTURES`."""
+    prepared = preparation_cost(kind, NUM_PRIOR_PICTURES, architecture)
+    return round((cost - prepared) / step_cost(kind, flags, architecture))

@@ -30,7 +30,7 @@ def assemble_base(folder: Path) -> Path:
         pipeline = Flux2KleinDOPSDPipeline.from_pretrained(MODEL)
         train_base(pipeline, NUM_UPDATES)
         with replacing(folder) as partial_folder:
-            write_pipeline(partial_folder, pipeline.transformer.state_dict())
+            write_pipeline(MODEL, partial_folder, pipeline.transformer.state_dict())
     return folder
 
 

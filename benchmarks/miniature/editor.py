@@ -14,7 +14,7 @@ from benchmarks.miniature import world
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.edit_tasks import editor_tasks, measure_placed
 from benchmarks.miniature.evaluate import sample
-from benchmarks.miniature.files import make_folder, replacing, write_pipeline
+from benchmarks.miniature.files import MODEL, make_folder, replacing, write_pipeline
 from benchmarks.miniature.metrics import PictureReader
 from benchmarks.miniature.tables import markdown
 from pipelines.flux2_klein import Flux2KleinDOPSDPipeline
@@ -35,7 +35,7 @@ def save_editor(transformer: torch.nn.Module, path: Path) -> None:
 def assemble_editor(folder: Path) -> Path:
     """Writes the editor as a whole pipeline in float32, with the miniature's other components. Returns the folder."""
     weights = {name: weight.float() for name, weight in load_file(WEIGHTS).items()}
-    return write_pipeline(folder, weights)
+    return write_pipeline(MODEL, folder, weights)
 
 
 def measured(folder: Path, count: int) -> str:

@@ -54,8 +54,8 @@ def final_latents(
 
 @torch.no_grad()
 def sample(pipeline: DiffusionPipeline, task: Task, *, num_steps: int | None = None) -> torch.Tensor:
-    """(N, 3, 64, 64): the pipeline's pictures for a task, from noise of the seeds 0 to N - 1."""
-    seeds = list(range(len(task.prompts)))
+    """(N, 3, 64, 64): the pipeline's pictures for a task."""
+    seeds = task.seeds
     latents = final_latents(pipeline, task.prompts, seeds, references=task.references, num_steps=num_steps)
     return decode(pipeline, latents)
 
@@ -89,6 +89,9 @@ class Evaluator:
         self.model, self.count, self.architecture = model, count, architecture_in(model)
         self.reader = PictureReader(world.all_appearances())
         self.old = old_task(count)
+
+    def task_of(self, concept: Concept | Renaming) -> Task:
+        return concept.task(self.count)
 
     def load(self, *loras: Path) -> DiffusionPipeline:
         """The base model with LoRAs, each at its full strength."""
@@ -124,7 +127,7 @@ class Evaluator:
     ) -> dict[str, dict[str, float]]:
         """Metrics on the concept ("new") and on known objects ("old")."""
         return {
-            "new": self.measure(pipeline, concept.task(self.count), num_steps),
+            "new": self.measure(pipeline, self.task_of(concept), num_steps),
             "old": self.measure(pipeline, self.old, num_steps),
         }
 
@@ -140,7 +143,7 @@ class Evaluator:
 
     def evaluate_stack(self, pipeline: DiffusionPipeline, concepts: list[Concept]) -> dict[str, float]:
         """Shares of right pictures with the LoRAs of several concepts: the concepts' mean ("exact") and "old"."""
-        new = [self.measure(pipeline, concept.task(self.count))["exact"] for concept in concepts]
+        new = [self.measure(pipeline, self.task_of(concept))["exact"] for concept in concepts]
         return {"exact": sum(new) / len(new), "old": self.measure(pipeline, self.old)["exact"]}
 
 

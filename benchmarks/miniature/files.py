@@ -29,9 +29,9 @@ def replacing(path: Path) -> Iterator[Path]:
     partial.replace(path)
 
 
-def write_pipeline(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
-    """Writes a whole pipeline: the miniature with these weights of its transformer. Returns the folder."""
-    shutil.copytree(MODEL, folder, dirs_exist_ok=True)
+def write_pipeline(model: Path, folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """Writes a whole pipeline: the model in a folder with these weights of its transformer. Returns `folder`."""
+    shutil.copytree(model, folder, dirs_exist_ok=True)
     with replacing(folder / TRANSFORMER_WEIGHTS) as partial:
         save_file(weights, partial, metadata={"format": "pt"})
     return folder

@@ -22,7 +22,7 @@ class Klein(Architecture):
     name, title = "klein", "FLUX.2-klein"
     folder, script = MODEL, REPOSITORY / "train_dopsd_flux2.py"
     lora_layers = KLEIN_LORA_LAYERS
-    costs = PassCosts(forward_and_backward=2.09, teacher=1.71, base=0.87)
+    costs = PassCosts(forward_and_backward=2.09, teacher=1.71, base=0.87, base_teacher=1.48)
     stock_pipeline_class, pipeline_options = Flux2KleinPipeline, {"is_distilled": True}
     num_steps, guidance_scale = NUM_STEPS, 1.0
     max_sequence_length = MAX_SEQUENCE_LENGTH

@@ -4,10 +4,11 @@ import re
 import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 from benchmarks.miniature.architecture import Architecture
 from benchmarks.miniature.concepts import Concept
-from benchmarks.miniature.costs import equal_cost_steps, training_cost
+from benchmarks.miniature.costs import NUM_ROLLOUT_STEPS, equal_cost_steps, num_prior_pictures, training_cost
 from benchmarks.miniature.klein import KLEIN
 
 
@@ -58,6 +59,7 @@ class Method:
         stops_at_dopsd: whether training stops when it reaches the concept accuracy of D-OPSD.
         prior_avoids: words that no unrelated prompt of prior preservation has.
         names_word: whether prior preservation knows the new word, and holds other made-up words.
+        num_draws: flow matching's draws of noise per picture and training step: as many as D-OPSD has states.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Method:
     stops_at_dopsd: bool = False
     prior_avoids: tuple[str, ...] = ()
     names_word: bool = True
+    num_draws: ClassVar[int] = NUM_ROLLOUT_STEPS
 
     @property
     def settings(self) -> SharedSettings:
@@ -87,7 +90,24 @@ class Method:
 
     def cost(self, num_steps: int, architecture: Architecture) -> float:
         """In forward passes of the student; see `costs`."""
-        return training_cost(self.kind, SHARED_FLAGS | self.flags, num_steps, architecture)
+        return training_cost(self.kind, SHARED_FLAGS | self.flags, num_steps, architecture, self.num_draws)
+
+    def num_prior_pictures(self, num_steps: int) -> int:
+        """Pictures that the base draws for prior preservation, where pictures are held."""
+        return num_prior_pictures(SHARED_FLAGS | self.flags, num_steps, self.num_draws)
+
+    @property
+    def folder_name(self) -> str:
+        """Equal for methods with equal settings, whatever their names."""
+        words = [self.kind, *(f"{name}={value}" for name, value in sorted(self.flags.items()))]
+        defaults = Method("", "")
+        words += [
+            f"{name}={getattr(self, name)}"
+            for name in ("relative_steps", "stops_at_dopsd", "prior_avoids", "names_word")
+            if getattr(self, name) != getattr(defaults, name)
+        ]
+        name = "-".join(words)
+        return name if re.fullmatch(r"[\w=.-]{1,60}", name) else f"{self.kind}-{zlib.crc32(name.encode()):08x}"
 
     def at_cost(self, cost: float, architecture: Architecture) -> "Method":
         """The same with as many training steps as `cost` allows."""
@@ -211,19 +231,8 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """The run's folder inside the experiment's. Runs with equal settings share it, whatever the method's name."""
-        method = self.method
-        words = [method.kind, *(f"{name}={value}" for name, value in sorted(method.flags.items()))]
-        defaults = Method("", "")
-        words += [
-            f"{name}={getattr(method, name)}"
-            for name in ("relative_steps", "stops_at_dopsd", "prior_avoids", "names_word")
-            if getattr(method, name) != getattr(defaults, name)
-        ]
-        name = "-".join(words)
-        if not re.fullmatch(r"[\w=.-]{1,60}", name):
-            name = f"{method.kind}-{zlib.crc32(name.encode()):08x}"
-        return Path("runs", self.concept.name, str(self.seed), name)
+        """The run's folder inside the experiment's. Runs with equal settings share it."""
+        return Path("runs", self.concept.name, str(self.seed), self.method.folder_name)
 
 
 def runs_of(method: Method, concepts: tuple[Concept, ...], seeds: tuple[int, ...]) -> list[Run]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from benchmarks.miniature.concepts import (
     prior_prompts,
     training_pictures,
 )
-from benchmarks.miniature.costs import NUM_PRIOR_PICTURES, NUM_ROLLOUT_STEPS
+from benchmarks.miniature.costs import NUM_ROLLOUT_STEPS
 from benchmarks.miniature.evaluate import Evaluator
 from benchmarks.miniature.files import replacing, write_pipeline
 from benchmarks.miniature.methods import DOPSD, SHARED_FLAGS, TRAIN_MODE, Method, Run
@@ -61,6 +62,7 @@ class Experiment:
         num_train_steps: training steps per run; a run that stops at an accuracy can take fewer.
         steps_per_evaluation: training steps between evaluations of a run that stops at an accuracy.
         eval_count: pictures per task.
+        stacked_concepts: each is measured together with the next one.
     """
 
     model: Path
@@ -68,6 +70,7 @@ class Experiment:
     num_train_steps: int
     steps_per_evaluation: int
     eval_count: int
+    stacked_concepts: ClassVar[tuple[Concept, ...]] = CONCEPTS
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -114,11 +117,11 @@ class Experiment:
         """Metrics "new" and "old" at each number of sampling steps, for a run that has been trained."""
         return self._once(run, "step_counts.json", partial(self._measure_by_step_count, step_counts=step_counts))
 
-    def load(self, run: Run) -> DiffusionPipeline:
-        """The pipeline of a run that has been trained, or of the base model."""
+    def load(self, run: Run, *others: Run) -> DiffusionPipeline:
+        """The pipeline of a run that has been trained, with the LoRAs of others, or of the base model."""
         if run.method.is_full:
             return self.architecture.load(self.folder / run.folder)
-        return self.evaluator.load(*([self.folder / run.folder] if run.method.is_trained else []))
+        return self.evaluator.load(*(self.folder / one.folder for one in (run, *others) if one.method.is_trained))
 
     def _once(self, run: Run, name: str, compute: Callable[[Run], dict | float]) -> dict | float:
         """Reads a JSON file in the run's folder, which is computed and written first if it is missing."""
@@ -142,9 +145,10 @@ class Experiment:
         return metrics | {"retention": self.evaluator.retention(pipeline)} | trained
 
     def _measure_stack(self, run: Run) -> dict[str, float]:
-        concepts = [run.concept, CONCEPTS[(CONCEPTS.index(run.concept) + 1) % len(CONCEPTS)]]
-        folders = [self.folder / replace(run, concept=concept).folder for concept in concepts]
-        return self.evaluator.evaluate_stack(self.evaluator.load(*folders), concepts)
+        every = self.stacked_concepts
+        concepts = [run.concept, every[(every.index(run.concept) + 1) % len(every)]]
+        pipeline = self.load(*(replace(run, concept=concept) for concept in concepts))
+        return self.evaluator.evaluate_stack(pipeline, concepts)
 
     def _time(self, run: Run) -> float:
         with TemporaryDirectory() as folder:
@@ -244,11 +248,12 @@ class Experiment:
         return draw_prior_pictures(pipeline, self._held_prompts(run), schedule, seed=run.seed)
 
     def _held_prompts(self, run: Run) -> list[str]:
-        """`NUM_PRIOR_PICTURES` draws from the prompts of D-OPSD's prior preservation."""
+        """As many draws from the prompts of D-OPSD's prior preservation as prior pictures are needed."""
         _, captions = run.concept.pictures(run.seed)
         made = word_prompts([TriggerWord(run.concept.word, "")], captions, run.seed)
         prompts = replace(made, unrelated=tuple(prior_prompts(run.method.prior_avoids)))
-        return [prompts.draw(run.seed, place, 1)[0] for place in range(NUM_PRIOR_PICTURES)]
+        count = run.method.num_prior_pictures(run.method.num_steps(self.num_train_steps))
+        return [prompts.draw(run.seed, place, 1)[0] for place in range(count)]
 
     def _accuracy_stop(self, run: Run, pipeline: DiffusionPipeline, roles: Roles) -> "AccuracyStop":
         task = run.concept.task(self.eval_count)
@@ -288,12 +293,12 @@ def make_roles(method: Method, pipeline: DiffusionPipeline) -> Roles:
 
 
 def save_baseline(roles: Roles, pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Writes what `Experiment.load` reads: a LoRA, or the whole pipeline."""
+    """Writes what `Experiment.load` reads: a LoRA, or the whole pipeline, whose other files are those it came from."""
     if isinstance(roles, StudentTeacherLoRA):
         weights, metadata = roles.export(torch.float32)
         pipeline.save_lora_weights(folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata)
     else:
-        write_pipeline(folder, pipeline.transformer.state_dict())
+        write_pipeline(Path(pipeline.name_or_path), folder, pipeline.transformer.state_dict())
 
 
 def timed_run(run: Run) -> Run:

@@ -1,7 +1,7 @@
 """Tasks for a model: prompts, references, and what the pictures should show."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ class Task:
         wanted: the objects to be drawn.
         backgrounds: names of the backgrounds to be drawn.
         real: (N, 3, 64, 64), pictures drawn by the world.
+        first_seed: of the noise of the first picture; the next one has the next seed.
     """
 
     prompts: list[str]
@@ -30,6 +31,24 @@ class Task:
     wanted: list[world.Appearance]
     backgrounds: list[str]
     real: torch.Tensor
+    first_seed: int = field(default=0, kw_only=True)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the pictures' noise."""
+        return list(range(self.first_seed, self.first_seed + len(self.prompts)))
+
+    def select(self, indices: Sequence[int], *, first_seed: int) -> "Task":
+        """The prompts with these indices, of a task without references."""
+        assert not self.references
+        return replace(
+            self,
+            prompts=[self.prompts[index] for index in indices],
+            wanted=[self.wanted[index] for index in indices],
+            backgrounds=[self.backgrounds[index] for index in indices],
+            real=self.real[list(indices)],
+            first_seed=first_seed,
+        )
 
 
 def reference_columns(references: References) -> list[tuple[Image.Image, ...]]:

@@ -26,7 +26,7 @@ class ZImage(Architecture):
     name, title = "zimage", "Z-Image-Turbo"
     folder, script = ZIMAGE_MODEL, REPOSITORY / "train_dopsd_zimage.py"
     lora_layers = Z_IMAGE_LORA_LAYERS
-    costs = PassCosts(forward_and_backward=2.12, teacher=1.67, base=0.84)
+    costs = PassCosts(forward_and_backward=2.12, teacher=1.67, base=0.84, base_teacher=1.39)
     stock_pipeline_class, pipeline_options = ZImagePipeline, {}
     num_steps, guidance_scale = NUM_STEPS, 0.0
     max_sequence_length = 64

@@ -3,15 +3,19 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks.miniature import baselines as baselines_module
 from benchmarks.miniature.baselines import (
     BaselineTraining,
     EncodedPictures,
     StateSampler,
     batch_indices,
+    deployed_shift,
     draw_prior_pictures,
     encode_pictures,
     flow_matching_loss,
+    loaded_shift,
     off_policy_losses,
+    shifted,
     step_losses,
 )
 from benchmarks.miniature.concepts import CONCEPTS, training_pictures
@@ -39,6 +43,40 @@ def test_flow_matching_has_no_loss_at_the_true_velocity():
 
     assert flow_matching_loss(true_velocity, x0, torch.Generator().manual_seed(0)) < 1e-6
     assert flow_matching_loss(lambda x, t: torch.zeros_like(x), x0, torch.Generator().manual_seed(0)) > 1
+
+
+def test_flow_matching_draws_sigmas_as_a_shifted_scheduler_spaces_them(miniature, zimage):
+    seen = []
+
+    def velocity(latents, timestep):
+        seen.append(timestep / 1000)
+        return latents
+
+    for pipeline, loaded, num_steps, deployed in ((miniature, 1, 4, 7.02), (zimage, 3, 8, 3)):
+        assert loaded_shift(pipeline) == loaded
+        schedule = pipeline.schedule(64, 64, num_steps)
+        assert deployed_shift(schedule) == pytest.approx(deployed, abs=0.01)
+        u = torch.linspace(1, 1 / num_steps, num_steps)
+        torch.testing.assert_close(shifted(u, deployed_shift(schedule)), schedule.sigmas[:-1], rtol=1e-4, atol=0)
+    flow_matching_loss(velocity, torch.zeros(4000, 1, 1, 1), torch.Generator().manual_seed(0), shift=7)
+    # Half of the draws lie above 7 * .5 / (1 + 6 * .5).
+    assert seen[0].median() == pytest.approx(3.5 / 4, abs=0.01) and seen[0].min() < 0.1
+
+
+def test_a_step_of_flow_matching_draws_as_often_as_asked(miniature, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        baselines_module,
+        "flow_matching_loss",
+        lambda student, x0, generator, **options: calls.append(options) or torch.zeros((), requires_grad=True),
+    )
+    pictures, roles = encode(miniature, 1), make_roles(miniature)
+    arguments = (miniature, roles, pictures, miniature.schedule(64, 64, 4), SharedSettings())
+    BaselineTraining("sft", *arguments, seed=0).backpropagate(pictures)
+    assert [call["shift"] for call in calls] == [1.0] * 4
+    calls.clear()
+    BaselineTraining("sft", *arguments, seed=0, num_draws=1, shift=7.0).backpropagate(pictures)
+    assert [call["shift"] for call in calls] == [7.0]
 
 
 def test_off_policy_visits_the_teachers_states_and_on_policy_the_students():

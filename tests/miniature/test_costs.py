@@ -44,6 +44,9 @@ def test_the_passes_cost_what_the_constants_say(miniature):
     assert flops(lambda: roles.as_base(predict)(pictures.student)) / forward == pytest.approx(
         architecture.costs.base, abs=0.01
     )
+    assert flops(lambda: roles.as_base(predict)(pictures.teacher)) / forward == pytest.approx(
+        architecture.costs.base_teacher, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("num_trained", [1, 2, 3, 4])
@@ -84,7 +87,9 @@ def test_a_step_of_every_method_by_hand():
     assert cost("dopsd", **with_prior) == pytest.approx(2 * (one + prior))
     assert cost("dopsd", **with_prior, prior_every=2) == pytest.approx(2 * (one + prior / 2))
     assert cost("sft") == pytest.approx(2 * 4 * 2.09) and cost("sft_prior") == 2 * cost("sft")
-    assert SFT_PRIOR.cost(10, KLEIN) == pytest.approx(200 * 4 * 0.87 + 10 * cost("sft_prior"))
+    assert SFT_PRIOR.cost(30, KLEIN) == pytest.approx(200 * 4 * 0.87 + 30 * cost("sft_prior"))
+    # Ten steps of two pictures draw from the prior pictures 80 times.
+    assert SFT_PRIOR.cost(10, KLEIN) == pytest.approx(80 * 4 * 0.87 + 10 * cost("sft_prior"))
 
 
 def test_the_table_at_equal_cost_is_at_equal_cost():

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.miniature import costs as costs_module
 from benchmarks.miniature import once as once_module
 from benchmarks.miniature import rival_report as rival_report_module
 from benchmarks.miniature import rival_runs as rival_runs_module
 from benchmarks.miniature import rivals as rivals_module
-from benchmarks.miniature import runs as runs_module
 from benchmarks.miniature.baselines import BaselineTraining, encode_pictures, off_policy_losses
 from benchmarks.miniature.concepts import CONCEPTS, MAX_EVAL_COUNT, old_task
 from benchmarks.miniature.files import MODEL
@@ -259,7 +259,7 @@ def test_the_command_trains_measures_and_reports(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # `main` changes it; this restores it
     monkeypatch.setattr(rivals_module, "QUICK_ONCE", TINY_ONCE)
     monkeypatch.setattr(once_module, "MANY_STEPS", 5)
-    monkeypatch.setattr(runs_module, "NUM_PRIOR_PICTURES", 3)
+    monkeypatch.setattr(costs_module, "NUM_PRIOR_PICTURES", 3)
     monkeypatch.setattr(rival_runs_module, "STRENGTHS", (0.5,))
     monkeypatch.setattr(rival_report_module, "STRENGTHS", (0.5,))
     names = ("SFT, repaired", "delta of undistilled + prior")

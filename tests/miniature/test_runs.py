@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train_dopsd_flux2
+from benchmarks.miniature import costs as costs_module
 from benchmarks.miniature import runs as runs_module
 from benchmarks.miniature.concepts import CONCEPTS, RENAMING, prior_prompts
 from benchmarks.miniature.experiment import make_work
@@ -150,7 +151,7 @@ def test_a_run_is_trained_once_and_measured_once(experiment, monkeypatch):
 
 
 def test_a_baseline_with_prior_pictures_is_trained_from_the_bases_pictures(experiment, monkeypatch):
-    monkeypatch.setattr(runs_module, "NUM_PRIOR_PICTURES", 3)
+    monkeypatch.setattr(costs_module, "NUM_PRIOR_PICTURES", 3)
     drawn = []
     draw = runs_module.draw_prior_pictures
     monkeypatch.setattr(
