@@ -35,7 +35,7 @@ from dopsd.sheets import save_png
 # SFT and D-OPSD of each miniature.
 METHODS = {
     "klein": (methods.SFT, methods.DOPSD_BOTH_FAST),
-    "zimage": (zimage_methods.SFT, zimage_methods.DOPSD_BOTH),
+    "zimage": (zimage_methods.SFT, zimage_methods.DOPSD_BOTH_FAST),
 }
 MARKER = ".made-by-quickstart"
 CONCEPT, SEED = CONCEPTS[0], 0

@@ -6,12 +6,14 @@ from benchmarks.miniature.methods import BASE, RECIPES, TEACHER, USUAL_EPSILON, 
 
 
 # Chosen from `LEARNING_RATE_GRID`; the report has what each of them gave.
-LEARNING_RATES = (1e-3, 1e-2, 1e-3, 1e-3, 3e-3, 3e-3)
+LEARNING_RATES = (1e-3, 1e-2, 1e-3, 1e-3, 1e-3, 1e-3)
 LEARNING_RATE_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 SFT, SFT_PRIOR, DOPSD, DOPSD_ONE, DOPSD_PRIOR, DOPSD_BOTH = (
     with_rate(recipe, USUAL_EPSILON, rate) for recipe, rate in zip(RECIPES, LEARNING_RATES, strict=True)
 )
-FIRST_TABLE = (BASE, TEACHER, SFT, SFT_PRIOR, DOPSD, DOPSD_ONE, DOPSD_PRIOR, DOPSD_BOTH)
+# As good by the grid's criterion, which leaves out edges and wrong words.
+DOPSD_BOTH_FAST = variant("D-OPSD, one state + prior, at 3e-3", DOPSD_BOTH, learning_rate=3e-3)
+FIRST_TABLE = (BASE, TEACHER, SFT, SFT_PRIOR, DOPSD, DOPSD_ONE, DOPSD_PRIOR, DOPSD_BOTH, DOPSD_BOTH_FAST)
 QUICK_TABLE = (BASE, TEACHER, SFT, DOPSD, DOPSD_BOTH)
 # The student walks 4 steps by default, and is used at 8.
 ROLLOUT_TABLE = (
