@@ -23,8 +23,8 @@ from dopsd.errors import InputError
 
 
 ROOT = Path(__file__).resolve().parents[1]
-MINIATURE = ROOT / "benchmarks/miniature/README.md"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), MINIATURE]
+MINIATURES = [ROOT / "benchmarks/miniature/README.md", ROOT / "benchmarks/miniature/zimage.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *MINIATURES]
 FOLDERS = [ROOT / name for name in ("benchmarks", "configs", "docs", "dopsd", "pipelines", "tests")]
 FILE_NAMES = {path.name for top in FOLDERS for path in top.rglob("*")} | {path.name for path in ROOT.iterdir()}
 
@@ -41,6 +41,7 @@ OTHER_FLAGS = {
     "sbatch": {"--signal"},
     "tensorboard": {"--logdir"},
     "run_tests.sh": {"--fast"},
+    "quickstart.sh": {"--model"},
     "diffusers": {
         "--dataloader_num_workers",
         "--do_fp8_training",
@@ -54,12 +55,14 @@ MODULES = {
     "benchmarks.miniature.evaluate",
     "benchmarks.miniature.experiment",
     "benchmarks.miniature.make",
+    "benchmarks.miniature.make_zimage",
     "benchmarks.miniature.quickstart",
+    "benchmarks.miniature.rivals",
     "benchmarks.startup",
     "benchmarks.step",
     "tests.faults",
 }
-MODULE_PAGES = {ROOT / "CONTRIBUTING.md", ROOT / "docs/memory_and_speed.md", MINIATURE}
+MODULE_PAGES = {ROOT / "CONTRIBUTING.md", ROOT / "docs/memory_and_speed.md", *MINIATURES}
 # Programs whose command lines are not checked.
 TRUSTED = {"pip", "source"}
 
