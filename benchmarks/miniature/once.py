@@ -3,8 +3,8 @@
 - `samples`: the base's few-step pictures of known objects that no task and no concept asks for, and of made-up words.
 - `adapter`: a LoRA that undoes distillation, trained by flow matching on the samples.
 - `undistilled`: the whole transformer, trained on from the distilled weights by flow matching on the samples.
-- `repair`: a LoRA that restores few steps where the adapter is active, trained on the base's velocities at the states
-  that base, adapter and repair visit.
+- `repair`: a LoRA that gives the base with the adapter its few steps back. Both are active while it is trained, at the
+  states of their few-step trajectories, towards the base's velocities there.
 
 Flow matching draws sigmas with the shift of the deployed sampler. Each part is made once and kept, with its cost, what
 it draws, and its flow-matching loss by sigma.
@@ -55,9 +55,9 @@ class OnceSettings:
 
     num_pictures: int = 1024
     batch_size: int = 16
-    adapter_steps: int = 1000
+    adapter_steps: int = 400
     adapter_rate: float = 2e-3
-    undistilled_steps: int = 1000
+    undistilled_steps: int = 400
     undistilled_rate: float = 3e-4
     repair_steps: int = 600
     repair_rate: float = 2e-3
