@@ -1,5 +1,6 @@
 """The plot of every setting of every method: what is learned against what is kept, and both against the cost."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -10,17 +11,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.miniature.rival_methods import FAMILIES
+from benchmarks.miniature.rival_methods import FAMILIES, RECIPES
 from benchmarks.miniature.tables import value_of
 
 
 COLOURS = ("#d9480f", "#1b6b8f", "#1b7f5c")  # of a family's methods
 OTHERS = "#d5d9e0"
-MARKERS = {60: "v", 120: "o", 240: "s"}  # by the number of steps
+# By the number of steps: what it is called, and matplotlib's marker.
+MARKERS = {60: ("triangle", "v"), 120: ("circle", "o"), 240: ("square", "s"), 480: ("diamond", "D")}
 Point = tuple[float, float]
+PointOf = Callable[[dict], Point]
 
 
-def plot_fronts(grid: dict[str, list[dict]], chosen: dict[str, dict], base: dict, path: Path) -> None:
+def plot_fronts(grid: dict[str, list[dict]], chosen: dict[str, dict], base: dict, once_costs: str, path: Path) -> None:
     """A column per family, with all other methods' points in grey.
 
     Above: old exact (x) and concept (y), with the front of each method. Below: cost in forwards (x) and the mean of
@@ -29,7 +32,8 @@ def plot_fronts(grid: dict[str, list[dict]], chosen: dict[str, dict], base: dict
     Args:
         grid: of each method, its settings with their results.
         chosen: of each method, the setting that is reported, whose point is ringed.
-        base: a result of the base model.
+        base: the base model's result, measured like the grid's.
+        once_costs: says what the marks behind methods' names cost.
     """
     families = {name: [recipe.name for recipe in recipes if recipe.name in grid] for name, recipes in FAMILIES.items()}
     families = {name: methods for name, methods in families.items() if methods}
@@ -43,7 +47,7 @@ def plot_fronts(grid: dict[str, list[dict]], chosen: dict[str, dict], base: dict
                     points = [point_of(entry) for entry in entries]
                     axes.scatter(*zip(*points, strict=True), s=9, color=OTHERS, zorder=1)
             for name, colour in zip(methods, COLOURS, strict=False):
-                draw_method(axes, grid[name], chosen[name], point_of, colour, name)
+                draw_method(axes, grid[name], chosen[name], point_of, colour, name + RECIPES[name].mark)
             axes.grid(color="#e3e6eb", linewidth=0.8)
             axes.set_axisbelow(True)
         top, bottom = all_axes[:, column]
@@ -53,22 +57,23 @@ def plot_fronts(grid: dict[str, list[dict]], chosen: dict[str, dict], base: dict
         bottom.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     all_axes[0, 0].set_ylabel("concept")
     all_axes[1, 0].set_ylabel("mean of concept and old: exact")
-    steps = ", ".join(f"{name} {count}" for name, count in zip(("triangle", "circle", "square"), MARKERS, strict=True))
+    steps = ", ".join(f"{name} {count}" for count, (name, _) in MARKERS.items())
     fig.suptitle(f"All settings of each method; ringed: chosen. Steps: {steps}. Grey: the other methods.", fontsize=11)
+    fig.supxlabel(once_costs, fontsize=9)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
 
-def draw_method(axes: Axes, entries: list[dict], chosen: dict, point_of, colour: str, name: str) -> None:
+def draw_method(axes: Axes, entries: list[dict], chosen: dict, point_of: PointOf, colour: str, label: str) -> None:
     """The points of one method, the front that they form, and a ring around the chosen one."""
     points = [point_of(entry) for entry in entries]
     for entry, point in zip(entries, points, strict=True):
-        axes.scatter(*point, s=26, color=colour, marker=MARKERS.get(entry["steps"], "o"), zorder=3)
+        axes.scatter(*point, s=26, color=colour, marker=MARKERS[entry["steps"]][1], zorder=3)
         if chosen.items() <= entry.items():
             axes.scatter(*point, s=130, facecolors="none", edgecolors=colour, linewidths=1.6, zorder=4)
     is_cheap_better = point_of is cost_and_mean
     line = front(points, is_small_x_better=is_cheap_better)
-    axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.2, zorder=2, label=name)
+    axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.2, zorder=2, label=label)
 
 
 def kept_and_learned(entry: dict) -> Point:

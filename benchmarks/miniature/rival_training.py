@@ -110,19 +110,21 @@ class ManyStepChange:
 
     Attributes:
         before, after: the many-step model without and with the LoRA, frozen.
+        scale: of the change.
     """
 
     before: DiffusionPipeline
     after: DiffusionPipeline
+    scale: float = 1.0
 
     def target(self, base: VelocityFunction, context: Context) -> VelocityFunction:
-        """v_base + (v_after - v_before), without a graph: what delta transfer teaches the few-step model."""
+        """v_base + scale (v_after - v_before), without a graph: what delta transfer teaches the few-step model."""
 
         @torch.no_grad()
         def velocity(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             after = self.after.predict_velocity(latents, timestep, context)
             before = self.before.predict_velocity(latents, timestep, context)
-            return base(latents, timestep) + after - before
+            return base(latents, timestep) + self.scale * (after - before)
 
         return velocity
 

@@ -14,7 +14,12 @@ from benchmarks.miniature import once as once_module
 from benchmarks.miniature import rival_report as rival_report_module
 from benchmarks.miniature import rival_runs as rival_runs_module
 from benchmarks.miniature import rivals as rivals_module
-from benchmarks.miniature.baselines import BaselineTraining, encode_pictures, off_policy_losses
+from benchmarks.miniature.baselines import (
+    BaselineTraining,
+    draw_prior_pictures,
+    encode_pictures,
+    off_policy_losses,
+)
 from benchmarks.miniature.concepts import CONCEPTS, MAX_EVAL_COUNT, old_task
 from benchmarks.miniature.files import MODEL
 from benchmarks.miniature.klein import KLEIN
@@ -22,25 +27,32 @@ from benchmarks.miniature.methods import SharedSettings
 from benchmarks.miniature.once import ADAPTER, LORA, REPAIR, UNDISTILLED, Once, OnceSettings, adapted
 from benchmarks.miniature.rival_methods import (
     DOPSD_ALL,
+    GRID_CONCEPT,
     OFF_POLICY,
+    OFF_POLICY_PRIOR,
     RECIPES,
+    REPORTED_CONCEPTS,
     SFT,
+    SFT_PRIOR,
     TEACHER_RIVAL,
     Rival,
     RivalPlan,
     RivalRun,
+    choice,
 )
-from benchmarks.miniature.rival_plots import front
+from benchmarks.miniature.rival_plots import cost_and_mean, front, kept_and_learned
 from benchmarks.miniature.rival_runs import RivalExperiment
 from benchmarks.miniature.rival_study import CONDITIONS, study
 from benchmarks.miniature.rival_training import DeltaTraining, ManyStepChange, record
+from benchmarks.miniature.rivals import MOST_PICTURES
 from benchmarks.miniature.runs import make_roles, save_baseline
+from benchmarks.miniature.world import REFERENCE_SUFFIX
 from dopsd.rollout import seeded_noise
 
 
 OBJECT = CONCEPTS[0]
 SHAPE = KLEIN.load(MODEL).latent_shape(64, 64)
-TINY_ONCE = OnceSettings(num_pictures=16, batch_size=2, adapter_steps=2, undistilled_steps=2, repair_steps=2)
+TINY_ONCE = OnceSettings(num_pictures=32, batch_size=2, adapter_steps=2, undistilled_steps=2, repair_steps=2)
 
 
 def write_lora(folder, seed: int) -> None:
@@ -67,7 +79,7 @@ def weights_of(pipeline) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in pipeline.transformer.state_dict().items()}
 
 
-def test_an_adapter_is_frozen_in_training_and_absent_afterwards(experiment, monkeypatch):
+def test_an_adapter_is_frozen_in_training_and_absent_from_prior_pictures_and_afterwards(experiment, monkeypatch):
     seen = []
     train = BaselineTraining.train
 
@@ -76,13 +88,18 @@ def test_an_adapter_is_frozen_in_training_and_absent_afterwards(experiment, monk
         own = {k.replace(*names): v for k, v in weights_of(self.pipeline).items() if ".lora_" not in k}
         taken = train(self, num_steps)
         after = {k.replace(*names): v for k, v in weights_of(self.pipeline).items() if ".lora_" not in k}
-        seen.append((own, after))
+        seen.append((own, after, self))
         return taken
 
     monkeypatch.setattr(BaselineTraining, "train", spy)
-    run = RivalRun(OBJECT, 0, replace(SFT, trained_on=ADAPTER))
+    run = RivalRun(OBJECT, 0, replace(SFT_PRIOR, trained_on=ADAPTER))
     assert experiment.train_rival(run) == {"steps": 2}
-    ((before, after),) = seen
+    ((before, after, training),) = seen
+    assert training.num_draws == 1 and training.shift == pytest.approx(7.02, abs=0.01)
+    drawn = draw_prior_pictures(
+        KLEIN.load(MODEL), experiment._held_prompts(run), KLEIN.load(MODEL).schedule(64, 64, 4), seed=0
+    )
+    assert len(drawn.x0) == 4 and torch.equal(training.prior.x0, drawn.x0)  # two steps of two pictures
     merged = weights_of(adapted(KLEIN.load(MODEL), experiment.once.folder / ADAPTER))
     base = weights_of(KLEIN.load(MODEL))
     assert set(before) == set(merged) == set(base)
@@ -96,9 +113,9 @@ def test_an_adapter_is_frozen_in_training_and_absent_afterwards(experiment, monk
     assert adapter == "lora_0" and all(torch.equal(own[name], base[name]) for name in base)
 
 
-def test_a_repaired_lora_is_the_trained_one_with_the_repair_at_full_strength(experiment):
+def test_a_repaired_lora_is_the_trained_one_with_the_repair_at_its_scale(experiment):
     source = RivalRun(OBJECT, 0, SFT)
-    run = replace(source, method=Rival("SFT, repaired", "repair", source=SFT))
+    run, weak = (replace(source, method=Rival("", "repair", source=SFT, scale=scale)) for scale in (1.0, 0.7))
     write_lora(experiment.folder / source.folder, 1)
     write_lora(experiment.once.folder / REPAIR, 2)
     half, both = experiment.load(run, strength=0.5), experiment.load(run)
@@ -106,7 +123,8 @@ def test_a_repaired_lora_is_the_trained_one_with_the_repair_at_full_strength(exp
     assert set(layer.lora_A) == {"lora_0", "lora_1"}
     assert layer.scaling["lora_0"] == 0.5 and layer.scaling["lora_1"] == 1.0
     assert both.transformer.transformer_blocks[0].attn.to_q.scaling == {"lora_0": 1.0, "lora_1": 1.0}
-    assert run.folder != source.folder
+    assert experiment.load(weak).transformer.transformer_blocks[0].attn.to_q.scaling == {"lora_0": 1.0, "lora_1": 0.7}
+    assert len({run.folder, source.folder, weak.folder}) == 3
     (experiment.folder / source.folder / "trained.json").write_text('{"steps": 7}')
     assert experiment._train(run) == {"steps": 7}  # not trained again
 
@@ -129,6 +147,27 @@ def test_cached_trajectories_train_like_those_that_are_made_at_each_step(miniatu
     assert last.item() == pytest.approx(expected[3].item(), rel=1e-4) and expected[3] != expected[2]
 
 
+def test_cached_trajectories_are_the_bases_with_the_picture_where_it_teaches(experiment, miniature):
+    run = RivalRun(OBJECT, 0, Rival("", OFF_POLICY_PRIOR))
+    schedule = miniature.schedule(64, 64, 4)
+    pictures = experiment._encoded_pictures(run, miniature)
+    taught = experiment._taught_trajectories(run, miniature, pictures, schedule)
+    held = experiment._held_trajectories(run, miniature, schedule)
+    images, captions = OBJECT.pictures(0)
+    suffixed = [caption + REFERENCE_SUFFIX for caption in captions]
+    contexts = {
+        "taught": KLEIN.reference_context(miniature, suffixed, images),
+        "held": KLEIN.text_context(miniature, experiment._held_prompts(run)),
+    }
+    for name, trajectories in (("taught", taught), ("held", held)):
+        assert len(trajectories.states) == 4  # all that two steps of two pictures draw from
+        for index in (0, 3):
+            states, timestep = trajectories.states[:, index], schedule.timesteps[index]
+            expected = miniature.predict_velocity(states, timestep, contexts[name])
+            torch.testing.assert_close(trajectories.velocities[:, index], expected, rtol=1e-3, atol=1e-4)
+    assert not taught.contexts.references  # the student sees no picture
+
+
 class Linear:
     """A model whose velocity is a multiple of its state."""
 
@@ -142,9 +181,9 @@ class Linear:
 
 def test_delta_transfer_adds_the_many_step_models_change_to_the_base():
     latents = torch.randn(2, 3, 4, 4)
-    change = ManyStepChange(before=Linear(0.5), after=Linear(0.8))
+    change = ManyStepChange(before=Linear(0.5), after=Linear(0.8), scale=2)
     target = change.target(lambda latents, timestep: 2 * latents, "the prompt")(latents, torch.tensor(500.0))
-    torch.testing.assert_close(target, (2 + 0.8 - 0.5) * latents)
+    torch.testing.assert_close(target, (2 + 2 * (0.8 - 0.5)) * latents)
     assert not target.requires_grad
 
 
@@ -170,59 +209,107 @@ def test_delta_transfer_teaches_nothing_where_nothing_changed(miniature, factors
 
 def test_costs_are_counted_in_the_students_forward_passes():
     costs = KLEIN.costs
-    both, base, teacher = costs.forward_and_backward, costs.base, costs.teacher
-    prior = 200 * 4 * base
-    assert SFT.cost(60, KLEIN) == pytest.approx(60 * 2 * 4 * both)
+    both, base = costs.forward_and_backward, costs.base
+    prior = 120 * 4 * base  # of 200 pictures, those that 60 steps of two draw from
+    assert SFT.cost(60, KLEIN) == pytest.approx(60 * 2 * both)
     assert replace(SFT, trained_on=ADAPTER).cost(60, KLEIN) == SFT.cost(60, KLEIN)
     repaired = RECIPES["SFT + prior pictures, repaired"].at(1e-3, 60)
-    assert repaired.cost(60, KLEIN) == pytest.approx(prior + 60 * 2 * 8 * both)
-    cached = 64 * 4 * teacher + prior
+    assert repaired.cost(60, KLEIN) == pytest.approx(prior + 60 * 2 * 2 * both)
+    assert repaired.cost(240, KLEIN) == pytest.approx(200 * 4 * base + 240 * 2 * 2 * both)
+    cached = 64 * 4 * costs.base_teacher + prior
     assert Rival("", "off_policy_prior").cost(60, KLEIN) == pytest.approx(cached + 60 * 2 * 8 * both)
     assert Rival("", "off_policy_one_prior").cost(60, KLEIN) == pytest.approx(cached + 60 * 2 * 2 * both)
     # Of the K = 4 states one is trained; the student walks 1.5 states to it on average.
     source = RECIPES["training adapter"].at(1e-3, 240)
-    delta = RECIPES["delta of the adapter"].at(1e-3, 60, source)
+    delta = RECIPES["delta of the adapter"].at(1e-3, 60, source=source)
     assert delta.cost(60, KLEIN) == pytest.approx(source.cost(240, KLEIN) + 60 * 2 * (1.5 + 3 * base + both))
     held = replace(delta, kind="delta_prior").cost(60, KLEIN) - delta.cost(60, KLEIN)
     assert held == pytest.approx(60 * 2 * (1.5 + base + both))
 
 
-def make_plan(best_of: dict[str, tuple[float, int]], **changed) -> RivalPlan:
-    """A plan whose grids are best at the given learning rates and numbers of steps."""
+def make_plan(best_of: dict[str, tuple[float, int]], seeds=(0, 1, 2), **changed) -> RivalPlan:
+    """A plan whose grids are best at the given learning rates and numbers of steps, at the smallest scale."""
 
     def short_result(run):
-        rate, steps = run.method.flags["learning_rate"], round(120 * run.method.relative_steps)
+        method = run.method
+        rate, steps = method.flags["learning_rate"], round(120 * method.relative_steps)
         assert (run.concept, run.seed) == (OBJECT, 3)
-        new = 0.9 if (rate, steps) == best_of[run.method.name] else 0.5
+        new = 0.9 if (rate, steps) == best_of[method.name] and method.scale <= 1 else 0.5
         return {"new": {"exact": new}, "old": {"exact": 0.8}, "forwards": steps}
 
-    return RivalPlan(short_result, tuple(best_of), CONCEPTS, (0, 1, 2), grid_seed=3, **changed)
+    def many_step_result(run):
+        """Best at other settings than the few-step model."""
+        rate, steps = run.method.flags["learning_rate"], round(120 * run.method.relative_steps)
+        return {"new": {"exact": float((rate, steps) == (2e-2, 120))}, "old": {"exact": 0.8}, "forwards": steps}
+
+    return RivalPlan(short_result, many_step_result, tuple(best_of), CONCEPTS[1:], seeds, grid_seed=3, **changed)
 
 
-def test_the_best_of_a_grid_is_reported_on_other_seeds():
-    name = "training adapter + prior pictures"
-    plan = make_plan({name: (3e-3, 240), "delta of the adapter + prior": (1e-2, 60)})
-    source, delta = plan.tuned
-    assert (source.flags["learning_rate"], source.relative_steps) == (3e-3, 2)
-    assert (delta.flags["learning_rate"], delta.relative_steps) == (1e-2, 0.5) and delta.source == source
-    assert len({run.folder for recipe in map(RECIPES.get, plan.names) for run in plan.grid(recipe)}) == 18
-    runs = plan.reported[delta.name]
-    assert {(run.concept.name, run.seed) for run in runs} == {(c.name, seed) for c in CONCEPTS for seed in (0, 1, 2)}
-    assert {run.source.folder for run in runs} == {run.folder for run in plan.reported[name]}
-    assert len(plan.reported["base"]) == 3 and len(plan.reported[TEACHER_RIVAL.name]) == 9
+def test_what_a_grid_chooses_is_reported_on_other_concepts_and_seeds():
+    source, delta = "training adapter + prior pictures", "delta of the adapter + prior"
+    plan = make_plan({source: (3e-3, 240), delta: (1e-2, 240)})
+    trained, transferred = plan.tuned
+    assert (trained.flags["learning_rate"], trained.relative_steps) == (3e-3, 2)
+    assert (transferred.flags["learning_rate"], transferred.relative_steps, transferred.scale) == (1e-2, 2, 1)
+    # The source is chosen by what its many-step model draws.
+    assert plan.sources == [RECIPES[source]]
+    assert (transferred.source.flags["learning_rate"], transferred.source.relative_steps) == (2e-2, 1)
+    assert transferred.source.trained_on == ADAPTER
+    assert [RECIPES[name].mark for name in (source, delta, "SFT, repaired", "SFT")] == [" + A", " + A", " + R", ""]
+    grids = [run for recipe in map(RECIPES.get, plan.names) for run in plan.grid(recipe)]
+    assert len({run.folder for run in grids}) == 9 + 8
+    runs = plan.reported[delta]
+    assert OBJECT not in plan.concepts and plan.grid_seed not in plan.seeds
+    assert {(run.concept, run.seed) for run in runs} == {(concept, s) for concept in CONCEPTS[1:] for s in (0, 1, 2)}
+    assert not {run.folder for run in runs} & {run.folder for run in grids}
+    assert len(plan.reported["base"]) == 2 and len(plan.reported[TEACHER_RIVAL.name]) == 6
 
 
-def test_of_equal_settings_the_cheaper_one_is_chosen():
-    plan = make_plan({"SFT": (0.0, 0)})
-    assert plan.tuned[0].relative_steps == 0.5 and plan.tuned[0].flags["learning_rate"] == 3e-4
+def test_the_cheapest_of_nearly_equal_settings_is_chosen():
+    def result(new: float, forwards: int) -> dict:
+        return {"new": {"exact": new}, "old": {"exact": 0.9}, "forwards": forwards}
+
+    rivals = [replace(SFT, flags={"learning_rate": rate}) for rate in (1e-3, 2e-3, 3e-3, 4e-3)]
+    results = [result(0.90, 500), result(0.87, 400), result(0.86, 300), result(0.88, 400)]
+    assert choice([*zip(rivals, results, strict=True)]) == rivals[3]
+    assert choice([*zip(rivals[::2], results[::2], strict=True)]) == rivals[0]
 
 
-def test_the_study_trains_both_of_a_pair_alike():
-    plan = make_plan({name: (3e-3, 120) for name in RECIPES if RECIPES[name].source is None}, study_seeds=(0,))
-    table = study(plan)
+@pytest.mark.parametrize("count", [16, MOST_PICTURES])
+def test_grids_are_measured_on_other_prompts_and_noise_than_reports(tmp_path, count):
+    experiment = RivalExperiment(MODEL, tmp_path, 120, 120, count)
+    grid, report = experiment.grid_evaluator, experiment.evaluator
+    pairs = [(grid.old, report.old), (grid.task_of(OBJECT), report.task_of(OBJECT))]
+    for chosen_by, reported in pairs:
+        assert len(chosen_by.prompts) == len(chosen_by.real) == min(48, count) and len(reported.prompts) == count
+        assert not {*chosen_by.seeds} & {*reported.seeds}
+    assert not {*grid.old.prompts} & {*report.old.prompts}
+    assert all(item.words in prompt for item, prompt in zip(grid.old.wanted, grid.old.prompts, strict=True))
+    assert not {GRID_CONCEPT} & {*REPORTED_CONCEPTS}
+
+
+def test_the_quick_and_the_whole_plan(tmp_path):
+    experiment = RivalExperiment(MODEL, tmp_path, 120, 120, 64)
+    quick, whole = (rivals_module.make_plan(experiment, is_quick=is_quick) for is_quick in (True, False))
+    free = [recipe for recipe in RECIPES.values() if recipe.source is None]
+    assert {name: len(whole.grid(RECIPES[name])) for name in ("SFT", "SFT, repaired", DOPSD_ALL)} == {
+        "SFT": 9,
+        "SFT, repaired": 18,
+        DOPSD_ALL: 9,
+    }
+    assert [run.method.num_steps(120) for run in quick.grid(RECIPES["SFT + prior pictures"])] == [240]
+    assert [run.method.num_steps(120) for run in quick.grid(RECIPES["D-OPSD, 1 state + prior"])] == [120]
+    assert whole.names == (*RECIPES,) and len(quick.names) == 7 and not quick.study_seeds
+    folders = [run.folder for recipe in free for run in whole.grid(recipe)]
+    assert len({*folders}) == len(folders)
+
+
+def test_the_study_trains_both_of_a_pair_alike_and_off_policy_at_its_own_setting():
+    best = {name: (3e-3, 120) for name in RECIPES if RECIPES[name].source is None}
+    table = study(make_plan(best | {OFF_POLICY: (1e-3, 60)}, study_seeds=(0,)))
     assert list(table) == list(CONDITIONS) and len(table) == 5
     runs = [run for by_method in table.values() for (run,) in by_method.values()]
-    assert len({run.folder for run in runs}) == 20
+    assert len({run.folder for run in runs}) == 25
     for by_method in table.values():
         (dopsd,), (off_policy,) = by_method[DOPSD_ALL], by_method[OFF_POLICY]
         assert dopsd.method.relative_steps == off_policy.method.relative_steps
@@ -230,6 +317,8 @@ def test_the_study_trains_both_of_a_pair_alike():
         assert dopsd.concept == off_policy.concept
     (long,), (fast,) = table["480 steps"][DOPSD_ALL], table["learning rate x 3"][DOPSD_ALL]
     assert long.method.relative_steps == 4 and fast.method.flags["learning_rate"] == pytest.approx(9e-3)
+    (own,) = table["as chosen"]["off-policy, its own setting"]
+    assert (own.method.flags["learning_rate"], own.method.relative_steps) == (1e-3, 0.5)
 
 
 def test_faulty_lessons_have_one_picture_or_a_wrong_one():
@@ -246,6 +335,13 @@ def test_what_is_trained_once_sees_nothing_that_a_task_asks_for(tmp_path):
     objects = {prompt.split(" on ")[0].removeprefix("a ") for prompt in prompts}
     asked = {*old_task(MAX_EVAL_COUNT).wanted, *(item for concept in CONCEPTS for item in concept.neighbours)}
     assert len(prompts) == 1024 and len(objects) > 100 and not objects & {item.words for item in asked}
+    made_up = [prompt.split()[1] for prompt in prompts if len(prompt.split(" on ")[0].split()) == 2]
+    assert len(made_up) == 256 and len({*made_up}) > 200 and not {*made_up} & {concept.word for concept in CONCEPTS}
+
+
+def test_points_of_the_plot():
+    entry = {"steps": 60, "result": {"new": {"exact": 0.9}, "old": {"exact": 0.5}, "forwards": 700}}
+    assert kept_and_learned(entry) == (0.5, 0.9) and cost_and_mean(entry) == (700, pytest.approx(0.7))
 
 
 def test_a_front_has_the_points_that_no_other_beats():
@@ -254,7 +350,7 @@ def test_a_front_has_the_points_that_no_other_beats():
     assert front(points, is_small_x_better=True) == [(0.2, 0.9)]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_trains_measures_and_reports(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # `main` changes it; this restores it
     monkeypatch.setattr(rivals_module, "QUICK_ONCE", TINY_ONCE)
@@ -273,11 +369,13 @@ def test_the_command_trains_measures_and_reports(tmp_path, monkeypatch):
     assert set(results["once"]) == {"samples", ADAPTER, UNDISTILLED, REPAIR} and set(results["grid"]) == {*names}
     # Two steps of two samples, with the gradients of all weights.
     assert results["once"][UNDISTILLED]["forwards"] == round(2 * 2 * 3 * KLEIN.costs.base)
-    assert results["chosen"]["SFT, repaired"] == {"learning_rate": 1e-3, "steps": 120}
+    assert {*results["once"][ADAPTER]["loss"]} == {*results["once"]["samples"]["loss"]}
+    assert results["chosen"]["SFT, repaired"] == {"learning_rate": 1e-3, "steps": 240, "scale": 0.5}
     ((_, delta),) = results["reported"]["delta of undistilled + prior"].items()
-    assert delta["steps"] == 2 and delta["forwards"] > 800 and 0 <= delta["at_0.5"]["old"]["exact"] <= 1
+    assert delta["steps"] == 4 and 0 <= delta["at_0.5"]["old"]["exact"] <= 1 and 0 <= delta["followed"]["new"]["exact"]
     text = (tmp_path / "rivals_klein.md").read_text()
-    assert text.count("| SFT, repaired |") == 3 and "base with adapter and repair LoRA" in text
+    assert text.count("| SFT, repaired |") == 4 and "base with adapter and repair LoRA" in text
+    assert "U: pictures and undistilled model, " in text and " + U |" in text and " + R |" in text
     for name in ("rivals_klein.png", "rivals_klein_sheet.png"):
         assert len(np.unique(np.asarray(Image.open(tmp_path / name).convert("RGB")).reshape(-1, 3), axis=0)) > 50
 
