@@ -15,9 +15,9 @@ from benchmarks.miniature.tables import score, value_of
 
 GRID_CONCEPT, REPORTED_CONCEPTS = CONCEPTS[0], CONCEPTS[1:]  # what is chosen on one is reported on the others
 # Learning rates and numbers of steps of the grids. Where base or pictures hold the student, higher rates are best; SFT
-# takes a quarter of the states in a step, and more steps.
+# takes a quarter of the states in a step, so more steps are tried as well.
 UNHELD_RATES, TRAJECTORY_RATES, PICTURE_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 2e-2)
-STEPS, SFT_STEPS = (60, 120, 240), (120, 240, 480)
+STEPS, SFT_STEPS = (60, 120, 240), (60, 120, 240, 480)
 INDIFFERENCE = 0.03  # of the score: one and a half of 48 pictures
 NUM_TAUGHT_TRAJECTORIES = 64  # of the teacher, cached; at most
 DELTA, DELTA_PRIOR = "delta", "delta_prior"
@@ -211,7 +211,7 @@ class RivalPlan:
     seeds: tuple[int, ...]
     grid_seed: int
     kept_rates: tuple[int, ...] = (0, 1, 2)
-    kept_steps: tuple[int, ...] = (0, 1, 2)
+    kept_steps: tuple[int, ...] = (0, 1, 2, 3)
     study_seeds: tuple[int, ...] = ()
 
     def recipes(self, *, needing_others: bool) -> list[Recipe]:

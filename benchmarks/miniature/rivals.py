@@ -124,7 +124,7 @@ def make_plan(experiment: RivalExperiment, *, is_quick: bool) -> RivalPlan:
         REPORTED_CONCEPTS,
         SEEDS,
         TUNING_SEED,
-        kept_steps=(1, 2) if experiment.architecture is ZIMAGE else (0, 1, 2),
+        kept_steps=(1, 2, 3) if experiment.architecture is ZIMAGE else (0, 1, 2, 3),
         study_seeds=SEEDS[:NUM_STUDY_SEEDS],
     )
 

@@ -293,11 +293,11 @@ def test_the_quick_and_the_whole_plan(tmp_path):
     quick, whole = (rivals_module.make_plan(experiment, is_quick=is_quick) for is_quick in (True, False))
     free = [recipe for recipe in RECIPES.values() if recipe.source is None]
     assert {name: len(whole.grid(RECIPES[name])) for name in ("SFT", "SFT, repaired", DOPSD_ALL)} == {
-        "SFT": 9,
-        "SFT, repaired": 18,
+        "SFT": 12,
+        "SFT, repaired": 24,
         DOPSD_ALL: 9,
     }
-    assert [run.method.num_steps(120) for run in quick.grid(RECIPES["SFT + prior pictures"])] == [240]
+    assert [run.method.num_steps(120) for run in quick.grid(RECIPES["SFT + prior pictures"])] == [120]
     assert [run.method.num_steps(120) for run in quick.grid(RECIPES["D-OPSD, 1 state + prior"])] == [120]
     assert whole.names == (*RECIPES,) and len(quick.names) == 7 and not quick.study_seeds
     folders = [run.folder for recipe in free for run in whole.grid(recipe)]
