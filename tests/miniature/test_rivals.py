@@ -257,7 +257,7 @@ def test_what_a_grid_chooses_is_reported_on_other_concepts_and_seeds():
     assert transferred.source.trained_on == ADAPTER
     assert [RECIPES[name].mark for name in (source, delta, "SFT, repaired", "SFT")] == [" + A", " + A", " + R", ""]
     grids = [run for recipe in map(RECIPES.get, plan.names) for run in plan.grid(recipe)]
-    assert len({run.folder for run in grids}) == 9 + 8
+    assert len({run.folder for run in grids}) == 12 + 8
     runs = plan.reported[delta]
     assert OBJECT not in plan.concepts and plan.grid_seed not in plan.seeds
     assert {(run.concept, run.seed) for run in runs} == {(concept, s) for concept in CONCEPTS[1:] for s in (0, 1, 2)}
