@@ -122,7 +122,7 @@ def test_the_base_learns_from_words_without_meaning_and_holds_the_rest(miniature
     assert not any(map(torch.equal, before, miniature.transformer.parameters()))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_script_trains_a_whole_model_that_the_stock_pipeline_loads(tmp_path):
     experiment = LessonExperiment(MODEL, tmp_path, num_train_steps=2, steps_per_evaluation=2, eval_count=16)
     run = Run(DOMAIN, 0, recipe_in_mode(RECIPES[-1], FULL, 1e-3))

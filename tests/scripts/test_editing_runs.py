@@ -85,7 +85,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_encodes_nothing(train, mak
 
 
 @ONE_MODEL
-@SLOW
+@pytest.mark.exhaustive
 def test_two_processes_give_the_editor_of_one_with_twice_the_accumulation(
     torchrun, command, arguments, make_picture, tmp_path
 ):

@@ -109,6 +109,7 @@ runpy.run_path({script!r}, run_name="__main__")
 
 
 @ONE_MODEL
+@pytest.mark.exhaustive
 def test_a_drawing_that_fails_on_one_process_costs_one_validation(torchrun, model, arguments, tmp_path):
     script = tmp_path / "fails.py"
     names = {"root": str(model.script_path.parent), "script": str(model.script_path)}
