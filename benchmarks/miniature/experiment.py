@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.miniature import report
+from benchmarks.miniature.architectures import architecture_in
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.concepts import MAX_EVAL_COUNT
 from benchmarks.miniature.evaluate import NUM_RETENTION_PROMPTS, add_model_flag
@@ -37,7 +38,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--output_dir",
         type=Path,
-        help="Folder for runs, tables and sheets. Default: miniature-results; with --quick miniature-quick.",
+        help="Folder for runs, tables and sheets. Default: miniature-results-MODEL; with --quick "
+        "miniature-quick-MODEL.",
     )
     parser.add_argument(
         "--num_train_steps",
@@ -57,8 +59,6 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="Only one concept, one seed and some methods.")
     args = parser.parse_args()
-    if args.output_dir is None:
-        args.output_dir = Path("miniature-quick" if args.quick else "miniature-results")
     if args.eval_count is None:
         args.eval_count = QUICK_EVAL_COUNT if args.quick else EVAL_COUNT
     if args.num_workers is None:
@@ -71,6 +71,7 @@ def main() -> None:
     check_model(args.model)
     if not NUM_RETENTION_PROMPTS <= args.eval_count <= MAX_EVAL_COUNT:
         raise InputError(f"--eval_count {args.eval_count}: give {NUM_RETENTION_PROMPTS} to {MAX_EVAL_COUNT}")
+    args.output_dir = args.output_dir or default_folder(args.model, is_quick=args.quick)
     make_folder(args.output_dir, flag="--output_dir")
     experiment = Experiment(
         model=args.model.resolve(),
@@ -88,6 +89,11 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.num_workers))
     run_side_by_side(experiment, make_work(plan), args.num_workers)
     report.write(experiment, plan)
+
+
+def default_folder(model: Path, *, is_quick: bool) -> Path:
+    """For the results of this miniature, in the current folder."""
+    return Path(f"miniature-{'quick' if is_quick else 'results'}-{architecture_in(model).name}")
 
 
 def make_work(plan: Plan) -> Work:

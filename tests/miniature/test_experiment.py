@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from benchmarks.miniature import experiment as experiment_module
 from benchmarks.miniature import methods
 from benchmarks.miniature.concepts import CONCEPTS
+from benchmarks.miniature.files import MODEL, ZIMAGE_MODEL
 from benchmarks.miniature.methods import DOPSD, QUICK_TABLE, SFT, SFT_STOPPED, Run
 from dopsd.errors import InputError
 
@@ -48,7 +50,12 @@ def test_quick_measures_fewer_pictures_in_a_folder_of_its_own(monkeypatch):
     full = experiment_module.parse_args()
     set_command_line(monkeypatch, "--quick")
     quick = experiment_module.parse_args()
-    assert full.output_dir != quick.output_dir and quick.eval_count < full.eval_count
+    assert full.output_dir is None and quick.eval_count < full.eval_count
+    folders = {
+        experiment_module.default_folder(model, is_quick=is_quick)
+        for model, is_quick in product((MODEL, ZIMAGE_MODEL), (False, True))
+    }
+    assert len(folders) == 4
     assert (full.num_workers, quick.num_workers) == (os.cpu_count(), 1)
     set_command_line(monkeypatch, "--quick", "--eval_count", "20", "--output_dir", "here")
     given = experiment_module.parse_args()
