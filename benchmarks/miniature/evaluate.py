@@ -17,6 +17,7 @@ from benchmarks.miniature.concepts import Concept, Renaming, neighbour_task, old
 from benchmarks.miniature.files import MODEL, check_model
 from benchmarks.miniature.metrics import PictureReader, detail, effective_poses, frechet_distance, object_residual
 from benchmarks.miniature.tasks import References, Task, standard_tasks
+from dopsd.errors import InputError
 from dopsd.retention import relative_drift
 from dopsd.rollout import seeded_noise
 
@@ -154,6 +155,13 @@ def add_model_flag(parser: argparse.ArgumentParser) -> None:
         default=MODEL,
         help=f"Folder of the miniature, or one that is shipped: {', '.join(ARCHITECTURES)}. Default: klein.",
     )
+
+
+def check_evaluation(model: Path, eval_count: int, most: int) -> None:
+    """Raises `InputError` unless the folder holds a pipeline and `--eval_count` is possible."""
+    check_model(model)
+    if not NUM_RETENTION_PROMPTS <= eval_count <= most:
+        raise InputError(f"--eval_count {eval_count}: give {NUM_RETENTION_PROMPTS} to {most}")
 
 
 def model_folder(text: str) -> Path:

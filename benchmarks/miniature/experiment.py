@@ -19,13 +19,12 @@ from benchmarks.miniature import report
 from benchmarks.miniature.architectures import architecture_in
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.concepts import MAX_EVAL_COUNT
-from benchmarks.miniature.evaluate import NUM_RETENTION_PROMPTS, add_model_flag
-from benchmarks.miniature.files import check_model, check_settings, make_folder
+from benchmarks.miniature.evaluate import add_model_flag, check_evaluation
+from benchmarks.miniature.files import check_settings, make_folder
 from benchmarks.miniature.methods import NUM_TRAIN_STEPS, all_runs
 from benchmarks.miniature.plans import Plan, make_plan
 from benchmarks.miniature.runs import Experiment, timed_run
 from benchmarks.miniature.workers import Work, disable_progress_bars, run_side_by_side
-from dopsd.errors import InputError
 
 
 EVAL_COUNT, QUICK_EVAL_COUNT = 64, 48
@@ -68,9 +67,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    check_model(args.model)
-    if not NUM_RETENTION_PROMPTS <= args.eval_count <= MAX_EVAL_COUNT:
-        raise InputError(f"--eval_count {args.eval_count}: give {NUM_RETENTION_PROMPTS} to {MAX_EVAL_COUNT}")
+    check_evaluation(args.model, args.eval_count, MAX_EVAL_COUNT)
     args.output_dir = args.output_dir or default_folder(args.model, is_quick=args.quick)
     make_folder(args.output_dir, flag="--output_dir")
     experiment = Experiment(

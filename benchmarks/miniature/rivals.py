@@ -23,9 +23,9 @@ from benchmarks.miniature.architecture import Architecture
 from benchmarks.miniature.architectures import architecture_in
 from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.concepts import MAX_EVAL_COUNT
-from benchmarks.miniature.evaluate import NUM_RETENTION_PROMPTS, add_model_flag
+from benchmarks.miniature.evaluate import add_model_flag, check_evaluation
 from benchmarks.miniature.experiment import EVAL_COUNT, QUICK_EVAL_COUNT
-from benchmarks.miniature.files import check_model, check_settings, make_folder
+from benchmarks.miniature.files import check_settings, make_folder
 from benchmarks.miniature.methods import NUM_TRAIN_STEPS
 from benchmarks.miniature.once import OnceSettings, waves_of
 from benchmarks.miniature.plans import SEEDS, TUNING_SEED
@@ -35,7 +35,6 @@ from benchmarks.miniature.rival_runs import GRID_COUNT, RivalExperiment
 from benchmarks.miniature.rival_study import study
 from benchmarks.miniature.workers import disable_progress_bars
 from benchmarks.miniature.zimage import ZIMAGE
-from dopsd.errors import InputError
 
 
 QUICK_NAMES = (
@@ -81,9 +80,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    check_model(args.model)
-    if not NUM_RETENTION_PROMPTS <= args.eval_count <= MOST_PICTURES:
-        raise InputError(f"--eval_count {args.eval_count}: give {NUM_RETENTION_PROMPTS} to {MOST_PICTURES}")
+    check_evaluation(args.model, args.eval_count, MOST_PICTURES)
     if args.output_dir is None:
         name = f"miniature-rivals-{architecture_in(args.model).name}"
         args.output_dir = Path(f"{name}-quick" if args.quick else name)
