@@ -5,7 +5,8 @@ alternating order, in one process. `--size thin` takes about six minutes on one 
 
     python -m benchmarks.step --size klein-4b
 
-prints the card, the versions and a Markdown table, and writes both with all single figures into --output_dir.
+prints the card, the versions and a Markdown table, and writes both with all single figures into --output_dir, after
+each case.
 """
 
 import argparse
@@ -148,17 +149,27 @@ class StepBenchmark:
         loop = self.make(case)
         return take_first_steps(self.device, loop, loop.gradient_calls())
 
-    def measure(self, cases: list[Case]) -> list[Row]:
-        """One row per case, after those of the published loop without and with checkpointing."""
+    def measure(self, cases: list[Case], keep: Callable[[list[Row]], None] = lambda rows: None) -> list[Row]:
+        """One row per case, after those of the published loop without and with checkpointing.
+
+        Compiled cases come last: a kernel that fails on a GPU ends the process.
+
+        Args:
+            keep: called with the rows after each case.
+        """
         rows = {case.name: Row(case.name, list(case.flags)) for case in (PUBLISHED, PUBLISHED_CHECKPOINTED, *cases)}
-        for published in (PUBLISHED, PUBLISHED_CHECKPOINTED):
+        for is_compiled, published in itertools.product((False, True), (PUBLISHED, PUBLISHED_CHECKPOINTED)):
+            kind = is_compiled, published.is_checkpointed
+            chosen = [case for case in cases if (case.is_compiled, case.is_checkpointed) == kind]
+            if is_compiled and not chosen:
+                continue
             row = rows[published.name]
             loop = unless_out_of_memory(partial(self.start, row, published))
-            for case in cases:
-                if case.is_checkpointed == published.is_checkpointed:
-                    torch.compiler.reset()  # compiled variants of other cases count towards the limit of all
-                    unless_out_of_memory(partial(self.measure_case, rows[case.name], case, row, loop))
-                    self.model.accelerator.free_memory()
+            for case in chosen:
+                torch.compiler.reset()  # compiled variants of other cases count towards the limit of all
+                unless_out_of_memory(partial(self.measure_case, rows[case.name], case, row, loop))
+                self.model.accelerator.free_memory()
+                keep([*rows.values()])
             del loop
             self.model.accelerator.free_memory()
         return list(rows.values())
@@ -166,6 +177,7 @@ class StepBenchmark:
     def start(self, row: Row, case: Case) -> Loop:
         """Makes the case's loop and fills in what its first steps show."""
         print(f"Measuring: {case.name}", file=sys.stderr, flush=True)
+        row.fits = bool(row.fits)
         loop = self.make(case)
         gradient_calls = loop.gradient_calls()
         calls = gradient_calls or [loop] * loop.period
@@ -246,33 +258,33 @@ def main() -> None:
     make_folder(args.output_dir, flag="--output_dir")
     device = CudaDevice() if size.needs_gpu else CpuDevice()
     backend = args.attention_backend or ("_native_cudnn" if size.needs_gpu else "native")
-    started, machine = time.perf_counter(), environment()
+    started = time.perf_counter()
+    results = Results(args.size, environment(), args.pairs, args.captions)
     with tempfile.TemporaryDirectory() as folder:
         model = RandomModel(size, Path(folder))
-        encoders = measure_encoders(model, device)
+        results.encoders = measure_encoders(model, device)
         model.make_base()
         benchmark = StepBenchmark(model, device, args.pairs)
-        steps = benchmark.measure(make_cases(backend))
-        memory = benchmark.measure_memory()
-    starts = None
+        results.memory = benchmark.measure_memory()
+
+        def keep(rows: list[Row]) -> None:
+            results.steps, results.seconds = rows, time.perf_counter() - started
+            write(results, args.output_dir)
+
+        benchmark.measure(make_cases(backend), keep)
     if size.mixed_precision == "no":  # the miniature's, in the precision that accelerate has been started with
-        starts, _ = startup.measure(args.captions)
-    results = Results(
-        size=args.size,
-        environment=machine,
-        pairs=args.pairs,
-        encoders=encoders,
-        steps=steps,
-        memory=memory,
-        starts=starts,
-        captions=args.captions,
-        seconds=time.perf_counter() - started,
-    )
+        results.starts, _ = startup.measure(args.captions)
+    results.seconds = time.perf_counter() - started
+    print(write(results, args.output_dir))
+
+
+def write(results: Results, folder: Path) -> str:
+    """Writes the results as JSON and Markdown. Returns the latter."""
     text = report(results)
-    path = args.output_dir / f"step-{args.size}"
+    path = folder / f"step-{results.size}"
     path.with_suffix(".json").write_text(json.dumps(asdict(results), indent=2) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    return text
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Row:
 
     Attributes:
         flags: of the training script.
-        fits: False if the device ran out of memory.
+        fits: False if the device ran out of memory; None if the case has not been measured.
         times: of one step each, or the mean of several steps.
         of_published, of_passes: busy time relative to the published loop's and to the step's own passes, pair by pair.
         activation_bytes: most bytes that a step allocates; None if that cannot be measured.
@@ -35,7 +35,7 @@ class Row:
 
     name: str
     flags: list[str]
-    fits: bool = False
+    fits: bool | None = None
     times: list[Seconds] = field(default_factory=list)
     of_published: list[float] = field(default_factory=list)
     of_passes: list[float] = field(default_factory=list)
@@ -57,9 +57,9 @@ class MemoryRow:
     published: int | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Results:
-    """Everything that one run of the benchmark measured.
+    """What one run of the benchmark has measured so far.
 
     Attributes:
         environment: the machine and the libraries' versions.
@@ -71,12 +71,12 @@ class Results:
     size: str
     environment: dict[str, str]
     pairs: int
-    encoders: dict[str, float]
-    steps: list[Row]
-    memory: list[MemoryRow]
-    starts: dict[str, dict[str, float]] | None
     captions: int
-    seconds: float
+    encoders: dict[str, float] = field(default_factory=dict)
+    steps: list[Row] = field(default_factory=list)
+    memory: list[MemoryRow] = field(default_factory=list)
+    starts: dict[str, dict[str, float]] | None = None
+    seconds: float = 0.0
 
 
 # Limits for the thin model on a CPU. Time by the name of the case, relative to the published loop's; memory at the
@@ -139,7 +139,8 @@ def step_table(results: Results) -> str:
     rows = []
     for row in results.steps:
         if not row.fits:
-            rows.append([row.name, "out of memory", *[""] * 6, time_target(results, row)])
+            result = "not measured" if row.fits is None else "out of memory"
+            rows.append([row.name, result, *[""] * 6, time_target(results, row)])
             continue
         rows.append(
             [

@@ -139,11 +139,14 @@ a row, run `--dry_run`, train some steps on the same card, and open an issue wit
 
 | card | model and flags | computed, GB | measured, GB | seconds per step |
 |---|---|---|---|---|
-| H200 | klein-4B | 25.4 | 25.5 | 1.02 |
+| H200 | klein-4B | 25.4 | 25.5 | 1.04 |
+| H200 | klein-4B, `--compile` | 25.4 | 23.4 | 0.81 |
+| H200 | klein-4B, editing: `--cond_image_column` | 39.2 | 38.8 | 1.73 |
 | H200 | klein-4B, `--teacher_context vlm` | 25.4 | 25.5 | 1.1\\* |
 | H200 | klein-4B, `--quantize int8` | 21.9 | 21.7 | 1.4\\* |
 | H200 | klein-4B, `--quantize nf4` | 20.1 | 20.0 | 1.1\\* |
 | H200 | klein-4B, `--offload_transformer --gradient_checkpointing` | 4.6 | 4.3 | 2.5\\* |
+| H200 | Z-Image-Turbo (`vlm`) | 52.7 | 52.3 | 1.71 |
 | H200 | klein-4B, whole: `--use_8bit_adam --bf16_update stochastic_rounding` | 48.4 | 48.4 | 1.33 |
 | H200 | the same with `--ema_device cpu --num_trained_states 4` (three steps) | 27.2 | 26.8 | 4.9\\* |
 """

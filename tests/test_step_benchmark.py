@@ -84,6 +84,25 @@ def test_the_command_measures_all_cases_and_writes_json_and_markdown(
     assert all(f"\n| {name} |" in page for name in rows)
 
 
+def test_what_was_measured_is_kept_when_a_compiled_case_ends_the_command(own_accelerator, monkeypatch, tmp_path):
+    """As a failed kernel does on a GPU."""
+    measure_case = step.StepBenchmark.measure_case
+
+    def failing(self, row, case, *arguments):
+        if case.is_compiled:
+            raise RuntimeError("illegal memory access")
+        measure_case(self, row, case, *arguments)
+
+    monkeypatch.setattr(step.StepBenchmark, "measure_case", failing)
+    monkeypatch.setattr(step.StepBenchmark, "measure_memory", lambda self: [])
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_benchmark(monkeypatch, tmp_path, "--size", "tiny-klein")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "step-tiny-klein.json").read_text())["steps"]}
+    assert {name for name, row in rows.items() if row["fits"] is None} == {"`--compile`", "all of these flags"}
+    page = (tmp_path / "step-tiny-klein.md").read_text()
+    assert page.count("| not measured |") == 2 and "| all states |" in page
+
+
 @pytest.mark.exhaustive
 def test_the_other_model_runs_in_bfloat16(own_accelerator, without_compiler, monkeypatch, tmp_path):
     results = run_benchmark(monkeypatch, tmp_path, "--size", "tiny-z-image")
@@ -188,7 +207,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 
 def make_results(rows: list[Row], memory: list[MemoryRow] | None = None, size: str = "thin") -> Results:
-    return Results(size, {"device": "a CPU"}, 3, {"picture": 0.5}, rows, memory or [], None, 6, 60.0)
+    return Results(size, {"device": "a CPU"}, 3, 6, {"picture": 0.5}, rows, memory or [], None, 60.0)
 
 
 def test_the_report_says_which_targets_of_time_are_met():
