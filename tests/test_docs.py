@@ -23,7 +23,7 @@ from dopsd.errors import InputError
 
 
 ROOT = Path(__file__).resolve().parents[1]
-MINIATURES = [ROOT / "benchmarks/miniature/README.md", ROOT / "benchmarks/miniature/zimage.md"]
+MINIATURES = [ROOT / "benchmarks/miniature" / name for name in ("README.md", "zimage.md", "rivals.md")]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *MINIATURES]
 FOLDERS = [ROOT / name for name in ("benchmarks", "configs", "docs", "dopsd", "pipelines", "tests")]
 FILE_NAMES = {path.name for top in FOLDERS for path in top.rglob("*")} | {path.name for path in ROOT.iterdir()}

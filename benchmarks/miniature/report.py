@@ -58,7 +58,8 @@ def write_results(experiment: Experiment, plan: Plan) -> None:
 
 def introduction(experiment: Experiment, first: Comparison) -> str:
     return (
-        f"# Results of `python -m benchmarks.miniature.experiment`\n\n{experiment.num_train_steps} steps per run "
+        f"# {experiment.architecture.title}: results of `python -m benchmarks.miniature.experiment --model "
+        f"{experiment.architecture.name}`\n\n{experiment.num_train_steps} steps per run "
         f"where nothing else is said, {experiment.eval_count} pictures per task, seeds "
         f"{', '.join(map(str, first.seeds))}. {machine()}."
     )

@@ -1,6 +1,7 @@
 """Writes tables, plot and sheet of D-OPSD and its rivals."""
 
 import json
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -31,6 +32,10 @@ from dopsd.sheets import Cell, contact_sheet, save_png
 COLUMNS = (
     *("concept", "detail", "residual", "FD", "places", "old: exact", "old: detail", "old: residual", "neighbours"),
     *("wrong words", "stack", "stack: old", "retention", "forwards"),
+)
+EVIDENCE_COLUMNS = (  # in docs/evidence.md
+    *("concept", "old: exact", "wrong words", "residual", "places", "detail", "old: detail", "stack", "stack: old"),
+    *("retention", "forwards"),
 )
 SHORT_COLUMNS = ("concept", "old: exact", "detail", "old: detail", "residual", "places", "forwards")
 STUDY_COLUMNS = ("concept", "old: exact", "detail", "old: detail", "residual", "old: residual", "places")
@@ -156,18 +161,24 @@ def grid_results(plan: RivalPlan, recipe: Recipe) -> list[dict]:
     return [setting(run.method) | {"result": plan.short_result(run)} for run in plan.grid(recipe)]
 
 
-def report_table(reported: dict[str, list[dict]]) -> str:
-    """One row per method. Strengths come last."""
-    rows = []
+def report_table(
+    reported: dict[str, list[dict]], columns: Sequence[str] = COLUMNS, *, has_strengths: bool = True
+) -> str:
+    """One row per method. Strengths come last.
+
+    Args:
+        columns: the last one has the marks of what is trained once behind it.
+    """
+    rows, strengths = [], STRENGTHS if has_strengths else ()
     for name, results in reported.items():
-        row = [name, *(spread(results, column) for column in COLUMNS)]
+        row = [name, *(spread(results, column) for column in columns)]
         row[-1] += mark_of(name)
-        for strength in STRENGTHS:
+        for strength in strengths:
             at_strength = [result.get(f"at_{strength}", {}) for result in results]
             row += [spread(at_strength, column) for column in ("concept", "old: exact")]
         rows.append(row)
-    headings = [f"strength {strength}{what}" for strength in STRENGTHS for what in ("", ": old")]
-    return markdown([*COLUMNS, *headings], rows)
+    headings = [f"strength {strength}{what}" for strength in strengths for what in ("", ": old")]
+    return markdown([*columns, *headings], rows)
 
 
 def mark_of(name: str) -> str:

@@ -1,8 +1,14 @@
 import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
+import pytest
+
+from benchmarks.miniature import methods, zimage_methods
 from benchmarks.miniature.files import MODEL, REPOSITORY
-from benchmarks.miniature.methods import LEARNING_RATES
-from benchmarks.miniature.plans import Comparison, klein_plan
+from benchmarks.miniature.methods import RunsByMethod
+from benchmarks.miniature.plans import Comparison, Plan, klein_plan, zimage_plan
 from benchmarks.miniature.report import grid_results, retention_runs
 from benchmarks.miniature.tables import (
     MAIN_COLUMNS,
@@ -68,39 +74,67 @@ def test_the_best_learning_rate_learns_and_remembers():
     assert text[-1] == "| SFT | 0.90 / 0.80 / 0.90 | **0.90 / 0.90 / 0.10** | 0.80 / 1.00 / 0.10 |"
 
 
-def committed_results() -> dict:
-    return json.loads((MODEL.parent / "results" / "results.json").read_text())
+@dataclass(frozen=True)
+class Committed:
+    """An experiment whose results are in the repository.
+
+    Attributes:
+        rates: of each method, for each epsilon.
+        page: that shows the tables.
+    """
+
+    folder: Path
+    page: Path
+    plan: Plan
+    rates: list[tuple[float, ...]]
+
+    @cached_property
+    def results(self) -> dict:
+        return json.loads((self.folder / "results.json").read_text())
+
+    def rows(self, runs: RunsByMethod) -> dict[str, list[dict]]:
+        return {name: [self.results[str(run.folder)] for run in some] for name, some in runs.items()}
+
+    def grid(self, comparison: Comparison) -> dict[str, dict[float, dict]]:
+        return grid_results(comparison, lambda run: self.results[str(run.folder)])
 
 
-def rows(results: dict, comparison: Comparison) -> dict[str, list[dict]]:
-    return {name: [results[str(run.folder)] for run in runs] for name, runs in comparison.runs.items()}
+RESULTS, PAGES = MODEL.parent / "results", MODEL.parent
+KLEIN_EXPERIMENT = Committed(
+    RESULTS, PAGES / "README.md", klein_plan(is_quick=False), [*methods.LEARNING_RATES.values()]
+)
+ZIMAGE_EXPERIMENT = Committed(
+    RESULTS / "zimage", PAGES / "zimage.md", zimage_plan(is_quick=False), [zimage_methods.LEARNING_RATES]
+)
+experiments = pytest.mark.parametrize("committed", [KLEIN_EXPERIMENT, ZIMAGE_EXPERIMENT], ids=["klein", "zimage"])
 
 
-def test_the_learning_rates_of_the_tables_are_the_best_of_the_committed_grids():
-    results = committed_results()
-    grids = [comparison for comparison in klein_plan(is_quick=False).comparisons if comparison.name.startswith("grid")]
-    assert len(grids) == len(LEARNING_RATES)
-    for comparison, rates in zip(grids, LEARNING_RATES.values(), strict=True):
-        by_recipe = grid_results(comparison, lambda run: results[str(run.folder)])
-        assert tuple(best_rate(by_rate) for by_rate in by_recipe.values()) == rates
+@experiments
+def test_the_learning_rates_of_the_tables_are_the_best_of_the_committed_grids(committed):
+    grids = [comparison for comparison in committed.plan.comparisons if comparison.name.startswith("grid")]
+    assert len(grids) == len(committed.rates)
+    for comparison, rates in zip(grids, committed.rates, strict=True):
+        assert tuple(map(best_rate, committed.grid(comparison).values())) == rates
 
 
-def test_the_readmes_show_the_committed_results():
-    folder, results = MODEL.parent / "results", committed_results()
-    report, readme = (folder / "results.md").read_text(), (MODEL.parent / "README.md").read_text()
-    plan = klein_plan(is_quick=False)
+@experiments
+def test_the_pages_show_the_committed_results(committed):
+    report, page, plan = (committed.folder / "results.md").read_text(), committed.page.read_text(), committed.plan
     for comparison in plan.comparisons:
         if comparison.name.startswith("grid"):
-            text = grid_table(grid_results(comparison, lambda run: results[str(run.folder)]))
-            assert text in report and text in readme
+            text = grid_table(committed.grid(comparison))
+            assert text in report and text in page
         else:
-            assert table(rows(results, comparison)) in report
-            assert table(rows(results, comparison), MAIN_COLUMNS) in readme
-    assert readme_table(rows(results, plan.comparisons[0])) in (REPOSITORY / "README.md").read_text()
-    steps = step_table(
-        {name: [results[str(run.folder)]["step_counts"] for run in runs] for name, runs in plan.by_step_count.items()}
-    )
-    assert steps in report and steps in readme
-    compared = {name: [results[str(run.folder)] for run in runs] for name, runs in retention_runs(plan).items()}
-    lines = [line for line in retention_text(compared, list(results.values())).splitlines()[2:] if line]
-    assert len(lines) == 4 and all(line in report and line in readme for line in lines)
+            rows = committed.rows(comparison.runs)
+            assert table(rows) in report and table(rows, MAIN_COLUMNS) in page
+    by_count = committed.rows(plan.by_step_count).items()
+    steps = step_table({name: [result["step_counts"] for result in results] for name, results in by_count})
+    assert steps in report and steps in page
+    text = retention_text(committed.rows(retention_runs(plan)), [*committed.results.values()])
+    lines = [line for line in text.splitlines()[2:] if line]
+    assert len(lines) == 4 and all(line in report and line in page for line in lines)
+
+
+def test_the_projects_readme_shows_the_committed_results():
+    rows = KLEIN_EXPERIMENT.rows(KLEIN_EXPERIMENT.plan.comparisons[0].runs)
+    assert readme_table(rows) in (REPOSITORY / "README.md").read_text()
