@@ -19,6 +19,7 @@ GRID_CONCEPT, REPORTED_CONCEPTS = CONCEPTS[0], CONCEPTS[1:]  # what is chosen on
 UNHELD_RATES, TRAJECTORY_RATES, PICTURE_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 2e-2)
 STEPS, SFT_STEPS = (60, 120, 240), (60, 120, 240, 480)
 INDIFFERENCE = 0.03  # of the score: one and a half of 48 pictures
+CHEAPER = ", cheaper"  # behind a method's name: at the cheapest setting within `INDIFFERENCE` of the best
 NUM_TAUGHT_TRAJECTORIES = 64  # of the teacher, cached; at most
 DELTA, DELTA_PRIOR = "delta", "delta_prior"
 OFF_POLICY_PRIOR, OFF_POLICY_ONE_PRIOR = "off_policy_prior", "off_policy_one_prior"
@@ -230,18 +231,22 @@ class RivalPlan:
         settings = product(rates, steps, recipe.scales)
         return [RivalRun(GRID_CONCEPT, self.grid_seed, recipe.at(*setting, source)) for setting in settings]
 
-    def chosen(self, recipe: Recipe) -> Rival:
+    def chosen(self, recipe: Recipe, indifference: float = 0.0) -> Rival:
         """The choice from the recipe's grid, which must be complete."""
-        return choice([(run.method, self.short_result(run)) for run in self.grid(recipe)])
+        return choice([(run.method, self.short_result(run)) for run in self.grid(recipe)], indifference)
 
     def chosen_source(self, recipe: Recipe) -> Rival:
         """The choice for delta transfer: by what the many-step model draws with the LoRA in many steps."""
-        return choice([(run.method, self.many_step_result(run)) for run in self.grid(recipe)])
+        return choice([(run.method, self.many_step_result(run)) for run in self.grid(recipe)], INDIFFERENCE)
 
     @property
     def tuned(self) -> list[Rival]:
-        """Each recipe at its chosen setting."""
-        return [self.chosen(RECIPES[name]) for name in self.names]
+        """Each recipe at its chosen setting, and at the cheapest that is nearly as good if that is another."""
+        rivals = []
+        for recipe in map(RECIPES.get, self.names):
+            best, cheap = self.chosen(recipe), self.chosen(recipe, INDIFFERENCE)
+            rivals += [best] if best == cheap else [best, replace(cheap, name=f"{cheap.name}{CHEAPER}")]
+        return rivals
 
     def runs_of(self, rival: Rival) -> list[RivalRun]:
         """Of the base one run per concept, since it sees no pictures."""
@@ -259,9 +264,9 @@ class RivalPlan:
         return {rival.name: self.runs_of(rival) for rival in (BASE_RIVAL, TEACHER_RIVAL, *self.tuned)}
 
 
-def choice(results: list[tuple[Rival, dict]]) -> Rival:
-    """The cheapest whose score, new + old: exact, is within `INDIFFERENCE` of the best one; of equals the best."""
-    enough = max(score(result) for _, result in results) - INDIFFERENCE - 1e-6
+def choice(results: list[tuple[Rival, dict]], indifference: float = 0.0) -> Rival:
+    """The cheapest whose score, new + old: exact, is within `indifference` of the best one; of equals the best."""
+    enough = max(score(result) for _, result in results) - indifference - 1e-6
     good = [(rival, result) for rival, result in results if score(result) >= enough]
 
     def rank(pair: tuple[Rival, dict]) -> tuple[float, ...]:

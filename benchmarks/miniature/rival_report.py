@@ -12,6 +12,7 @@ from benchmarks.miniature.once import NEEDED, SAMPLES
 from benchmarks.miniature.plots import CELL_PIXELS, draw
 from benchmarks.miniature.report import machine
 from benchmarks.miniature.rival_methods import (
+    CHEAPER,
     GRID_CONCEPT,
     INDIFFERENCE,
     MARKS,
@@ -43,8 +44,9 @@ GRID_NOTE = """\
 concept / old: exact of one run each. Bold: the setting that is reported. scale: of the repair LoRA, or of the change
 that delta transfer teaches."""
 CHOSEN_NOTE = f"""\
-The runs that the settings were chosen by: of those whose sum of concept and old: exact is within {INDIFFERENCE:g} of
-the best, the cheapest. Detail has no part in the choice. "at the end of": the chosen rate, number of steps or scale is
+The runs that the settings were chosen by: the largest sum of concept and old: exact, and of equals the cheapest.
+"cheaper": the cheapest of those within {INDIFFERENCE:g} of the best, where that is another. Detail has no part in the
+choice. "at the end of": the chosen rate, number of steps or scale is
 the smallest or largest of the grid, so that the method may be better beyond it."""
 STUDY_NOTE = """\
 Off-policy at the setting that was chosen for D-OPSD, and at its own if that is another, on the concept and the
@@ -181,8 +183,14 @@ def report_table(
     return markdown([*columns, *headings], rows)
 
 
+def recipe_of(name: str) -> Recipe | None:
+    """Of a row of the tables; None for the base and the teacher."""
+    return RECIPES.get(name.removesuffix(CHEAPER))
+
+
 def mark_of(name: str) -> str:
-    return RECIPES[name].mark if name in RECIPES else ""
+    recipe = recipe_of(name)
+    return recipe.mark if recipe else ""
 
 
 def concept_sections(experiment: RivalExperiment, plan: RivalPlan) -> list[str]:
@@ -203,14 +211,13 @@ def concept_sections(experiment: RivalExperiment, plan: RivalPlan) -> list[str]:
 
 def chosen_table(plan: RivalPlan) -> str:
     rows = []
-    for name in plan.names:
-        recipe, grid = RECIPES[name], grid_results(plan, RECIPES[name])
-        chosen = setting(plan.chosen(recipe))
+    for rival in plan.tuned:
+        grid, chosen = grid_results(plan, recipe_of(rival.name)), setting(rival)
         (result,) = [entry["result"] for entry in grid if chosen.items() <= entry.items()]
         cells = [spread([result], column) for column in SHORT_COLUMNS]
-        cells[-1] += mark_of(name)
+        cells[-1] += mark_of(rival.name)
         values = [f"{chosen[key]:g}" for key in ("learning_rate", "steps", "scale")]
-        rows.append([name, *values, ends(chosen, grid), *cells])
+        rows.append([rival.name, *values, ends(chosen, grid), *cells])
     return markdown(["learning rate", "steps", "scale", "at the end of", *SHORT_COLUMNS], rows)
 
 

@@ -28,6 +28,7 @@ from benchmarks.miniature.once import ADAPTER, LORA, REPAIR, UNDISTILLED, Once, 
 from benchmarks.miniature.rival_methods import (
     DOPSD_ALL,
     GRID_CONCEPT,
+    INDIFFERENCE,
     OFF_POLICY,
     OFF_POLICY_PRIOR,
     RECIPES,
@@ -265,14 +266,35 @@ def test_what_a_grid_chooses_is_reported_on_other_concepts_and_seeds():
     assert len(plan.reported["base"]) == 2 and len(plan.reported[TEACHER_RIVAL.name]) == 6
 
 
-def test_the_cheapest_of_nearly_equal_settings_is_chosen():
-    def result(new: float, forwards: int) -> dict:
-        return {"new": {"exact": new}, "old": {"exact": 0.9}, "forwards": forwards}
+def scored(new: float, forwards: int) -> dict:
+    return {"new": {"exact": new}, "old": {"exact": 0.9}, "forwards": forwards}
 
+
+def test_the_best_setting_is_chosen_and_of_equals_the_cheapest():
+    rivals = [replace(SFT, flags={"learning_rate": rate}) for rate in (1e-3, 2e-3, 3e-3)]
+    results = [scored(0.9, 500), scored(0.9, 400), scored(0.89, 300)]
+    assert choice([*zip(rivals, results, strict=True)]) == rivals[1]
+
+
+def test_the_cheapest_of_nearly_equal_settings():
     rivals = [replace(SFT, flags={"learning_rate": rate}) for rate in (1e-3, 2e-3, 3e-3, 4e-3)]
-    results = [result(0.90, 500), result(0.87, 400), result(0.86, 300), result(0.88, 400)]
-    assert choice([*zip(rivals, results, strict=True)]) == rivals[3]
-    assert choice([*zip(rivals[::2], results[::2], strict=True)]) == rivals[0]
+    results = [scored(0.90, 500), scored(0.87, 400), scored(0.86, 300), scored(0.88, 400)]
+    assert choice([*zip(rivals, results, strict=True)], INDIFFERENCE) == rivals[3]
+    assert choice([*zip(rivals[::2], results[::2], strict=True)], INDIFFERENCE) == rivals[0]
+
+
+def test_a_cheaper_setting_is_a_row_of_its_own_where_it_is_nearly_as_good():
+    name = "SFT + prior pictures"
+
+    def result(run: RivalRun) -> dict:
+        steps = run.method.num_steps(120)
+        return scored(0.92 if steps == 480 else 0.9 if steps == 120 else 0.1, steps)
+
+    plan = RivalPlan(result, result, (name,), REPORTED_CONCEPTS, (0,), 3)
+    best, cheaper = plan.tuned
+    assert (best.name, best.num_steps(120)) == (name, 480)
+    assert (cheaper.name, cheaper.num_steps(120)) == (f"{name}, cheaper", 120)
+    assert [*plan.reported][2:] == [best.name, cheaper.name]
 
 
 @pytest.mark.parametrize("count", [16, MOST_PICTURES])
