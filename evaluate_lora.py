@@ -48,6 +48,7 @@ from dopsd.errors import InputError
 from dopsd.evaluation.comparison import LoRA
 from dopsd.evaluation.contenders import all_contenders, check_loras, find_loras
 from dopsd.evaluation.deployment import Deployment
+from dopsd.evaluation.features import open_feature_models
 from dopsd.evaluation.drawing import all_jobs, draw_missing, drawn_pictures
 from dopsd.evaluation.pictures import PICTURES_DIR, PictureStore, read_edited, read_training_pictures
 from dopsd.evaluation.prompts import PROMPTS_FILE, choose_prompts
