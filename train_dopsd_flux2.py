@@ -26,7 +26,6 @@ from dopsd.errors import InputError
 from dopsd.flag_types import MustMatch, flag
 from dopsd.model_flags import CAPTION_CONTEXT, EDITING, ModelFlags, TeacherContext, vlm_context
 from dopsd.settings import ModelSettings, Settings
-from dopsd.sizes import SizeLimits
 from dopsd.terminal import ending_in_one_line, lasting_output
 from pipelines import published
 
@@ -44,18 +43,14 @@ class KleinSettings(ModelSettings):
 class KleinFlags(ModelFlags):
     name = "FLUX.2-klein"
     example = "black-forest-labs/FLUX.2-klein-4B"
-    sizes = SizeLimits(
-        pixels_per_token=16,  # the VAE's factor 8 times patches of 2
-        min_side=64,  # the pipeline refuses smaller reference images
-        max_tokens=4300,  # beyond, the shift of the schedule falls sharply
-    )
+    sizes = published.KLEIN_SIZES
     can_edit = True
     settings_class = KleinSettings
     default_settings = {
         "output_dir": "flux2-klein-dopsd-lora",
         "learning_rate": 2e-5,
         "max_train_steps": published.KLEIN_TRAIN_STEPS,
-        "num_inference_steps": 4,
+        "num_inference_steps": published.KLEIN_STEPS,
         "lora_layers": published.KLEIN_LORA_LAYERS,
     }
     teacher_contexts = {

@@ -26,7 +26,6 @@ from dopsd.errors import InputError
 from dopsd.flag_types import Count, MayDiffer, flag
 from dopsd.model_flags import CAPTION_CONTEXT, ModelFlags, vlm_context
 from dopsd.settings import ModelSettings, Settings
-from dopsd.sizes import SizeLimits
 from dopsd.terminal import ending_in_one_line, lasting_output
 from pipelines import published
 
@@ -49,17 +48,13 @@ class ZImageSettings(ModelSettings):
 class ZImageFlags(ModelFlags):
     name = "Z-Image-Turbo"
     example = "Tongyi-MAI/Z-Image-Turbo"
-    sizes = SizeLimits(
-        pixels_per_token=16,  # the VAE's factor 8 times patches of 2
-        min_side=64,  # less is most likely a typing error
-        max_tokens=128 * 128,  # 2048 x 2048 pixels
-    )
+    sizes = published.Z_IMAGE_SIZES
     settings_class = ZImageSettings
     default_settings = {
         "output_dir": "z-image-dopsd-lora",
         "learning_rate": 1e-4,
         "max_train_steps": published.Z_IMAGE_TRAIN_STEPS,
-        "num_inference_steps": 8,
+        "num_inference_steps": published.Z_IMAGE_STEPS,
         "lora_layers": published.Z_IMAGE_LORA_LAYERS,
     }
     teacher_contexts = {

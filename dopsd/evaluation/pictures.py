@@ -1,4 +1,4 @@
-"""The pictures of a comparison on disk: each is found by what it depends on, and drawn only once."""
+"""The pictures of a comparison: training pictures, pictures to edit, and the store of what is drawn."""
 
 import re
 from collections.abc import Iterable
@@ -6,19 +6,123 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ..context_cache import content_key
-from ..data.images import PILLOW_ERRORS
+from ..data.folder import folder_pictures, list_folder
+from ..data.images import PILLOW_ERRORS, decode
+from ..data.pictures import Picture
+from ..data.requests import read_images
+from ..errors import InputError
 from ..output import naming_file, replacing
+from ..settings import DataSettings
+from ..sharing import in_threads
+from ..sizes import SizeLimits
 from .comparison import Contender, Prompt
+from .settings import EvaluationSettings
 
+
+logger = get_logger(__name__)
+
+MIN_PICTURES = 2  # each is compared with the others
+MAX_PICTURES = 200
+# Feature models see less than this.
+MAX_SIDE = 1024
 
 PICTURES_DIR = "pictures"
 # Increased when the same key may stand for another picture.
 STORE_FORMAT = 1
 KEY_DIGITS = 20
 _NAME = re.compile(rf"-([0-9a-f]{{{KEY_DIGITS}}})\.png$")
+
+
+# What is read
+
+
+@dataclass(frozen=True)
+class TrainingPictures:
+    """What the LoRAs were trained on.
+
+    Attributes:
+        images: RGB, shrunk to at most `MAX_SIDE` pixels per side; of many pictures, a part that is spread evenly.
+        digests: SHA-256 of their files.
+        captions: of all pictures.
+    """
+
+    images: list[Image.Image]
+    digests: list[str]
+    captions: list[str]
+
+
+def read_training_pictures(settings: EvaluationSettings) -> TrainingPictures:
+    """Reads `--instance_data_dir`, whose pictures need no captions.
+
+    Raises:
+        InputError: there are too few pictures, or one cannot be read.
+    """
+    data = DataSettings(
+        instance_data_dir=settings.instance_data_dir,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+        cond_image_column=settings.cond_image_column,
+    )
+    folder = list_folder(data, None)
+    if folder.metadata or folder.text_of:
+        found = folder_pictures(folder, folder.read_sidecars(folder.sidecars), data, None)
+    else:
+        found = [Picture(name, (), folder.files.paths[name]) for name in folder.pictures]
+    if len(found) < MIN_PICTURES:
+        raise InputError(
+            f"--instance_data_dir {settings.instance_data_dir}: holds only {len(found)} training picture, but they "
+            f"are compared with each other; give the folder with all of them, at least {MIN_PICTURES}"
+        )
+    used = [found[index * len(found) // MAX_PICTURES] for index in range(MAX_PICTURES)]
+    used = found if len(found) <= MAX_PICTURES else used
+    if len(used) < len(found):
+        logger.info(f"--instance_data_dir: {len(used)} of the {len(found)} pictures are used")
+
+    def read(picture: Picture) -> tuple[Image.Image, str]:
+        image, digest, _ = decode(picture)
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        return image, digest
+
+    images, digests = zip(*tqdm(in_threads(read, used), "Reading pictures", len(used), leave=False), strict=True)
+    captions = dict.fromkeys(caption for picture in found for caption in picture.captions)
+    return TrainingPictures(list(images), list(digests), list(captions))
+
+
+@dataclass(frozen=True)
+class Edited:
+    """The pictures that one prompt edits, and the size of the result.
+
+    Attributes:
+        images: RGB; the first one has the result's size.
+        size: (height, width) in pixels.
+        digest: of all of them.
+    """
+
+    images: tuple[Image.Image, ...]
+    size: tuple[int, int]
+    digest: str
+
+
+def read_edited(settings: EvaluationSettings, limits: SizeLimits) -> list[Edited]:
+    """The pictures of `--validation_image`, in their order; none without the flag.
+
+    Raises:
+        InputError: a picture cannot be read, or has a size that the model does not take.
+    """
+    edited = []
+    for names in settings.validation_image or ():
+        crops, size = read_images(names, settings.height * settings.width, limits)
+        images = tuple(crop.apply(decode(crop.file).image) for crop in crops)
+        edited.append(Edited(images, size, content_key([crop.digest for crop in crops])))
+    return edited
+
+
+# What is drawn
 
 
 @dataclass(frozen=True)
@@ -39,15 +143,20 @@ class PictureStore:
 
     Args:
         folder: of all pictures; created when the first one is saved.
-        basis: what all keys depend on: the checkpoint, the size, the sampling steps and so on.
-        image_digests: of the pictures to edit, in their order.
+        basis: what all keys depend on: the checkpoint, the sampling steps and so on.
+        size: (height, width) in pixels, of what is drawn from the text alone.
+        edited: the pictures to edit.
     """
 
-    def __init__(self, folder: Path, basis: dict[str, Any], image_digests: Iterable[str] = ()):
-        self.folder, self.basis, self.image_digests = folder, basis, list(image_digests)
+    def __init__(self, folder: Path, basis: dict[str, Any], size: tuple[int, int], edited: Iterable[Edited] = ()):
+        self.folder, self.basis, self._size, self.edited = folder, basis, size, list(edited)
         self._path_of = {
             match[1]: path for path in sorted(folder.glob("*/*.png")) if (match := _NAME.search(path.name))
         }
+
+    def size(self, prompt: Prompt) -> tuple[int, int]:
+        """(height, width) in pixels of what is drawn for the prompt."""
+        return self._size if prompt.image is None else self.edited[prompt.image].size
 
     def key(self, job: Job) -> str:
         """Covers all that the picture depends on. A LoRA counts by its content, whatever it is called."""
@@ -58,7 +167,8 @@ class PictureStore:
             [lora.digest for lora in contender.loras],
             float(contender.strength) if contender.loras else 1.0,
             prompt.text,
-            None if prompt.image is None else self.image_digests[prompt.image],
+            self.size(prompt),
+            None if prompt.image is None else self.edited[prompt.image].digest,
             job.seed,
         )[:KEY_DIGITS]
 
@@ -74,7 +184,7 @@ class PictureStore:
         """Whether the picture is there and undamaged. Its checksums are verified, no pixel is decoded."""
         try:
             with Image.open(self.path(job)) as image:
-                has_size = image.size == (self.basis["width"], self.basis["height"])
+                has_size = image.size[::-1] == self.size(job.prompt)
                 image.verify()
             return has_size
         except PILLOW_ERRORS:

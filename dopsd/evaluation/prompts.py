@@ -4,7 +4,7 @@ import json
 import random
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
+from ..context_cache import content_key
 from ..errors import InputError, first_line
 from ..files import read_regular_file
 from ..output import naming_file, replacing
@@ -34,6 +35,40 @@ def templates() -> dict[str, list[str]]:
     return json.loads(files(__package__).joinpath("templates.json").read_text(encoding="utf-8"))
 
 
+def choose_prompts(
+    settings: EvaluationSettings, captions: list[str], written: Callable[[], list[str]] | None, basis: dict[str, Any]
+) -> list[Prompt]:
+    """The prompts of the comparison, which are saved in its folder. An earlier run's are used again if they fit.
+
+    Args:
+        settings: resolved.
+        captions: of the training pictures, none of which is drawn.
+        written: writes prompts for the subject, for `--write_prompts`.
+        basis: what these depend on besides the flags.
+
+    Raises:
+        InputError: a file's prompts cannot be used.
+        OutputError: they cannot be saved.
+    """
+    path = Path(settings.output_dir, PROMPTS_FILE)
+    names = ("kind", "trigger_word", "class_word", "num_prompts", "seed", "validation_image", "prompts")
+    made_from = {name: getattr(settings, name) for name in names}
+    made_from |= {"captions": content_key(captions), "written": None if written is None else basis}
+    if settings.prompts is None and (saved := saved_prompts(path, made_from)) is not None:
+        return saved
+    num_images = len(settings.validation_image or ())
+    if settings.prompts is not None and Path(settings.prompts).suffix.lower() == ".json":
+        prompts = without_captions(read_prompts(settings.prompts, num_images), captions)
+    else:
+        if settings.prompts is not None:
+            concept = read_lines(settings.prompts)
+        else:
+            concept = built_in_prompts(settings) if written is None else written()
+        prompts = make_prompts(settings, concept, captions)
+    save_prompts(path, prompts, made_from)
+    return prompts
+
+
 def make_prompts(settings: EvaluationSettings, concept: list[str], captions: Iterable[str]) -> list[Prompt]:
     """All prompts of a comparison, in the order of `ROLES`.
 
@@ -47,12 +82,6 @@ def make_prompts(settings: EvaluationSettings, concept: list[str], captions: Ite
     """
     num_images = len(settings.validation_image or ())
     word, class_word = settings.trigger_word, settings.class_word
-    concept = without_captions(concept, captions)
-    if not concept:
-        raise InputError(
-            "--prompts: all prompts for the subject are captions of training pictures, which a LoRA may know by "
-            "heart; give others"
-        )
     if word is not None and not any(TriggerWord(word, "").is_in(text) for text in concept):
         raise InputError(
             f"--trigger_word {word}: no prompt for the subject has this word; write it as in the captions of the "
@@ -72,8 +101,7 @@ def make_prompts(settings: EvaluationSettings, concept: list[str], captions: Ite
         others = made_up_words(random.Random(f"{settings.seed}/evaluation"), NUM_OTHER_WORDS, taken)
         for (text, plain, image), other in zip(marked, others, strict=False):
             found.append(Prompt(replaced(text, [TriggerWord(word, "")], [other]), plain, "other_word", image))
-    kept = {*without_captions([prompt.text for prompt in found], captions)}
-    return list(dict.fromkeys(prompt for prompt in found if prompt.text in kept))
+    return without_captions(list(dict.fromkeys(found)), captions)
 
 
 def paired(texts: list[str], plain: list[str], num_images: int) -> list[tuple[str, str, int | None]]:
@@ -84,15 +112,26 @@ def paired(texts: list[str], plain: list[str], num_images: int) -> list[tuple[st
     ]
 
 
-def without_captions(prompts: list[str], captions: Iterable[str]) -> list[str]:
-    """The prompts that are no captions of training pictures."""
+def without_captions(prompts: list[Prompt], captions: Iterable[str]) -> list[Prompt]:
+    """The prompts that are no captions of training pictures, which a LoRA may know by heart.
+
+    Raises:
+        InputError: none for the subject is left.
+    """
     known = {folded(caption) for caption in captions}
-    dropped = [prompt for prompt in prompts if folded(prompt) in known]
+    kept = [prompt for prompt in prompts if folded(prompt.text) not in known]
+    dropped = [prompt.text for prompt in prompts if prompt not in kept]
+    if not any(prompt.role == "concept" for prompt in kept):
+        raise InputError(
+            "--prompts: all prompts for the subject are captions of training pictures, which a LoRA may know by "
+            "heart; give others"
+        )
     if dropped:
         logger.warning(
-            f"{reprlib.repr(dropped[0])} is a caption of a training picture; {len(dropped)} such prompts are not drawn"
+            f"{len(dropped)} prompts are captions of training pictures and are left out, such as "
+            f"{reprlib.repr(dropped[0])}"
         )
-    return [prompt for prompt in prompts if folded(prompt) not in known]
+    return kept
 
 
 def folded(text: str) -> str:
@@ -186,32 +225,39 @@ def saved_prompts(path: Path, made_from: dict[str, Any]) -> list[Prompt] | None:
         return None
 
 
-def read_prompts(path: str, num_images: int) -> list[str] | list[Prompt]:
-    """The lines of a text file, which are prompts for the subject, or the prompts of a prompts.json.
+def read_lines(path: str) -> list[str]:
+    """Prompts for the subject, the lines of a text file.
+
+    Raises:
+        InputError: it cannot be read, or holds no prompts that can be used.
+    """
+    lines = prompt_lines(read_text(path))
+    if not lines:
+        raise InputError(f"--prompts {path}: holds no prompts; write one per line")
+    check_texts(path, lines)
+    return lines
+
+
+def read_prompts(path: str, num_images: int) -> list[Prompt]:
+    """The prompts of another comparison's prompts.json.
 
     Args:
         num_images: pictures to edit.
 
     Raises:
-        InputError: the file cannot be read, or holds no prompts that can be used.
+        InputError: it cannot be read, or holds no prompts that can be used.
     """
     flag = f"--prompts {path}"
     try:
-        text = read_regular_file(Path(path), MAX_FILE_BYTES).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{flag}: cannot be read ({first_line(error)}); give a UTF-8 text file") from error
-    if Path(path).suffix.lower() != ".json":
-        lines = prompt_lines(text)
-        check_texts(flag, lines)
-        return lines
-    try:
-        found = [as_prompt(entry) for entry in json.loads(text)["prompts"]]
+        found = [as_prompt(entry) for entry in json.loads(read_text(path))["prompts"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"{flag}: is not the prompts.json of a comparison ({first_line(error)}); give one, or a text file with "
             "one prompt per line"
         ) from error
-    check_texts(flag, [text for prompt in found for text in (prompt.text, prompt.plain)])
+    check_texts(path, [text for prompt in found for text in (prompt.text, prompt.plain)])
     if not any(prompt.role == "concept" for prompt in found):
         raise InputError(f"{flag}: holds no prompt for the subject, of the role concept; add some")
     for prompt in found:
@@ -225,6 +271,13 @@ def read_prompts(path: str, num_images: int) -> list[str] | list[Prompt]:
     return list(dict.fromkeys(found))
 
 
+def read_text(path: str) -> str:
+    try:
+        return read_regular_file(Path(path), MAX_FILE_BYTES).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {path}: cannot be read ({first_line(error)}); give a UTF-8 text file") from error
+
+
 def as_prompt(entry: dict[str, Any]) -> Prompt:
     """Raises ValueError, TypeError or KeyError if it is none."""
     match entry:
@@ -235,11 +288,10 @@ def as_prompt(entry: dict[str, Any]) -> Prompt:
     raise ValueError(f"{reprlib.repr(entry)} lacks text, plain, role or image")
 
 
-def check_texts(flag: str, texts: list[str]) -> None:
-    if not texts:
-        raise InputError(f"{flag}: holds no prompts; write one per line")
+def check_texts(path: str, texts: list[str]) -> None:
+    """Raises `InputError` for a text that cannot be drawn."""
     for text in texts:
         if problem := text_problem(text):
-            raise InputError(f"{flag}: {reprlib.repr(text)} {problem}")
+            raise InputError(f"--prompts {path}: {reprlib.repr(text)} {problem}")
         if not text.strip():
-            raise InputError(f"{flag}: a prompt is blank; write one per line")
+            raise InputError(f"--prompts {path}: a prompt is blank; write it, or remove it")

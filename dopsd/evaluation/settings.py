@@ -133,7 +133,7 @@ class DrawingSettings:
     width: Count | None = flag(None, "Width of the pictures, in pixels. Default: --resolution.")
     max_sequence_length: Count = flag(512, "Maximum number of tokens in a prompt.")
     batch_size: Count | None = flag(
-        None, "Pictures that are drawn at once. Default: 8, halved as long as they do not fit the memory."
+        None, "Pictures that are drawn at once. Default: 4, halved as long as they do not fit the memory."
     )
 
 

@@ -11,8 +11,8 @@ from accelerate.utils import broadcast_object_list
 
 from ..contexts import Contexts
 from ..output import naming_file
+from ..picture_model import PictureModel
 from ..settings import Settings
-from .features import ExamModel
 from .figures import FEATURES, TOWER, Figures, Images, Measures, Row, Trial
 from .results import Exam
 from .store import EXAM_FILE, read_exam, write_exam
@@ -24,12 +24,12 @@ from .verdict import findings, stop_line
 logger = get_logger(__name__)
 
 
-def open_exam_model(settings: Settings) -> ExamModel | None:
+def open_exam_model(settings: Settings) -> PictureModel | None:
     """`--exam_model` without its weights, if the run draws anything. Raises `InputError` if it cannot be used."""
     name = settings.validation.exam_model
     if name is None or settings.validation.validation_steps == 0 or settings.training.encode_only:
         return None
-    return ExamModel(name, settings.model.cache_dir)
+    return PictureModel(name, settings.model.cache_dir)
 
 
 class Examiner:

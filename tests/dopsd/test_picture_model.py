@@ -20,9 +20,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from dopsd import picture_model
 from dopsd.errors import InputError
-from dopsd.exam import features
-from dopsd.exam.features import ExamModel, image_features
+from dopsd.picture_model import PictureModel, image_features
 
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def save(folder: Path, make=dino) -> str:
 
 @pytest.mark.parametrize("make, width", [(dino, 32), (siglip, 32), (clip, 16)])
 def test_features_are_the_models_pooled_ones(make, width, make_picture, tmp_path):
-    model = ExamModel(save(tmp_path / "model", make), None)
+    model = PictureModel(save(tmp_path / "model", make), None)
     images = [make_picture(0), make_picture(1, 90, 64).convert("L")]
     features = model.features(images, CPU)
     assert features.shape == (2, width) and features.dtype == torch.float32
@@ -77,11 +77,11 @@ def test_a_classifiers_head_is_not_needed_but_every_weight_of_the_model_is(tmp_p
     name = save(tmp_path / "model")
     weights = load_file(f"{name}/model.safetensors")
     save_file(weights | {"classifier.weight": torch.zeros(2, 2)}, f"{name}/model.safetensors", {"format": "pt"})
-    assert ExamModel(name, None).features([Image.new("RGB", (32, 32))], CPU).shape == (1, 32)
+    assert PictureModel(name, None).features([Image.new("RGB", (32, 32))], CPU).shape == (1, 32)
     del weights["layernorm.weight"]
     save_file(weights, f"{name}/model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="--exam_model .*its weights cannot be loaded .*layernorm.weight"):
-        ExamModel(name, None).features([Image.new("RGB", (32, 32))], CPU)
+        PictureModel(name, None).features([Image.new("RGB", (32, 32))], CPU)
 
 
 def test_weights_that_are_not_numbers_are_refused(tmp_path):
@@ -92,7 +92,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
     weights["layernorm.weight"][0] = torch.nan
     save_file(weights, f"{name}/model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="--exam_model .* its features are not finite"):
-        ExamModel(name, None).features([Image.new("RGB", (32, 32))], CPU)
+        PictureModel(name, None).features([Image.new("RGB", (32, 32))], CPU)
 
 
 def change(name: str, file: str, **values) -> None:
@@ -119,7 +119,7 @@ def test_what_cannot_be_used_is_refused_without_loading_weights(damage, problem,
     name = save(tmp_path / "model")
     damage(name)
     with pytest.raises(InputError) as error:
-        ExamModel(name, None)
+        PictureModel(name, None)
     message = str(error.value)
     assert message.startswith(f"--exam_model {name}: ") and problem in message and "\n" not in message
     assert message.endswith("pass for example facebook/dinov2-small")
@@ -136,18 +136,18 @@ def test_every_file_of_sharded_weights_is_downloaded(monkeypatch):
     def get_checkpoint_shard_files(name, path, cache_dir):
         downloaded.append((name, path, cache_dir))
 
-    monkeypatch.setattr(features, "hf_hub_download", hf_hub_download)
-    monkeypatch.setattr(features, "get_checkpoint_shard_files", get_checkpoint_shard_files)
-    features.check_weights("a/b", "cache")
+    monkeypatch.setattr(picture_model, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(picture_model, "get_checkpoint_shard_files", get_checkpoint_shard_files)
+    picture_model.check_weights("a/b", "cache")
     assert downloaded == [("a/b", "a/b/model.safetensors.index.json", "cache")]
 
 
 @pytest.mark.parametrize("name", ["/nowhere/x", "./x", "../x", "a/b/c", "~/dino"])
 def test_a_path_that_does_not_exist_is_no_hub_id(name):
     with pytest.raises(InputError, match=f"--exam_model {name}: there is no such folder; check the path, or pass "):
-        ExamModel(name, None)
+        PictureModel(name, None)
 
 
 def test_a_name_that_is_not_on_the_hub(tmp_path):
     with pytest.raises(InputError, match="--exam_model nobody/nothing: cannot be read .*check the name and the con"):
-        ExamModel("nobody/nothing", str(tmp_path))
+        PictureModel("nobody/nothing", str(tmp_path))
