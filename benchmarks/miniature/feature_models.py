@@ -4,8 +4,8 @@
 
 A CLIP learns from captions, a DINOv2 without them: two views of a picture are to have the same features. Both are of
 the classes that the Hub's models have, and are written as folders that `--clip_model` and `--dino_model` read. Neither
-is shown the experiment's concepts, nor one in eight of the other objects, by which it is measured. Run the same command
-again to continue a stopped training.
+is shown the experiment's concepts, nor one in eight of the other objects, by which it is measured. Run the same
+command again to continue a stopped training.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from benchmarks.miniature.vae import random_pictures
 
 
 CLIP, DINO = "clip", "dino"
-NUM_STEPS = {CLIP: 1000, DINO: 600}
+NUM_STEPS = {CLIP: 400, DINO: 500}
 BATCH_SIZE = 128  # pictures, or pairs of views
 WIDTH = 64  # of features, and of the layers of both image towers
 PATCH = world.TOKEN  # pixels
