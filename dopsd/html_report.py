@@ -3,13 +3,10 @@
 It is made of what is in the output folder, the sheets and metrics.jsonl, so the page of a resumed run shows what came
 before. It loads nothing and runs nothing, and its Content-Security-Policy says so.
 
-Pictures are inlined: a PNG of at most `MAX_PNG_BYTES` as it is, a larger one as a JPEG of quality `JPEG_QUALITY`, if
-that is smaller. All together have at most `MAX_PICTURE_BYTES`, plus a third for base64. The oldest validations, if
-there is no room for them, are only named.
+Pictures are inlined. All together have at most `MAX_PICTURE_BYTES`, plus a third for base64. The oldest validations,
+if there is no room for them, are only named.
 """
 
-import base64
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,10 +16,8 @@ from statistics import median
 from typing import Literal
 
 from accelerate.logging import get_logger
-from PIL import Image
 
 from .command_line import build_parser, resolve
-from .data.images import PILLOW_ERRORS
 from .data.training_data import TrainingData
 from .errors import InputError
 from .exam.figures import MEASURES
@@ -30,8 +25,8 @@ from .exam.results import Exam
 from .exam.student import PROGRESS, SHARPNESS, ZOOM
 from .exam.table import NOTE, headings, table_rows
 from .exam.verdict import findings
-from .files import read_regular_file
 from .history import read_history
+from .inlining import Picture, Tab, figure, inlined, radio_tabs
 from .markup import POLICY, STYLE, Markup, element, folded, from_user, prompt_list, section, table
 from .model import Model
 from .model_card import PACKAGES, CardImage, formatted, noun, public_name, shown_settings, usage
@@ -51,7 +46,6 @@ from .sheets import RETENTION_CURVES, plot_curves
 logger = get_logger(__name__)
 
 REPORT_FILE, CURVES_FILE = "report.html", "curves.png"
-MAX_PNG_BYTES, JPEG_QUALITY = 200_000, 75
 MAX_PICTURE_BYTES = 22_000_000  # about twenty validations of two prompts
 # Key in the history -> label, format.
 STUDENT_FIGURES = {
@@ -66,43 +60,6 @@ State = Literal["in progress", "finished", "stopped", "preview only"]
 
 
 # Pictures
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A sheet as it is inlined.
-
-    Attributes:
-        num_bytes: before base64.
-    """
-
-    url: str
-    size: tuple[int, int]
-    num_bytes: int
-
-
-def inlined(path: Path) -> Picture | None:
-    """A sheet by the rule at the top of this file; None if it is missing or damaged."""
-    try:
-        content, kind = read_regular_file(path), "png"
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            if len(content) > MAX_PNG_BYTES:
-                jpeg = io.BytesIO()
-                image.convert("RGB").save(jpeg, format="JPEG", quality=JPEG_QUALITY)
-                if jpeg.tell() < len(content):
-                    content, kind = jpeg.getvalue(), "jpeg"
-    except PILLOW_ERRORS:
-        return None
-    url = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return Picture(url, image.size, len(content))
-
-
-def figure(picture: Picture | None, description: str) -> Markup | None:
-    if picture is None:
-        return None
-    width, height = map(str, picture.size)
-    return element("figure", element("img", src=picture.url, alt=description, width=width, height=height))
 
 
 class SheetReader:
@@ -164,16 +121,10 @@ def choose_sheets(read: Callable[[str], Picture | None], steps: list[int]) -> Sh
 
 
 def tabs(name: str, sheets: list[tuple[int, Picture]], describe: Callable[[int], str]) -> Markup:
-    """One sheet at a time, the newest first. The arrow keys go through them."""
-    parts = []
-    for number, (step, picture) in enumerate(sheets):
-        key, checked = f"{name}-{step}", {"checked": ""} if number == 0 else {}
-        parts += [
-            element("input", type="radio", name=name, id=key, **checked),
-            element("label", describe(step), for_=key),
-            figure(picture, f"{name} after step {step}"),
-        ]
-    return element("div", *parts, class_="tabs")
+    """One sheet at a time, the newest first."""
+    return radio_tabs(
+        name, [Tab(str(step), describe(step), f"{name} after step {step}", picture) for step, picture in sheets]
+    )
 
 
 # The page

@@ -1,4 +1,4 @@
-"""The models that measure pictures: one that also reads texts, one of pictures alone, and one that finds the subject."""
+"""The models that pictures are measured with: CLIP, DINO, and CLIPSeg to separate the subject."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -101,17 +101,24 @@ class MaskModel(PictureModel):
         return found
 
 
-def cutout(image: Image.Image, certainty: torch.Tensor) -> Image.Image | None:
-    """The subject on a neutral ground, in a square that it fills; None if it cannot be separated from the picture.
+def is_separable(certainty: torch.Tensor) -> bool:
+    """Whether the subject can be told from the rest of a picture, by `MaskModel.certainties`."""
+    return certainty.max() >= LEAST_CERTAINTY and LEAST_SUBJECT <= shown(certainty).float().mean() <= MOST_SUBJECT
+
+
+def shown(certainty: torch.Tensor) -> torch.Tensor:
+    """Where the subject is, bool: what is at least half as sure as the surest pixel."""
+    return certainty >= certainty.max() / 2
+
+
+def cutout(image: Image.Image, certainty: torch.Tensor) -> Image.Image:
+    """The subject on a neutral ground, in a square that it fills, so that neither background nor place are compared.
 
     Args:
-        certainty: from `MaskModel.certainties`. What is at least half as sure as the surest pixel is the subject.
+        certainty: from `MaskModel.certainties`, of a subject that is separable.
     """
     width, height = image.size
-    certainty = interpolate(certainty[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
-    mask = certainty > certainty.max() / 2
-    if certainty.max() < LEAST_CERTAINTY or not LEAST_SUBJECT <= float(mask.float().mean()) <= MOST_SUBJECT:
-        return None
+    mask = shown(interpolate(certainty[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0])
     rows, columns = (mask.any(dim).nonzero().flatten() for dim in (1, 0))
     top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
     side = max(bottom - top, right - left)

@@ -1,0 +1,90 @@
+"""Figures as functions of features: P prompts, S seeds, N training pictures, D channels.
+
+A figure has a value per picture, (P, S). NaN stands for a picture that it cannot be measured on.
+"""
+
+import torch
+from torch.nn.functional import cosine_similarity, normalize
+
+from .comparison import Figure
+
+
+def likeness(drawn: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
+    """(P, S): mean cosine of (P, S, D) drawn pictures with the (N, D) training pictures."""
+    return (normalize(drawn, dim=-1) @ normalize(training, dim=-1).T).mean(-1)
+
+
+def closeness(drawn: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
+    """(P, S): highest cosine of (P, S, D) drawn pictures with one of the (N, D) training pictures."""
+    return (normalize(drawn, dim=-1) @ normalize(training, dim=-1).T).amax(-1)
+
+
+def among_themselves(training: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and highest cosine of each of (N, D) pictures with the others, both (N,). N is at least 2."""
+    cosines = normalize(training, dim=-1) @ normalize(training, dim=-1).T
+    others = cosines[~torch.eye(len(cosines), dtype=torch.bool)].view(len(cosines), -1)
+    return others.mean(1), others.amax(1)
+
+
+def copy_threshold(nearest: torch.Tensor) -> float:
+    """The closeness from which a drawing counts as the copy of a training picture.
+
+    It is one standard deviation above what the training pictures have among themselves, but at most half the way from
+    there to 1, which an identical picture has.
+
+    Args:
+        nearest: (N,), of each training picture with the one that is nearest to it.
+    """
+    mean = float(nearest.mean())
+    return mean + min(float(nearest.std(correction=0)), (1 - mean) / 2)
+
+
+def text_following(drawn: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """(P, S): cosine of (P, S, D) drawn pictures with the (P, D) texts that they were drawn from."""
+    return cosine_similarity(drawn, texts[:, None], dim=-1)
+
+
+def retention(drawn: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """(P, S): cosine of each picture with the base's of the same prompt and seed, both (P, S, D)."""
+    return cosine_similarity(drawn, base, dim=-1)
+
+
+def diversity(drawn: torch.Tensor) -> torch.Tensor:
+    """(P, S): mean of 1 - cosine of each picture with those of the other seeds of its prompt.
+
+    Args:
+        drawn: (P, S, D), S at least 2.
+    """
+    units = normalize(drawn, dim=-1)
+    num_seeds = units.shape[1]
+    cosines = units @ units.mT
+    return 1 - (cosines.sum(-1) - cosines.diagonal(dim1=1, dim2=2)) / (num_seeds - 1)
+
+
+def relative_to_base(values: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """(P, S) values over the mean of the base's (P, S) of the same prompt; NaN where that is 0."""
+    mean = base.mean(1, keepdim=True)
+    return torch.where(mean > 0, values / mean, torch.nan)
+
+
+def summary(values: torch.Tensor, count: int | None = None) -> Figure | None:
+    """The figure of (P, S) values; None if all of them are NaN.
+
+    Args:
+        count: how many there are, unless it is the number of values.
+    """
+    known = ~values.isnan()
+    if not known.any():
+        return None
+    return Figure(
+        mean=float(values.nanmean()),
+        over_prompts=spread(values.nanmean(1)),
+        over_seeds=spread(values.nanmean(0)),
+        count=int(known.sum()) if count is None else count,
+    )
+
+
+def spread(means: torch.Tensor) -> float | None:
+    """Standard deviation of a sample; None if fewer than two of its values are known."""
+    known = means[~means.isnan()]
+    return float(known.std()) if len(known) > 1 else None
