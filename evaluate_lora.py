@@ -125,7 +125,9 @@ def resolve(settings: EvaluationSettings, deployment: Deployment, device: torch.
     if settings.validation_image is not None and not deployment.can_edit:
         raise InputError(f"--validation_image: {deployment.name} takes no pictures to edit; drop the flag")
     if problem := size_problem(settings.height, settings.width, deployment.sizes):
-        raise InputError(f"--height {settings.height} --width {settings.width}: {problem}")
+        flags = f"--height {settings.height} --width {settings.width}"
+        is_square = settings.height == settings.width == settings.resolution
+        raise InputError(f"{f'--resolution {settings.resolution}' if is_square else flags}: {problem}")
     return settings.replace(
         num_inference_steps=settings.num_inference_steps or deployment.num_inference_steps,
         mixed_precision=settings.mixed_precision or ("no" if device.type == "cpu" else "bf16"),

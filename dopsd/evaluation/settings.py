@@ -219,7 +219,9 @@ def parse_settings(texts: dict[str, str], description: str, arguments: list[str]
         InputError: a flag, or a combination of flags, is wrong.
         SystemExit: for `--help` and for errors that argparse reports, in one line.
     """
-    groups = build_parser(texts, description).parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    parser = build_parser(texts, description)
+    parser.parse_args(arguments)  # reports unknown flags in one line
+    groups = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     values = {}
     for group in groups[: len(GROUPS)]:
         check_ranges(group)
