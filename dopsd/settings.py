@@ -446,8 +446,8 @@ class AfterTrainingSettings:
     )
     evaluate_with: MayDiffer[list[str] | None] = flag(
         None,
-        "With --evaluate: more flags of evaluate_lora.py as NAME=VALUE, such as num_seeds=8 or lora=other.safetensors. "
-        "A flag of several values is repeated. Default: none.",
+        "With --evaluate: more flags of evaluate_lora.py as NAME=VALUE, such as num_seeds=8 or "
+        "lora=other.safetensors. A flag of several values is repeated. Default: none.",
     )
 
 
