@@ -95,6 +95,7 @@ from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
 from dopsd.encoders import CondEncoder, PictureAndPromptEncoder, PromptEncoder, ReferenceEncoder, resolve_vlm
+from dopsd.evaluation.after_training import check_evaluation, evaluate_run
 from dopsd.execution import loading_device
 from dopsd.gallery import Gallery
 from dopsd.history import MetricsLog, last_retention
@@ -215,6 +216,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     settings = settings.replace(mixed_precision=accelerator.mixed_precision, seed=seed)
 
     # Everything that a user can get wrong is checked before any weight is loaded.
+    check_evaluation(settings)
     data = load_training_data(settings, model.sizes, accelerator)
     check_pretrained(model, settings.model)
     dtype = weight_dtype(settings.training.mixed_precision)
@@ -325,7 +327,9 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     checkpoints.save_final(stop)
     if accelerator.is_main_process:
         gallery.draw_story()
-        write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir))
+        comparison = evaluate_run(settings, pipeline)
+        gallery.show_comparison(comparison)
+        write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir), comparison)
         if settings.publishing.push_to_hub:
             push_to_hub(settings)
     end_training(accelerator)

@@ -7,9 +7,9 @@ from ..command_line import DefaultsHelpFormatter, SettingsParser, check_text, ti
 from ..errors import InputError
 from ..flag_types import Count, Range, Seed, check_ranges, flag
 from ..prior import TriggerWord
+from .comparison import Kind
 
 
-Kind = Literal["person", "pet", "object", "style", "edit"]
 DEFAULT_STRENGTHS = (0.5, 1.0, 1.5)
 # More pictures per prompt would take hours.
 SeedCount = Annotated[int, Range("a whole number from 1 to 64", 1, 64)]
