@@ -77,7 +77,7 @@ class TrainingPictureSettings:
     )
     image_column: str = flag("image", "Column with the pictures, in a metadata.jsonl or metadata.csv.")
     caption_column: list[str] | None = flag(
-        None, "Column with the captions, in a metadata.jsonl or metadata.csv. Default: the only one with texts."
+        None, "Column with the captions, in a metadata.jsonl or metadata.csv. Default: all columns with texts."
     )
     cond_image_column: list[str] | None = flag(
         None, "Column with the pictures to edit, which the LoRAs do not learn to draw. Default: none."
