@@ -23,7 +23,8 @@ from transformers import (
 from dopsd import picture_model
 from dopsd.errors import InputError
 from dopsd.picture_model import PictureModel, image_features
-from tiny_features import CROP, VISION, WIDTHS, save as save_parts
+from tiny_features import CROP, VISION, WIDTHS
+from tiny_features import save as save_parts
 
 
 CPU = torch.device("cpu")
