@@ -285,7 +285,7 @@ class Page:
 
     def tabs(self, name: str, sheets: Iterator[Sheet]) -> list[Markup]:
         found = [(sheet, self.saved(sheet)) for sheet in sheets]
-        tabs = [Tab(sheet.name, sheet.label, sheet.alt, picture) for sheet, picture in found if picture]
+        tabs = [Tab(str(n), sheet.label, sheet.alt, picture) for n, (sheet, picture) in enumerate(found) if picture]
         return [figure(tabs[0].picture, tabs[0].alt) if len(tabs) == 1 else radio_tabs(name, tabs)] if tabs else []
 
     def saved(self, sheet: Sheet) -> Picture | None:
