@@ -26,7 +26,6 @@ from dopsd.errors import InputError
 from dopsd.flag_types import MustMatch, flag
 from dopsd.model_flags import CAPTION_CONTEXT, EDITING, ModelFlags, TeacherContext, vlm_context
 from dopsd.settings import ModelSettings, Settings
-from dopsd.sizes import SizeLimits
 from dopsd.terminal import ending_in_one_line, lasting_output
 from pipelines import published
 
@@ -44,18 +43,14 @@ class KleinSettings(ModelSettings):
 class KleinFlags(ModelFlags):
     name = "FLUX.2-klein"
     example = "black-forest-labs/FLUX.2-klein-4B"
-    sizes = SizeLimits(
-        pixels_per_token=16,  # the VAE's factor 8 times patches of 2
-        min_side=64,  # the pipeline refuses smaller reference images
-        max_tokens=4300,  # beyond, the shift of the schedule falls sharply
-    )
+    sizes = published.KLEIN_SIZES
     can_edit = True
     settings_class = KleinSettings
     default_settings = {
         "output_dir": "flux2-klein-dopsd-lora",
         "learning_rate": 2e-5,
         "max_train_steps": published.KLEIN_TRAIN_STEPS,
-        "num_inference_steps": 4,
+        "num_inference_steps": published.KLEIN_STEPS,
         "lora_layers": published.KLEIN_LORA_LAYERS,
     }
     teacher_contexts = {
@@ -100,6 +95,7 @@ from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
 from dopsd.encoders import CondEncoder, PictureAndPromptEncoder, PromptEncoder, ReferenceEncoder, resolve_vlm
+from dopsd.evaluation.after_training import check_evaluation, evaluate_run
 from dopsd.execution import loading_device
 from dopsd.gallery import Gallery
 from dopsd.history import MetricsLog, last_retention
@@ -220,6 +216,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     settings = settings.replace(mixed_precision=accelerator.mixed_precision, seed=seed)
 
     # Everything that a user can get wrong is checked before any weight is loaded.
+    check_evaluation(settings)
     data = load_training_data(settings, model.sizes, accelerator)
     check_pretrained(model, settings.model)
     dtype = weight_dtype(settings.training.mixed_precision)
@@ -330,7 +327,9 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     checkpoints.save_final(stop)
     if accelerator.is_main_process:
         gallery.draw_story()
-        write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir))
+        comparison = evaluate_run(settings, pipeline)
+        gallery.show_comparison(comparison)
+        write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir), comparison)
         if settings.publishing.push_to_hub:
             push_to_hub(settings)
     end_training(accelerator)

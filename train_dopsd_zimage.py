@@ -26,7 +26,6 @@ from dopsd.errors import InputError
 from dopsd.flag_types import Count, MayDiffer, flag
 from dopsd.model_flags import CAPTION_CONTEXT, ModelFlags, vlm_context
 from dopsd.settings import ModelSettings, Settings
-from dopsd.sizes import SizeLimits
 from dopsd.terminal import ending_in_one_line, lasting_output
 from pipelines import published
 
@@ -49,17 +48,13 @@ class ZImageSettings(ModelSettings):
 class ZImageFlags(ModelFlags):
     name = "Z-Image-Turbo"
     example = "Tongyi-MAI/Z-Image-Turbo"
-    sizes = SizeLimits(
-        pixels_per_token=16,  # the VAE's factor 8 times patches of 2
-        min_side=64,  # less is most likely a typing error
-        max_tokens=128 * 128,  # 2048 x 2048 pixels
-    )
+    sizes = published.Z_IMAGE_SIZES
     settings_class = ZImageSettings
     default_settings = {
         "output_dir": "z-image-dopsd-lora",
         "learning_rate": 1e-4,
         "max_train_steps": published.Z_IMAGE_TRAIN_STEPS,
-        "num_inference_steps": 8,
+        "num_inference_steps": published.Z_IMAGE_STEPS,
         "lora_layers": published.Z_IMAGE_LORA_LAYERS,
     }
     teacher_contexts = {
@@ -88,6 +83,7 @@ from dopsd.context_cache import ContextCache
 from dopsd.contexts import Contexts, fill_cache, prepare_without_cache
 from dopsd.data.training_data import load_training_data, resolve_data_defaults
 from dopsd.encoders import PictureAndPromptEncoder, PromptEncoder, resolve_vlm
+from dopsd.evaluation.after_training import check_evaluation, evaluate_run
 from dopsd.execution import loading_device
 from dopsd.gallery import Gallery
 from dopsd.history import MetricsLog, last_retention
@@ -222,6 +218,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     settings = settings.replace(mixed_precision=accelerator.mixed_precision, seed=seed)
 
     # Everything that a user can get wrong is checked before any weight is loaded.
+    check_evaluation(settings)
     data = load_training_data(settings, model.sizes, accelerator)
     check_pretrained(model, settings.model)
     dtype = weight_dtype(settings.training.mixed_precision)
@@ -332,7 +329,9 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     checkpoints.save_final(stop)
     if accelerator.is_main_process:
         gallery.draw_story()
-        write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir))
+        comparison = evaluate_run(settings, pipeline)
+        gallery.show_comparison(comparison)
+        write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir), comparison)
         if settings.publishing.push_to_hub:
             push_to_hub(settings)
     end_training(accelerator)

@@ -5,11 +5,12 @@ import logging
 import os
 import re
 import sys
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from dataclasses import fields
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
@@ -97,16 +98,7 @@ def build_parser(model: ModelFlags, description: str) -> SettingsParser:
         "--config", default=SUPPRESS, metavar="FILE", help="YAML file that sets flags. The command line wins."
     )
     parser.set_defaults(**model.default_settings, teacher_context=next(iter(model.teacher_contexts)))
-    action_of = {}
-    for action in parser._actions:
-        action_of.setdefault(action.dest, action)
-        if len(action.option_strings) > 1 and action.dest != "help":
-            # --a-b works like --a_b; help and errors show the latter, as diffusers spells its flags.
-            action.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
-        if action.nargs == "?":
-            action.metavar = "true|false"
-        if action.option_strings[0].startswith("--no_") and action.nargs == 0:
-            action.help = SUPPRESS  # the twin of a switch that is on by default
+    action_of = tidy_actions(parser)
     action_of["optimizer"].type = str.lower
     if not model.can_edit:
         for name in EDITING_FLAGS:
@@ -116,6 +108,21 @@ def build_parser(model: ModelFlags, description: str) -> SettingsParser:
     action_of["max_train_steps"].help += f" Default: {model.default_settings['max_train_steps']}."
     _describe_teacher_contexts(action_of, model.teacher_contexts)
     return parser
+
+
+def tidy_actions(parser: SettingsParser) -> dict[str, Action]:
+    """Flag -> its action, each shown as diffusers spells its flags."""
+    action_of = {}
+    for action in parser._actions:
+        action_of.setdefault(action.dest, action)
+        if len(action.option_strings) > 1 and action.dest != "help":
+            # --a-b works like --a_b; help and errors show the latter.
+            action.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
+        if action.nargs == "?":
+            action.metavar = "true|false"
+        if action.option_strings[0].startswith("--no_") and action.nargs == 0:
+            action.help = SUPPRESS  # the twin of a switch that is on by default
+    return action_of
 
 
 def _describe_teacher_contexts(action_of: dict, contexts: dict[str, TeacherContext]) -> None:
@@ -181,7 +188,7 @@ def parse_settings(model: ModelFlags, description: str, arguments: list[str] | N
     for group in groups:
         check_ranges(group)
     settings = Settings(*groups)
-    check_text(settings)
+    check_text(settings.flat())
     # Publishing a finished run needs none of the settings that it was trained with.
     if not settings.publishing.push_only:
         settings = resolve(settings, model)
@@ -208,9 +215,9 @@ def hide_torchao(settings: Settings) -> None:
         sys.modules.setdefault("torchao", None)  # what makes Python's own import statement fail, see its reference
 
 
-def check_text(settings: Settings) -> None:
-    """Raises `InputError` for a value that is not text. It is not shown, since it may be a token."""
-    for name, value in settings.flat().items():
+def check_text(values: dict[str, Any]) -> None:
+    """Raises `InputError` for a flag's value that is not text. It is not shown, since it may be a token."""
+    for name, value in values.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and (problem := argument_problem(text)):
                 raise InputError(f"--{name}: {problem}")

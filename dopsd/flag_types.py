@@ -72,5 +72,6 @@ def check_ranges(group: Any) -> None:
     for name, markers in annotations(type(group)).items():
         value = getattr(group, name)
         for marker in markers:
-            if isinstance(marker, Range) and value is not None and value not in marker:
-                raise InputError(f"--{name} {value}: must be {marker.description}")
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(marker, Range) and number is not None and number not in marker:
+                    raise InputError(f"--{name} {number}: must be {marker.description}")

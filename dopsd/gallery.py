@@ -19,6 +19,7 @@ from .data.order import Sample
 from .data.requests import Request
 from .drawing import Drawing, DrawingStopped, Result, Studio, Subject
 from .errors import DOPSDError, InputError, one_line
+from .evaluation.comparison import Comparison
 from .exam.examiner import Examiner
 from .exam.student import PROGRESS
 from .history import MetricsLog, read_history
@@ -419,6 +420,12 @@ class Gallery(Studio):
             with self.guarded("The story", after="the weights are saved"):
                 self.write("story", self.last_step, *self.story_sheets())
         self.write_report(self.last_step, "finished")
+
+    def show_comparison(self, comparison: Comparison | None) -> None:
+        """Adds what `--evaluate` has found, if anything, to the report."""
+        if comparison is not None:
+            self.report.comparison = comparison
+            self.write_report(self.last_step, "finished")
 
     def story_sheets(self) -> list[Sheet]:
         """Some of the validations and some of the prompts, so that the story fits a screen's width and is not long."""

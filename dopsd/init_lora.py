@@ -9,6 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
@@ -70,7 +71,7 @@ def read_init_lora(
     }
     advice = f"give a plain LoRA of this size of {model.name}"
     with reporting_library_errors(f"{flag}: it belongs to another model, or diffusers cannot read its format", advice):
-        weights, metadata = convert(model, path, raw)
+        weights, metadata = convert(model.stock_pipeline_class, path, raw)
         if problem := shape_problem(weights, linear):
             raise InputError(f"{flag}: {problem}; {advice}")
         # The same as after the encodings, on the meta device.
@@ -112,6 +113,8 @@ def find_lora(name_or_path: str, cache_dir: str | None) -> Path:
         return path
     if path.exists():
         raise InputError("it is a pipe or a device; give a .safetensors file, its folder or a hub id")
+    if path.is_absolute() or path.suffix == ".safetensors":
+        raise FileNotFoundError("there is no such file or folder")
     try:
         names = HfApi().list_repo_files(name_or_path)
     except OSError:
@@ -158,9 +161,16 @@ def kind_problem(raw: dict[str, torch.Tensor]) -> str | None:
     return None
 
 
-def convert(model: Model, path: Path, raw: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict | None]:
-    """Weights with the transformer's own names, and metadata, as the stock pipeline reads them."""
-    read = model.stock_pipeline_class.lora_state_dict
+def convert(
+    pipeline_class: type[DiffusionPipeline], path: Path, raw: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict | None]:
+    """Weights with the transformer's own names, and metadata, as the stock pipeline reads them.
+
+    Args:
+        path: the LoRA's file.
+        raw: its tensors.
+    """
+    read = pipeline_class.lora_state_dict
     left = dict(raw)
     if any(name.startswith(PEFT_PREFIX) for name in raw):
         # The stock pipelines know this prefix by another name, but not all of them by this one.

@@ -11,6 +11,8 @@ from accelerate.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
 
 from .errors import OutputError
+from .evaluation.comparison import Comparison
+from .evaluation.results import markdown_table
 from .full_settings import FULL_FLAGS
 from .output import LORA_FILE, TRANSFORMER_DIR, LoRAOfChange, extracted_lora, naming_file, replacing
 from .settings import LORA_FLAGS, ON_BY_DEFAULT, Settings
@@ -29,7 +31,10 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "hugging
 # Left out of the card: secrets, local paths, and settings that do not affect the weights.
 HIDDEN_PREFIXES = ("hub_", "push_")
 HIDDEN_SUFFIXES = ("_dir", "_path", "_token")
-HIDDEN_SETTINGS = ("resume_from_checkpoint", "report_to", "local_rank", "preview_only", "validation_image")
+HIDDEN_SETTINGS = (
+    *("resume_from_checkpoint", "report_to", "local_rank", "preview_only", "validation_image"),
+    *("evaluate", "evaluate_with"),
+)
 # Of a path, only the last part is shown.
 PATH_OR_HUB_ID = ("dataset_name", "init_lora", "prior_prompts", "vlm_model_name_or_path")
 
@@ -107,12 +112,18 @@ class CardInfo:
         return next(known, None)
 
 
-def write_run_card(settings: Settings, info: CardInfo, gallery: list[CardImage], retention: float | None) -> None:
+def write_run_card(
+    settings: Settings,
+    info: CardInfo,
+    gallery: list[CardImage],
+    retention: float | None,
+    comparison: Comparison | None = None,
+) -> None:
     """Writes the model card of a finished run, unless its output folder has a README.md that is not such a card.
 
     Args:
         settings: of the run.
-        info, gallery, retention: see `write_card`.
+        info, gallery, retention, comparison: see `write_card`.
 
     If it cannot be written, that is an error in the log: the weights are saved already.
     """
@@ -136,6 +147,7 @@ def write_run_card(settings: Settings, info: CardInfo, gallery: list[CardImage],
                 gallery=gallery,
                 settings=settings.flat(),
                 retention=retention,
+                comparison=comparison,
             )
     except OutputError as error:
         logger.error(f"{error}; the weights are saved")
@@ -151,6 +163,7 @@ def write_card(
     gallery: list[CardImage],
     settings: dict[str, Any],
     retention: float | None,
+    comparison: Comparison | None = None,
 ) -> Path:
     """Writes a model card. Replaces an existing one.
 
@@ -164,6 +177,7 @@ def write_card(
         settings: flag without dashes -> value. Must contain `num_inference_steps` and the size of validation images.
             Left out are None, False unless it is on by default, hub flags, tokens, folders and paths.
         retention: last measured retention, as defined in `measured`, or None.
+        comparison: of the LoRA with the base, or None.
 
     Returns:
         The path of the card.
@@ -187,6 +201,7 @@ def write_card(
             *usage(info, repo_id, base_model, instance_prompt, gallery, settings),
             *extracted(extracted_lora(folder), repo_id, base_model),
             *measured(retention),
+            *compared(comparison),
             *training(settings),
             *licensing(license, base_model, noun(settings)),
         ]
@@ -379,6 +394,19 @@ def measured(retention: float | None) -> list[str]:
         f"**{retention:.3f}** after the last step: on prompts that have nothing to do with the training pictures, how "
         "far the student's final latents lie from the base's, from the same noise, over how far the base's lie from "
         "one another. 0 is unchanged, 1 is as unlike as another prompt's picture.",
+    ]
+
+
+def compared(comparison: Comparison | None) -> list[str]:
+    """The figures of `--evaluate`."""
+    if comparison is None:
+        return []
+    models = sorted({column.model for column in comparison.columns if column.model})
+    return [
+        "## Evaluation",
+        f"On {len(comparison.prompts)} prompts that are no captions, at the deployed number of steps, measured with "
+        f"{escape(' and '.join(models))}. base: without the LoRA. A name with x0.5: at that strength.",
+        markdown_table(comparison),
     ]
 
 

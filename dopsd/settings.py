@@ -8,6 +8,7 @@ the model come from the script (`Model.default_settings`).
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from .evaluation.comparison import Kind
 from .flag_types import (
     MUST_MATCH,
     BelowOne,
@@ -434,6 +435,23 @@ class ValidationSettings:
 
 
 @dataclass(frozen=True)
+class AfterTrainingSettings:
+    _argument_group_name = "evaluation"
+
+    evaluate: MayDiffer[Kind | None] = flag(
+        None,
+        "After training, compare the LoRA with the base as evaluate_lora.py does, with its prompts for this kind of "
+        "subject. The page is evaluation/comparison.html in --output_dir; its figures are also in report.html and on "
+        "the card. If it fails, the run has still succeeded. Default: none, nothing is compared.",
+    )
+    evaluate_with: MayDiffer[list[str] | None] = flag(
+        None,
+        "With --evaluate: more flags of evaluate_lora.py as NAME=VALUE, such as num_seeds=8 or "
+        "lora=other.safetensors. A flag of several values is repeated. Default: none.",
+    )
+
+
+@dataclass(frozen=True)
 class PublishingSettings:
     _argument_group_name = "publishing"
 
@@ -462,6 +480,7 @@ class Settings:
     full: FullSettings
     training: TrainingSettings
     performance: PerformanceSettings
+    evaluation: AfterTrainingSettings
     publishing: PublishingSettings
     optimizer: OptimizerSettings
 

@@ -19,6 +19,8 @@ TOKEN = re.compile(
     r"|(?<=[Bb]earer )\S+"
 )
 MAX_REFUSAL_CHARACTERS = 360
+LESS_MEMORY = "pass --gradient_checkpointing and --use_8bit_adam, or lower --resolution, --train_batch_size or --rank"
+KEPT = "finished encodings are kept in the context cache"
 
 
 def without_tokens(text: str) -> str:
@@ -36,11 +38,13 @@ def as_line(message: str, max_characters: int | None = None) -> str:
 
 
 @contextmanager
-def ending_in_one_line(script: str) -> Iterator[None]:
+def ending_in_one_line(script: str, *, less_memory: str = LESS_MEMORY, kept: str = KEPT) -> Iterator[None]:
     """A `DOPSDError` ends the process with one line and a non-zero exit status. Bugs keep their traceback.
 
     Args:
         script: path of the script.
+        less_memory: what to do if the GPU's memory is full.
+        kept: what an interrupted run leaves.
     """
     name = Path(script).name
     try:
@@ -52,12 +56,9 @@ def ending_in_one_line(script: str) -> Iterator[None]:
     except device_errors() as error:
         if "out of memory" not in str(error):
             raise
-        sys.exit(
-            f"{name}: error: out of GPU memory ({first_line(error)}); pass --gradient_checkpointing and "
-            "--use_8bit_adam, or lower --resolution, --train_batch_size or --rank"
-        )
+        sys.exit(f"{name}: error: out of GPU memory ({first_line(error)}); {less_memory}")
     except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted; finished encodings are kept in the context cache")
+        sys.exit(f"{name}: interrupted; {kept}")
 
 
 @contextmanager

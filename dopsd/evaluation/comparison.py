@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 
+Kind = Literal["person", "pet", "object", "style", "edit"]  # of what was taught
 # What a prompt asks for: the subject that was taught; something that has nothing to do with it; what is most like it,
 # without its word ("a corgi"); another made-up word in its word's place.
 Role = Literal["concept", "unrelated", "neighbour", "other_word"]
