@@ -78,6 +78,9 @@ def test_the_judge_is_shown_the_training_picture_and_the_drawing(pairs, tmp_path
     assert [image.tobytes() for image in images] == [make_picture(10).tobytes(), make_picture(0).tobytes()]
     style = Judge(chat, "style", "", tmp_path).question
     assert all(text in style for text in STYLE_GRADES) and "dog" not in style
+    edit = Judge(chat, "edit", "an oil painting", tmp_path).question
+    assert all(text in edit for text in STYLE_GRADES) and "edit, called 'an oil painting'" in edit
+    assert "a certain subject" in Judge(chat, None, "", tmp_path).question
 
 
 def test_no_question_is_asked_twice(pairs, tmp_path, make_picture):
