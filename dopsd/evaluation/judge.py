@@ -1,7 +1,8 @@
 """--judge: a vision-language model says how far a drawing shows what a training picture shows.
 
-It answers with one of four grades, as in the published evaluation: they are about the same instance for a subject, and
-about how much of the treatment is kept for a style.
+It answers with one of four grades, 4 to 1, those of the published code's evaluation: for a subject, whether it is the
+same instance; for a style, how far it is kept. The question about edits, which have no published one, is like that
+about styles.
 """
 
 import hashlib
@@ -43,6 +44,14 @@ how good the pictures are.
 How far does the second picture keep the style of the first one? Answer with exactly one of these grades, and nothing \
 else:
 {grades}"""
+EDIT_QUESTION = """You compare two pictures. The first one is the result of a certain edit{name}, the second one was \
+made by a program that was asked to edit some other picture in the very same way.
+
+Look at what the edit has done: its technique, colours, lines, textures, parts that were added or changed. Ignore \
+what was shown before the edit, how it is composed and how good the pictures are.
+
+How far was the second picture edited like the first one? Answer with exactly one of these grades, and nothing else:
+{grades}"""
 MAX_ANSWER_TOKENS = 16
 ANSWERS_FILE = "judge.json"
 
@@ -52,16 +61,20 @@ class Judge:
 
     Args:
         chat: the model.
-        kind: of what was taught, "style" or any other.
-        subject: what it is in plain words, such as "dog".
+        kind: of what was taught: "style", "edit", or any other for a subject.
+        subject: what it is in plain words, such as "dog"; "" if nobody has said it.
         folder: where `ANSWERS_FILE` is kept.
     """
 
-    def __init__(self, chat: Chat, kind: str, subject: str, folder: Path):
+    def __init__(self, chat: Chat, kind: str | None, subject: str, folder: Path):
         self.chat, self.path = chat, folder / ANSWERS_FILE
-        self.grades = STYLE_GRADES if kind == "style" else INSTANCE_GRADES
-        question = STYLE_QUESTION if kind == "style" else INSTANCE_QUESTION
-        self.question = question.format(subject=subject, grades="\n".join(self.grades))
+        questions = {"style": STYLE_QUESTION, "edit": EDIT_QUESTION}
+        self.grades = STYLE_GRADES if kind in questions else INSTANCE_GRADES
+        self.question = questions.get(kind, INSTANCE_QUESTION).format(
+            subject=subject or "subject",
+            name=f", called {subject!r}" if subject else "",
+            grades="\n".join(self.grades),
+        )
 
     @property
     def name(self) -> str:

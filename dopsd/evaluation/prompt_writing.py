@@ -18,8 +18,9 @@ MAX_WORDS = 40
 
 QUESTIONS = {
     "subject": """These pictures show {subject}. Write {count} prompts for a program that draws {subject}. Each one \
-puts {subject} into a new situation: another place, activity, light, view or technique than in these pictures. Do not \
-describe how {subject} looks, and do not repeat a place, pose or background of these pictures.""",
+puts {subject} into a new situation: another place, activity, light, view or technique than in these pictures. Half \
+of them are everyday scenes, half are imaginative ones. Do not describe how {subject} looks, and do not repeat a \
+place, pose or background of these pictures.""",
     "style": """These pictures share a style, which is called "{subject}". Write {count} prompts for a program that \
 draws pictures in this style. Each one names another subject: people, animals, things and landscapes that are in none \
 of these pictures. Do not describe the style, but end each prompt with "{subject}".""",

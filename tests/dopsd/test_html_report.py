@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,28 +21,12 @@ from dopsd.exam.alignment import Alignment
 from dopsd.exam.figures import Figures, Row
 from dopsd.exam.results import Exam
 from dopsd.html_report import RunReport, duration, own_settings
+from html_pages import NASTY, Reader
 from models import ONE_MODEL, SLOW
 from short_runs import as_arguments
 
 
 MODEL = train_dopsd_flux2.MODEL
-NASTY = '<script>document.title = "run"</script><img src=x onerror="alert(1)">" \' & שלום \u202e 犬 🐕\u2028</td>'
-
-
-class Reader(HTMLParser):
-    """The text and the attributes of a page."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.text, self.tags, self.attributes = "", [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += [(tag, *attribute) for attribute in attributes]
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def make_settings(folder: Path, **flags):
