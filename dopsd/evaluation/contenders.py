@@ -113,6 +113,7 @@ def check_loras(
             with reporting_library_errors("it belongs to another model", advice):
                 check_modules(weights, modules)
                 check_finite(weights)
+                weights = {name: weight.to("meta") for name, weight in weights.items()}
                 load_into(deployment, skeleton, lora.name, weights, metadata)
                 skeleton.delete_adapters(adapter_name(lora.name))
 

@@ -7,10 +7,7 @@ about how much of the treatment is kept for a style.
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from PIL import Image
@@ -18,22 +15,7 @@ from tqdm.auto import tqdm
 
 from ..files import read_regular_file
 from ..output import naming_file, replacing
-
-
-Ask = Callable[[str, list[Image.Image], int], str]  # (question, pictures, longest answer in tokens) -> answer
-
-
-class Chat(Protocol):
-    """A vision-language model.
-
-    Attributes:
-        name: hub id or folder.
-    """
-
-    name: str
-
-    def loaded(self, device: torch.device) -> AbstractContextManager[Ask]:
-        """Context with the model on the device. It answers greedily."""
+from .chat import Chat, asking
 
 
 # From the best to the worst, 4 to 1.
@@ -98,7 +80,7 @@ class Judge:
         answers = self.read_answers()
         keys = {path: self.key(path, reference) for path, reference in pairs.items()}
         if missing := [path for path in pairs if keys[path] not in answers]:
-            with self.chat.loaded(device) as ask:
+            with asking(self.chat, device) as ask:
                 for path in tqdm(missing, desc="Judging", unit="picture"):
                     with Image.open(path) as drawing:
                         pictures = [pairs[path], drawing.convert("RGB")]

@@ -219,7 +219,9 @@ def parse_settings(texts: dict[str, str], description: str, arguments: list[str]
         InputError: a flag, or a combination of flags, is wrong.
         SystemExit: for `--help` and for errors that argparse reports, in one line.
     """
-    groups = build_parser(texts, description).parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    parser = build_parser(texts, description)
+    parser.parse_args(arguments)  # reports unknown flags in one line
+    groups = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     values = {}
     for group in groups[: len(GROUPS)]:
         check_ranges(group)
@@ -268,12 +270,16 @@ def check_prompt_flags(settings: EvaluationSettings) -> None:
     is_editing = settings.validation_image is not None
     if settings.prompts is not None and settings.write_prompts:
         raise InputError("--write_prompts: cannot be combined with --prompts; drop one of them")
+    if settings.judge and settings.kind is None:
+        raise InputError("--judge: asks about a --kind; pass person, pet, object, style or edit")
     if settings.kind is None and settings.prompts is None:
         raise InputError("--kind: is required without --prompts; pass person, pet, object, style or edit")
     if is_editing and settings.kind not in ("edit", None):
         raise InputError("--validation_image: goes with --kind edit; pass that, or drop the flag")
     if settings.kind == "edit" and not is_editing:
         raise InputError("--kind edit: needs pictures to edit; pass --validation_image with one or several files")
+    if settings.write_prompts and not (settings.trigger_word or settings.class_word):
+        raise InputError("--write_prompts: say what to write about with --trigger_word or --class_word")
     makes_edits = settings.kind == "edit" and settings.prompts is None and not settings.write_prompts
     if makes_edits and not (settings.trigger_word and settings.class_word):
         raise InputError(
