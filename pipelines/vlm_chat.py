@@ -26,6 +26,7 @@ from .vision_encoder import (
 
 
 MIN_PIXELS, MAX_PIXELS = 256 * 256, 768 * 768  # smaller pictures are enlarged, larger ones shrunk
+TEMPLATE_FILE = "chat_template.json"  # of processors; some checkpoints have the template only there
 WHICH_VLM = "pass for example Qwen/Qwen3-VL-4B-Instruct"
 
 
@@ -60,6 +61,8 @@ class VLMChat:
             with torch.device("meta"), limited_size():
                 model = AutoModelForImageTextToText.from_config(self._config, trust_remote_code=False)
             self._tokenizer = AutoTokenizer.from_pretrained(self.name, **self._options)
+            if self._tokenizer.chat_template is None and files.has(TEMPLATE_FILE):
+                self._tokenizer.chat_template = files.read_json(TEMPLATE_FILE)["chat_template"]
             self._image_processor = Qwen2VLImageProcessorPil.from_dict(settings)
             self._image_processor(PIL.Image.new("RGB", (64, 64)), return_tensors="pt")
         ids = dict(zip(VISION_TOKENS, self._tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)), strict=True))
