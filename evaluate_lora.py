@@ -16,6 +16,7 @@ Every LoRA, and the base model beside them, draws the same prompts from the same
 deployed number of steps. The pictures are kept, then measured: see docs/evaluation.md.
 """
 
+from functools import partial
 from pathlib import Path
 
 from dopsd.evaluation.settings import EvaluationSettings, parse_settings
@@ -44,33 +45,39 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from diffusers.utils import check_min_version
 
-from dopsd.errors import InputError
+from dopsd.errors import InputError, naming_flag
 from dopsd.evaluation.comparison import LoRA
 from dopsd.evaluation.contenders import all_contenders, check_loras, find_loras
 from dopsd.evaluation.deployment import Deployment
-from dopsd.evaluation.features import open_feature_models
 from dopsd.evaluation.drawing import all_jobs, draw_missing, drawn_pictures
+from dopsd.evaluation.features import open_feature_models
+from dopsd.evaluation.judge import Judge
+from dopsd.evaluation.measures import measure
+from dopsd.evaluation.page import PAGE_FILE, write_page
 from dopsd.evaluation.pictures import PICTURES_DIR, PictureStore, read_edited, read_training_pictures
-from dopsd.evaluation.prompts import PROMPTS_FILE, choose_prompts
+from dopsd.evaluation.prompt_writing import write_prompts
+from dopsd.evaluation.prompts import PROMPTS_FILE, choose_prompts, subject_words
+from dopsd.evaluation.results import CSV_FILE, RESULTS_FILE, table_text, write_results
 from dopsd.launch import set_up_logging
 from dopsd.loading import check_weight_files, reporting_load_errors
 from dopsd.output import check_nothing_in_the_way, lock_output_dir, make_output_dir
 from dopsd.pretrained import hub_options, model_identity, transformer_skeleton
 from dopsd.sizes import size_problem
 from pipelines.deployment import find_deployment
+from pipelines.vlm_chat import VLMChat
 
 
 check_min_version("0.40.0")
 logger = get_logger(__name__)
 
-RESULT_FILES = ("results.json", "results.csv", "comparison.html", PROMPTS_FILE)
+# From the command line to the page
 
 
 def main(settings: EvaluationSettings) -> None:
     device = start()
     output_dir = Path(settings.output_dir)
     make_output_dir(output_dir)
-    check_nothing_in_the_way(output_dir, RESULT_FILES)
+    check_nothing_in_the_way(output_dir, (PROMPTS_FILE, RESULTS_FILE, CSV_FILE, PAGE_FILE))
     lock = lock_output_dir(output_dir)  # noqa: F841 - held until the process ends
 
     # Everything that a user can get wrong is checked before any weight is loaded.
@@ -79,32 +86,52 @@ def main(settings: EvaluationSettings) -> None:
     edited = read_edited(settings, deployment.sizes)
     training = read_training_pictures(settings)
     loras, together = find_loras(settings)
-    models = open_feature_models(
-        settings.clip_model,
-        settings.dino_model,
-        settings.mask_model if settings.mask_background else None,
-        settings.cache_dir,
-    )
-    check_weights(settings, deployment, [*loras, *([together] if together else [])])
+    mask_model = settings.mask_model if settings.mask_background else None
+    models = open_feature_models(settings.clip_model, settings.dino_model, mask_model, settings.cache_dir)
+    chat = open_chat(settings)
+    check_weights(settings, deployment, loras, together)
 
-    prompts = choose_prompts(settings, training.captions, None, {})
+    written, basis = None, [settings.vlm_name_or_path, *training.digests]
+    if settings.write_prompts:
+        written = partial(
+            write_prompts,
+            chat,
+            training.images,
+            settings.num_prompts,
+            kind=settings.kind,
+            subject=subject_words(settings),
+            device=device,
+        )
+    prompts = choose_prompts(settings, training.captions, written, basis)
     contenders = all_contenders(loras, together, settings.strengths)
     jobs = all_jobs(contenders, prompts, settings)
-    store = PictureStore(
-        output_dir / PICTURES_DIR,
-        drawing_basis(settings, deployment),
-        (settings.height, settings.width),
-        edited,
-    )
+    size = settings.height, settings.width
+    store = PictureStore(output_dir / PICTURES_DIR, drawing_basis(settings, deployment), size, edited)
     logger.info(
         f"Comparing {', '.join(lora.name for lora in loras)} with the base model: {len(prompts)} prompts, "
-        f"{settings.num_seeds} seeds, {len(jobs)} pictures"
+        f"{settings.num_seeds} seeds, {settings.num_inference_steps} steps"
     )
     num_drawn = draw_missing(jobs, store, deployment, settings, device)
-    logger.info(f"{num_drawn} pictures were drawn, {len(jobs) - num_drawn} were there")
+    logger.info(f"{num_drawn} of {len(jobs)} pictures were missing and are drawn")
 
-    # The pipeline is gone: what measures has the memory for itself.
+    # The pipeline is freed: what measures has the memory for itself.
     drawn = drawn_pictures(jobs, store, contenders)
+    to_edit = [one.images[0] for one in edited]
+    comparison = measure(
+        prompts,
+        drawn,
+        training.images,
+        models,
+        device=device,
+        settings=settings.as_dict(),
+        subject=settings.class_word or None,
+        to_edit=to_edit,
+        judge=Judge(chat, settings.kind, settings.class_word, output_dir) if settings.judge else None,
+    )
+    write_results(output_dir, comparison)
+    page = write_page(output_dir, comparison, drawn, training.images, to_edit)
+    print(table_text(comparison))
+    logger.info(f"All figures, with what they mean, and the pictures: {page}")
 
 
 def start() -> torch.device:
@@ -125,14 +152,26 @@ def resolve(settings: EvaluationSettings, deployment: Deployment, device: torch.
     if settings.validation_image is not None and not deployment.can_edit:
         raise InputError(f"--validation_image: {deployment.name} takes no pictures to edit; drop the flag")
     if problem := size_problem(settings.height, settings.width, deployment.sizes):
-        raise InputError(f"--height {settings.height} --width {settings.width}: {problem}")
+        flags = f"--height {settings.height} --width {settings.width}"
+        is_square = settings.height == settings.width == settings.resolution
+        raise InputError(f"{f'--resolution {settings.resolution}' if is_square else flags}: {problem}")
     return settings.replace(
         num_inference_steps=settings.num_inference_steps or deployment.num_inference_steps,
         mixed_precision=settings.mixed_precision or ("no" if device.type == "cpu" else "bf16"),
     )
 
 
-def check_weights(settings: EvaluationSettings, deployment: Deployment, loras: list[LoRA]) -> None:
+def open_chat(settings: EvaluationSettings) -> VLMChat | None:
+    """The vision-language model without its weights, if a flag asks for it."""
+    if not (settings.judge or settings.write_prompts):
+        return None
+    with naming_flag("--vlm_name_or_path"):
+        return VLMChat(settings.vlm_name_or_path, settings.cache_dir)
+
+
+def check_weights(
+    settings: EvaluationSettings, deployment: Deployment, loras: list[LoRA], together: LoRA | None
+) -> None:
     """Opens the base model's weight files, and tries each LoRA on a transformer without weights.
 
     Raises:
@@ -144,7 +183,9 @@ def check_weights(settings: EvaluationSettings, deployment: Deployment, loras: l
         if Path(name).is_dir():
             for component in ("transformer", "text_encoder"):
                 check_weight_files(Path(name), component, settings.variant)
-    check_loras(loras, deployment, skeleton)
+    check_loras(loras, deployment, skeleton, "--lora")
+    if together is not None:
+        check_loras([together], deployment, skeleton, "--together_with")
 
 
 def drawing_basis(settings: EvaluationSettings, deployment: Deployment) -> dict:

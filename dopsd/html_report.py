@@ -20,6 +20,10 @@ from accelerate.logging import get_logger
 from .command_line import build_parser, resolve
 from .data.training_data import TrainingData
 from .errors import InputError
+from .evaluation.after_training import EVALUATION_DIR
+from .evaluation.comparison import Comparison
+from .evaluation.page import PAGE_FILE, figure_table, meanings
+from .evaluation.results import main_columns
 from .exam.figures import MEASURES
 from .exam.results import Exam
 from .exam.student import PROGRESS, SHARPNESS, ZOOM
@@ -168,6 +172,7 @@ class RunReport:
         self.read_sheet = SheetReader(self.folder)
         self.exam: Exam | None = None  # set when it has been taken
         self.refusal: str | None = None  # why the exam has stopped the run
+        self.comparison: Comparison | None = None  # set when --evaluate has succeeded
         self.num_pictures, self.num_captions = sum(map(bool, data.digests)), len(data.pictures)
         self.editing_requests = data.editing_requests
 
@@ -215,6 +220,7 @@ class RunReport:
             self.progress(sheets, history),
             section("Curves", figure(sheets.curves, "loss, cosine and retention over steps")) if history else None,
             self.retention(sheets, retention),
+            self.evaluation(),
             self.shown_settings(),
             self.usage(state),
             section("Versions", table([(name, version(name)) for name in PACKAGES])),
@@ -361,6 +367,23 @@ class RunReport:
         note = "Not shown: folders, tokens, what is published, and what is off."
         return section(
             "Settings", first, folded("Those that have their defaults", rest), element("p", note, class_="faint")
+        )
+
+    def evaluation(self) -> Markup | None:
+        """What `--evaluate` has found."""
+        if self.comparison is None:
+            return None
+        columns, page = main_columns(self.comparison), f"{EVALUATION_DIR}/{PAGE_FILE}"
+        return section(
+            "Evaluation",
+            element(
+                "p",
+                "The LoRA beside the base, on prompts that are no captions. The pictures and all figures: ",
+                element("a", page, href=page),
+                ".",
+            ),
+            figure_table(self.comparison, columns, [*self.comparison.figures]),
+            folded("What the figures mean", meanings(columns)),
         )
 
     def usage(self, state: State) -> Markup:

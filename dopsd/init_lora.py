@@ -113,6 +113,8 @@ def find_lora(name_or_path: str, cache_dir: str | None) -> Path:
         return path
     if path.exists():
         raise InputError("it is a pipe or a device; give a .safetensors file, its folder or a hub id")
+    if path.is_absolute() or path.suffix == ".safetensors":
+        raise FileNotFoundError("there is no such file or folder")
     try:
         names = HfApi().list_repo_files(name_or_path)
     except OSError:

@@ -8,6 +8,7 @@ import prodigyopt  # noqa: F401
 import pytest  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 
+import evaluate_lora  # noqa: F401
 import train_dopsd_flux2  # noqa: F401
 import train_dopsd_zimage  # noqa: F401
 

@@ -20,6 +20,8 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from docs.make_flags import MODELS, PAGE, flag_actions, flags_page
 from dopsd.command_line import parse_settings
 from dopsd.errors import InputError
+from dopsd.evaluation.settings import build_parser as evaluation_parser
+from dopsd.evaluation.settings import parse_settings as parse_evaluation
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,10 +32,13 @@ FILE_NAMES = {path.name for top in FOLDERS for path in top.rglob("*")} | {path.n
 
 SCRIPTS = dict(zip(("train_dopsd_flux2.py", "train_dopsd_zimage.py"), MODELS, strict=True))
 NEEDED = ["--pretrained_model_name_or_path", "a/model"]
+EVALUATION_SCRIPT, EVALUATION_TEXTS = "evaluate_lora.py", {"default_vlm": "", "deployed_steps": ""}
+NEEDED_TO_EVALUATE = [*NEEDED, "--lora", "a", "--instance_data_dir", "b", "--kind", "pet"]
 # What docs/add_a_model.md calls the files of a model that does not exist.
 PLACEHOLDERS = {"pipelines/my_model.py": None, "train_dopsd_my_model.py": MODELS[0]}
 
 OWN_FLAGS = {"--config", "--help"} | {f"--{name}" for model in MODELS for name in flag_actions(model)}
+EVALUATION_FLAGS = set(evaluation_parser(EVALUATION_TEXTS)._option_string_actions)
 # Flags of other programs, and what has them.
 OTHER_FLAGS = {
     "accelerate launch": {"--cpu", "--config_file", "--machine_rank", "--main_process_ip", "--num_processes"},
@@ -119,7 +124,9 @@ def broken_links(page: Path, text: str) -> list[str]:
 
 
 def unknown_flags(page: Path, text: str) -> list[str]:
-    known = OWN_FLAGS.union(*OTHER_FLAGS.values(), *(map(module_flags, MODULES) if page in MODULE_PAGES else ()))
+    known = OWN_FLAGS.union(
+        EVALUATION_FLAGS, *OTHER_FLAGS.values(), *(map(module_flags, MODULES) if page in MODULE_PAGES else ())
+    )
     return sorted(set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", text)) - known)
 
 
@@ -197,6 +204,10 @@ def command_problem(line: str, is_whole: bool) -> str | None:
 
 def script_problem(script: str, arguments: list[str]) -> str | None:
     """`...` among the arguments stands for further flags."""
+    if script == EVALUATION_SCRIPT:
+        further = NEEDED_TO_EVALUATE if "..." in arguments else []
+        given = [argument for argument in arguments if argument != "..."]
+        return problem_of(parse_evaluation, EVALUATION_TEXTS, "", [*further, *given])
     model = (SCRIPTS | PLACEHOLDERS).get(script)
     if model is None:
         return f"no script {script}"
@@ -313,6 +324,7 @@ def test_flags_of_other_programs_are_theirs():
         ),
         ("commands", "```bash\n  --rank 4 --seed 0\n```", "```bash\n  --rank four\n```"),
         ("commands", "`python train_dopsd_flux2.py --help`", "`python train_dopsd_flux.py --help`"),
+        ("commands", "`python evaluate_lora.py ... --judge`", "`python evaluate_lora.py --judge`"),
         ("commands", "`python -m benchmarks.startup`", "`python -m benchmarks.startups`"),
         ("commands", "`python -m tests.faults --count 4`", "`python -m tests.faults --number 4`"),
         ("commands", "```bash\nbash quickstart.sh --output_dir a\n```", "```bash\nbash quickstart.sh --to a\n```"),

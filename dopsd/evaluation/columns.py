@@ -37,7 +37,7 @@ QUANTITIES = {
     f"{LIKENESS}_{MASKED}": Quantity(
         "likeness of the subject",
         "higher",
-        "The same with everything but the subject masked, so that the background does not count. Faces are still "
+        "Likeness with everything but the subject masked, so that the background does not count. Faces are still "
         "judged badly. Misleads where the mask misses a part of the subject; pictures without a clear one are left "
         "out.",
     ),
@@ -71,8 +71,8 @@ QUANTITIES = {
     FOLLOWING_UNRELATED: Quantity(
         "prompt following, unrelated prompts",
         "higher",
-        "The same on prompts that have nothing to do with the subject. If it is the base's while retention is lower, "
-        "the LoRA draws other pictures, but not worse ones.",
+        "Cosine of the drawings with prompts that have nothing to do with the subject. If it is the base's while "
+        "retention is lower, the LoRA draws other pictures, but not worse ones.",
     ),
     SHARPNESS: Quantity(
         "sharpness",

@@ -1,16 +1,14 @@
 """--judge: a vision-language model says how far a drawing shows what a training picture shows.
 
-It answers with one of four grades, as in the published evaluation: they are about the same instance for a subject, and
-about how much of the treatment is kept for a style.
+It answers with one of four grades, 4 to 1, those of the published code's evaluation: for a subject, whether it is the
+same instance; for a style, how far it is kept. The question about edits, which have no published one, is like that
+about styles.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from PIL import Image
@@ -18,22 +16,7 @@ from tqdm.auto import tqdm
 
 from ..files import read_regular_file
 from ..output import naming_file, replacing
-
-
-Ask = Callable[[str, list[Image.Image], int], str]  # (question, pictures, longest answer in tokens) -> answer
-
-
-class Chat(Protocol):
-    """A vision-language model.
-
-    Attributes:
-        name: hub id or folder.
-    """
-
-    name: str
-
-    def loaded(self, device: torch.device) -> AbstractContextManager[Ask]:
-        """Context with the model on the device. It answers greedily."""
+from .chat import Chat, asking
 
 
 # From the best to the worst, 4 to 1.
@@ -61,6 +44,14 @@ how good the pictures are.
 How far does the second picture keep the style of the first one? Answer with exactly one of these grades, and nothing \
 else:
 {grades}"""
+EDIT_QUESTION = """You compare two pictures. The first one is the result of a certain edit{name}, the second one was \
+made by a program that was asked to edit some other picture in the very same way.
+
+Look at what the edit has done: its technique, colours, lines, textures, parts that were added or changed. Ignore \
+what was shown before the edit, how it is composed and how good the pictures are.
+
+How far was the second picture edited like the first one? Answer with exactly one of these grades, and nothing else:
+{grades}"""
 MAX_ANSWER_TOKENS = 16
 ANSWERS_FILE = "judge.json"
 
@@ -70,16 +61,20 @@ class Judge:
 
     Args:
         chat: the model.
-        kind: of what was taught, "style" or any other.
-        subject: what it is in plain words, such as "dog".
+        kind: of what was taught: "style", "edit", or any other for a subject.
+        subject: what it is in plain words, such as "dog"; "" if nobody has said it.
         folder: where `ANSWERS_FILE` is kept.
     """
 
-    def __init__(self, chat: Chat, kind: str, subject: str, folder: Path):
+    def __init__(self, chat: Chat, kind: str | None, subject: str, folder: Path):
         self.chat, self.path = chat, folder / ANSWERS_FILE
-        self.grades = STYLE_GRADES if kind == "style" else INSTANCE_GRADES
-        question = STYLE_QUESTION if kind == "style" else INSTANCE_QUESTION
-        self.question = question.format(subject=subject, grades="\n".join(self.grades))
+        questions = {"style": STYLE_QUESTION, "edit": EDIT_QUESTION}
+        self.grades = STYLE_GRADES if kind in questions else INSTANCE_GRADES
+        self.question = questions.get(kind, INSTANCE_QUESTION).format(
+            subject=subject or "subject",
+            name=f", called {subject!r}" if subject else "",
+            grades="\n".join(self.grades),
+        )
 
     @property
     def name(self) -> str:
@@ -98,7 +93,7 @@ class Judge:
         answers = self.read_answers()
         keys = {path: self.key(path, reference) for path, reference in pairs.items()}
         if missing := [path for path in pairs if keys[path] not in answers]:
-            with self.chat.loaded(device) as ask:
+            with asking(self.chat, device) as ask:
                 for path in tqdm(missing, desc="Judging", unit="picture"):
                     with Image.open(path) as drawing:
                         pictures = [pairs[path], drawing.convert("RGB")]

@@ -5,6 +5,7 @@ The sheets are also files in a folder beside the page, where they are not compre
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -37,10 +38,11 @@ AT_STRENGTHS = (LIKENESS, f"{LIKENESS}_{MASKED}", COPIES, FOLLOWING, SHARPNESS, 
 HIDDEN = {"cache_dir", "output_dir"}
 PATHS = {"instance_data_dir", "prompts", "validation_image", "lora", "together_with"}
 PAGE_STYLE = """
-td small { display: block; color: var(--faint); }
+td small, th small { display: block; color: var(--faint); font-weight: normal; }
 dl { max-width: 60rem; } dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; }
-.figures td:first-child { white-space: normal; text-align: left; min-width: 8rem; }
-.figures th { white-space: normal; vertical-align: bottom; min-width: 5.5rem; }
+.figures :is(td, th):first-child { text-align: left; }
+.figures :is(th, td:first-child) { white-space: normal; vertical-align: bottom; max-width: 12rem; min-width: 6rem; }
+.figures td:first-child { vertical-align: top; }
 """
 
 
@@ -113,14 +115,10 @@ class Page:
         parts = [
             self.header(),
             section("Likeness against retention", *self.plot()),
+            *self.role_sections(["concept"], MAX_SHOWN_SEEDS),
             *figure_sections(self.comparison, self.full_strength()),
             self.strengths(),
-            section(ROLE_TITLES["concept"], *self.tabs("concept", self.role_sheets("concept", MAX_SHOWN_SEEDS))),
-            *(
-                section(ROLE_TITLES[role], *self.tabs(role, self.role_sheets(role, 1)))
-                for role in ROLES[1:]
-                if any(prompt.role == role for prompt in self.comparison.prompts)
-            ),
+            *self.role_sections(ROLES[1:], 1),
             self.prompts(),
             self.settings(),
             section("Versions", table([(name, version(name)) for name in PACKAGES])),
@@ -199,7 +197,8 @@ class Page:
         if all(contender.strength == 1 for contender in names.values()):
             return None
         columns = [column for column in self.comparison.columns if quantity_of(column) in AT_STRENGTHS]
-        order = sorted(names, key=lambda name: (names[name].loras[0].name, names[name].strength))
+        place = {lora: number for number, lora in enumerate(dict.fromkeys(one.loras for one in names.values()))}
+        order = sorted(names, key=lambda name: (place[names[name].loras], names[name].strength))
         return section(
             "Strengths",
             element(
@@ -228,6 +227,11 @@ class Page:
         ]
         return section("Settings", folded("All settings", table(rows, class_="settings")))
 
+    def role_sections(self, roles: Sequence[Role], max_seeds: int) -> Iterator[Markup]:
+        for role in roles:
+            if any(prompt.role == role for prompt in self.comparison.prompts):
+                yield section(ROLE_TITLES[role], *self.tabs(role, self.role_sheets(role, max_seeds)))
+
     # Sheets
 
     def role_sheets(self, role: Role, max_seeds: int) -> Iterator[Sheet]:
@@ -241,7 +245,8 @@ class Page:
         num_seeds = min(max_seeds, *(len(self.drawn[Contender()][prompt]) for prompt in prompts))
         for number in range(num_seeds):
             seed = self.comparison.settings.get("seed", 0) + number
-            yield self.sheet(f"{role}-seed{seed}", f"seed {seed}", ROLE_TITLES[role], contenders, prompts, number)
+            title = f"{ROLE_TITLES[role]}, seed {seed}"
+            yield self.sheet(f"{role}-seed{seed}", f"seed {seed}", title, contenders, prompts, number)
 
     def strength_sheets(self) -> Iterator[Sheet]:
         """A sheet per LoRA: a column per strength, the base first."""
@@ -260,26 +265,28 @@ class Page:
     def sheet(
         self, name: str, label: str, title: str, contenders: list[Contender], prompts: list[Prompt], seed: int = 0
     ) -> Sheet:
+        """A row per prompt; for an editor, the picture to edit comes first.
+
+        Args:
+            name, label: see `Sheet`.
+            seed: index of the picture of each prompt.
+        """
         is_editing = all(prompt.image is not None for prompt in prompts)
         rows = []
-        for prompt in prompts:
-            cells = [Cell(self.to_edit[prompt.image])] if is_editing else []
-            for contender in contenders:
-                files = self.drawn[contender].get(prompt)
-                cells.append(Cell(Image.open(files[seed]) if files else None))
-            rows.append((prompt.text, cells))
-        columns = [*(["to edit"] if is_editing else []), *(contender.name for contender in contenders)]
-        image = contact_sheet(title, columns, rows)
-        for _, cells in rows:
-            for cell in cells[is_editing:]:
-                if cell.image is not None:
-                    cell.image.close()
-        return Sheet(name, label, f"{title}, {label}", image)
+        with ExitStack() as stack:
+            for prompt in prompts:
+                cells = [Cell(self.to_edit[prompt.image])] if is_editing else []
+                for contender in contenders:
+                    files = self.drawn[contender].get(prompt)
+                    cells.append(Cell(stack.enter_context(Image.open(files[seed])) if files else None))
+                rows.append((prompt.text, cells))
+            columns = [*(["to edit"] if is_editing else []), *(contender.name for contender in contenders)]
+            return Sheet(name, label, title, contact_sheet(title, columns, rows))
 
     def tabs(self, name: str, sheets: Iterator[Sheet]) -> list[Markup]:
         found = [(sheet, self.saved(sheet)) for sheet in sheets]
-        tabs = [Tab(sheet.name, sheet.label, sheet.alt, picture) for sheet, picture in found if picture]
-        return [radio_tabs(name, tabs)] if tabs else []
+        tabs = [Tab(str(n), sheet.label, sheet.alt, picture) for n, (sheet, picture) in enumerate(found) if picture]
+        return [figure(tabs[0].picture, tabs[0].alt) if len(tabs) == 1 else radio_tabs(name, tabs)] if tabs else []
 
     def saved(self, sheet: Sheet) -> Picture | None:
         """Writes the sheet and reads it for the page."""
@@ -333,7 +340,7 @@ def figure_table(comparison: Comparison, columns: Sequence[Column], names: Seque
             element(
                 "th",
                 column.label + ARROWS[column.is_better],
-                element("small", element("br"), column.model or "", class_="faint"),
+                element("small", column.model) if column.model else None,
                 scope="col",
             )
             for column in columns

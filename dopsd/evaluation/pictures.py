@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..context_cache import content_key
-from ..data.folder import folder_pictures, list_folder
+from ..data.captions import is_text
+from ..data.columns import is_path_column
+from ..data.folder import Folder, folder_pictures, list_folder
 from ..data.images import PILLOW_ERRORS, decode
+from ..data.metadata import read_rows
 from ..data.pictures import Picture
 from ..data.requests import read_images
 from ..errors import InputError
@@ -28,6 +31,7 @@ logger = get_logger(__name__)
 
 MIN_PICTURES = 2  # each is compared with the others
 MAX_PICTURES = 200
+NO_CAPTION = "-"  # of pictures in a metadata file without texts
 # Feature models see less than this.
 MAX_SIDE = 1024
 
@@ -69,6 +73,9 @@ def read_training_pictures(settings: EvaluationSettings) -> TrainingPictures:
         cond_image_column=settings.cond_image_column,
     )
     folder = list_folder(data, None)
+    if folder.metadata and not data.caption_column:
+        columns = text_columns(folder, data)
+        data = replace(data, caption_column=columns or None, instance_prompt=None if columns else NO_CAPTION)
     if folder.metadata or folder.text_of:
         found = folder_pictures(folder, folder.read_sidecars(folder.sidecars), data, None)
     else:
@@ -91,6 +98,17 @@ def read_training_pictures(settings: EvaluationSettings) -> TrainingPictures:
     images, digests = zip(*tqdm(in_threads(read, used), "Reading pictures", len(used), leave=False), strict=True)
     captions = dict.fromkeys(caption for picture in found for caption in picture.captions)
     return TrainingPictures(list(images), list(digests), list(captions))
+
+
+def text_columns(folder: Folder, data: DataSettings) -> list[str]:
+    """The columns of a folder's metadata file with a text in every row."""
+    rows = read_rows(folder.files.paths[folder.metadata], folder.metadata)
+    others = {data.image_column, *(data.cond_image_column or ())}
+    return [
+        column
+        for column in dict.fromkeys(column for row in rows for column in row.values)
+        if not is_path_column(column) and column not in others and all(is_text(row.values.get(column)) for row in rows)
+    ]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
-from ..sheets import ACCENT, FAINT, INK, save_png
+from ..sheets import FAINT, INK, save_png
 from .columns import DINO, LIKENESS, MASKED, RETENTION
-from .comparison import BASE, Comparison, Contender, Figure
+from .comparison import Comparison, Contender, Figure
 from .results import REFERENCE
 
 
@@ -107,7 +107,7 @@ def write_labels(axes: Axes, labels: list[tuple[float, float, str, bool]]) -> No
             va="center",
             fontsize=9.5,
             fontweight="bold" if is_bold else "normal",
-            color=ACCENT if text == BASE else INK,
+            color=INK,
             fontfamily="DejaVu Sans",
             parse_math=False,
             arrowprops=dict(arrowstyle="-", color=FAINT, linewidth=0.6) if shift else None,

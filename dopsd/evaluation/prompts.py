@@ -36,7 +36,7 @@ def templates() -> dict[str, list[str]]:
 
 
 def choose_prompts(
-    settings: EvaluationSettings, captions: list[str], written: Callable[[], list[str]] | None, basis: dict[str, Any]
+    settings: EvaluationSettings, captions: list[str], written: Callable[[], list[str]] | None, basis: list[str]
 ) -> list[Prompt]:
     """The prompts of the comparison, which are saved in its folder. An earlier run's are used again if they fit.
 
@@ -151,23 +151,22 @@ def built_in_prompts(settings: EvaluationSettings) -> list[str]:
         )
     own = own[: settings.num_prompts]
     if settings.kind == "style":
-        return [in_style(scene, settings.trigger_word, settings.class_word) for scene in own]
+        # Such as "a lighthouse, in sks style, oil painting".
+        style = dict.fromkeys(filter(None, [subject_words(settings), settings.class_word]))
+        return [", ".join([scene, *style]) for scene in own]
     return [template.format(subject=subject_words(settings)) for template in own]
 
 
 def subject_words(settings: EvaluationSettings) -> str:
-    """What stands for the subject: "sks dog", "sks", or without a new word "a dog"."""
+    """What stands for the subject: "sks dog", "sks", without a new word "a dog"; for a style "in sks style"."""
     word, class_word = settings.trigger_word, settings.class_word
+    if settings.kind == "style":
+        return f"in {word} style" if word else class_word
     if word is None:
         return with_article(class_word)
     if settings.kind == "edit" or class_word == DEFAULT_CLASS.get(settings.kind):
         return word
     return f"{word} {ARTICLE.sub('', class_word, count=1)}" if class_word else word
-
-
-def in_style(scene: str, word: str | None, class_word: str) -> str:
-    """The scene in the taught style, such as "a lighthouse, in sks style, oil painting"."""
-    return ", ".join(filter(None, [scene, word and f"in {word} style", class_word]))
 
 
 def with_article(words: str) -> str:

@@ -19,6 +19,7 @@ PromptCount = Annotated[int, Range("a whole number from 1 to 200", 1, 200)]
 
 # What a subject is called without --class_word.
 DEFAULT_CLASS = {"person": "person", "pet": "animal", "object": "object"}
+DETERMINERS = frozenset("a an the one some its his her their my our your own".split())
 REQUIRED = {
     "pretrained_model_name_or_path": "the base model's hub id",
     "lora": "pytorch_lora_weights.safetensors",
@@ -77,7 +78,7 @@ class TrainingPictureSettings:
     )
     image_column: str = flag("image", "Column with the pictures, in a metadata.jsonl or metadata.csv.")
     caption_column: list[str] | None = flag(
-        None, "Column with the captions, in a metadata.jsonl or metadata.csv. Default: the only one with texts."
+        None, "Column with the captions, in a metadata.jsonl or metadata.csv. Default: all columns with texts."
     )
     cond_image_column: list[str] | None = flag(
         None, "Column with the pictures to edit, which the LoRAs do not learn to draw. Default: none."
@@ -87,11 +88,14 @@ class TrainingPictureSettings:
         "What the LoRAs were taught, which chooses the built-in prompts. Default: none, it is required without "
         "--prompts.",
     )
-    trigger_word: str | None = flag(None, "The new word, as WORD or WORD=CLASS. Default: none, the LoRAs have none.")
+    trigger_word: str | None = flag(
+        None, "The new word as in the captions, as WORD or WORD=CLASS. Default: none, the LoRAs have none."
+    )
     class_word: str | None = flag(
         None,
-        "What the subject is in words that every model knows, such as dog or 'oil painting'. Default: the kind's, "
-        "such as person; nothing for a style.",
+        "What the subject is in words that every model knows, such as dog or 'oil painting'. The built-in prompts "
+        "have it after the new word, as in 'a photo of sks dog'. Default: that of --trigger_word; without one, the "
+        "prompts have the new word alone.",
     )
 
 
@@ -219,7 +223,9 @@ def parse_settings(texts: dict[str, str], description: str, arguments: list[str]
         InputError: a flag, or a combination of flags, is wrong.
         SystemExit: for `--help` and for errors that argparse reports, in one line.
     """
-    groups = build_parser(texts, description).parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    parser = build_parser(texts, description)
+    parser.parse_args(arguments)  # reports unknown flags in one line
+    groups = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     values = {}
     for group in groups[: len(GROUPS)]:
         check_ranges(group)
@@ -241,7 +247,7 @@ def resolve(settings: EvaluationSettings, default_vlm: str) -> EvaluationSetting
     word, class_word = None, settings.class_word
     if settings.trigger_word is not None:
         trigger = TriggerWord.parse(settings.trigger_word)
-        word, class_word = trigger.word, class_word or trigger.class_words
+        word, class_word = trigger.word, class_word or without_determiners(trigger.class_words)
         if class_word and TriggerWord(word, "").is_in(class_word):
             raise InputError(
                 f"--class_word {class_word}: contains the new word {word}; name what it is in words that every model "
@@ -263,17 +269,26 @@ def resolve(settings: EvaluationSettings, default_vlm: str) -> EvaluationSetting
     return settings
 
 
+def without_determiners(class_words: str) -> str:
+    """The words; nothing if they name no class. Training takes "sks=a", which makes "a corgi" of "sks corgi"."""
+    return "" if DETERMINERS.issuperset(class_words.lower().split()) else class_words
+
+
 def check_prompt_flags(settings: EvaluationSettings) -> None:
     """Raises `InputError` for flags about the prompts that do not go together."""
     is_editing = settings.validation_image is not None
     if settings.prompts is not None and settings.write_prompts:
         raise InputError("--write_prompts: cannot be combined with --prompts; drop one of them")
+    if settings.judge and settings.kind is None:
+        raise InputError("--judge: asks about a --kind; pass person, pet, object, style or edit")
     if settings.kind is None and settings.prompts is None:
         raise InputError("--kind: is required without --prompts; pass person, pet, object, style or edit")
     if is_editing and settings.kind not in ("edit", None):
         raise InputError("--validation_image: goes with --kind edit; pass that, or drop the flag")
     if settings.kind == "edit" and not is_editing:
         raise InputError("--kind edit: needs pictures to edit; pass --validation_image with one or several files")
+    if settings.write_prompts and not (settings.trigger_word or settings.class_word):
+        raise InputError("--write_prompts: say what to write about with --trigger_word or --class_word")
     makes_edits = settings.kind == "edit" and settings.prompts is None and not settings.write_prompts
     if makes_edits and not (settings.trigger_word and settings.class_word):
         raise InputError(

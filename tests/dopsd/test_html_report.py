@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,32 +17,17 @@ from dopsd import html_report
 from dopsd.command_line import parse_settings
 from dopsd.data.requests import Request
 from dopsd.errors import OutputError
+from dopsd.evaluation.comparison import Column, Comparison, Figure, Prompt
 from dopsd.exam.alignment import Alignment
 from dopsd.exam.figures import Figures, Row
 from dopsd.exam.results import Exam
 from dopsd.html_report import RunReport, duration, own_settings
+from html_pages import NASTY, Reader
 from models import ONE_MODEL, SLOW
 from short_runs import as_arguments
 
 
 MODEL = train_dopsd_flux2.MODEL
-NASTY = '<script>document.title = "run"</script><img src=x onerror="alert(1)">" \' & שלום \u202e 犬 🐕\u2028</td>'
-
-
-class Reader(HTMLParser):
-    """The text and the attributes of a page."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.text, self.tags, self.attributes = "", [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += [(tag, *attribute) for attribute in attributes]
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def make_settings(folder: Path, **flags):
@@ -125,6 +109,20 @@ def test_the_page_of_a_whole_model_speaks_of_no_lora(tmp_path):
     text = read(tmp_path).text
     assert "The newest model is that of checkpoint-4." in text
     assert f'"path/to/{tmp_path.name}/checkpoint-4", subfolder="transformer"' in text
+
+
+def test_the_page_shows_what_the_evaluation_has_found(tmp_path):
+    report = make_report(tmp_path)
+    report.write_page(8, "finished")
+    assert "Evaluation" not in read(tmp_path).text
+    column = Column("likeness/dino", "likeness (DINO)", "higher", "How alike they are.", "some-model")
+    figures = {name: {column.key: Figure(mean, None, None, 4)} for name, mean in (("base", 0.25), (NASTY, 0.75))}
+    report.comparison = Comparison({}, [Prompt("a", "a", "concept")], [column], figures, {}, [])
+    report.write_page(8, "finished")
+    page = read(tmp_path)
+    assert ("a", "href", "evaluation/comparison.html") in page.attributes and "script" not in page.tags
+    assert "0.250" in page.text and "0.750" in page.text and NASTY.split("<")[1] in page.text
+    assert "likeness (DINO)" in page.text and "some-model" in page.text and "How alike they are." in page.text
 
 
 @pytest.mark.parametrize("num_pictures, expected", [(1, "on 1 picture."), (7, "on 7 pictures."), (0, "on 1 caption.")])

@@ -23,19 +23,12 @@ from transformers import (
 from dopsd import picture_model
 from dopsd.errors import InputError
 from dopsd.picture_model import PictureModel, image_features
+from tiny_features import CROP, VISION, WIDTHS
+from tiny_features import save as save_parts
 
 
 CPU = torch.device("cpu")
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-TEXT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
-CROP = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+TEXT = WIDTHS | {"vocab_size": 99}
 
 
 def dino() -> tuple:
@@ -53,9 +46,7 @@ def clip() -> tuple:
 
 def save(folder: Path, make=dino) -> str:
     torch.manual_seed(0)
-    for part in make():
-        part.save_pretrained(folder)
-    return str(folder)
+    return str(save_parts(folder, *make()))
 
 
 @pytest.mark.parametrize("make, width", [(dino, 32), (siglip, 32), (clip, 16)])
