@@ -378,8 +378,7 @@ class RunReport:
             "Evaluation",
             element(
                 "p",
-                f"The LoRA beside the base, on {len(self.comparison.prompts)} prompts that are no captions. The "
-                "pictures and all figures: ",
+                "The LoRA beside the base, on prompts that are no captions. The pictures and all figures: ",
                 element("a", page, href=page),
                 ".",
             ),

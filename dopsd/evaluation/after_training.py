@@ -1,6 +1,7 @@
 """--evaluate: a finished run's LoRA is compared with the base by evaluate_lora.py, in a process of its own."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -26,8 +27,8 @@ SCRIPT = Path(__file__).parents[2] / "evaluate_lora.py"
 EVALUATION_DIR = "evaluation"
 # Flags that --evaluate_with cannot change: they are what makes it this run's evaluation.
 GIVEN = ("pretrained_model_name_or_path", "revision", "variant", "kind", "output_dir")
-# What launchers set for the processes of a run; the evaluation is a single one.
-LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
+# What launchers tell the processes of a run about each other; the evaluation is a single one.
+LAUNCHED = re.compile(r"RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE|MASTER|TORCHELASTIC)_\w+")
 
 
 def check_evaluation(settings: Settings) -> None:
@@ -72,7 +73,8 @@ def evaluate_run(settings: Settings, pipeline: DiffusionPipeline) -> Comparison 
     if not settings.performance.is_sharded:
         release(pipeline)
     command = [sys.executable, str(SCRIPT), *evaluation_flags(settings)]
-    logger.info(f"Evaluating the LoRA: {shlex.join(command[1:])}")
+    line = shlex.join(["python", *command[1:]])
+    logger.info(f"Evaluating the LoRA: {line}")
     try:
         code = subprocess.run(command, env=environment(), check=False).returncode
         if code == 0:
@@ -80,9 +82,7 @@ def evaluate_run(settings: Settings, pipeline: DiffusionPipeline) -> Comparison 
         problem = f"evaluate_lora.py ended with exit status {code}"
     except (OSError, InputError) as error:
         problem = first_line(error)
-    logger.warning(
-        f"--evaluate {kind}: {problem}; the weights are saved. To evaluate them later: {shlex.join(command[1:])}"
-    )
+    logger.warning(f"--evaluate {kind}: {problem}; the weights are saved. To evaluate them later: {line}")
     return None
 
 
@@ -96,7 +96,7 @@ def release(pipeline: DiffusionPipeline) -> None:
 
 def environment() -> dict[str, str]:
     """This process's, without what its launcher has added."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
+    return {name: value for name, value in os.environ.items() if not LAUNCHED.fullmatch(name)}
 
 
 def evaluation_folder(settings: Settings) -> Path:

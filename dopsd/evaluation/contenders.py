@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,11 @@ def load_into(
     Args:
         pipeline: that the transformer belongs to, whose parts may be offloaded.
     """
-    deployment.pipeline_class.load_lora_into_transformer(
-        weights, transformer=transformer, adapter_name=adapter_name(name), metadata=metadata, _pipeline=pipeline
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # a second LoRA
+        deployment.pipeline_class.load_lora_into_transformer(
+            weights, transformer=transformer, adapter_name=adapter_name(name), metadata=metadata, _pipeline=pipeline
+        )
 
 
 def adapter_name(name: str) -> str:

@@ -17,6 +17,7 @@ from dopsd import html_report
 from dopsd.command_line import parse_settings
 from dopsd.data.requests import Request
 from dopsd.errors import OutputError
+from dopsd.evaluation.comparison import Column, Comparison, Figure, Prompt
 from dopsd.exam.alignment import Alignment
 from dopsd.exam.figures import Figures, Row
 from dopsd.exam.results import Exam
@@ -108,6 +109,20 @@ def test_the_page_of_a_whole_model_speaks_of_no_lora(tmp_path):
     text = read(tmp_path).text
     assert "The newest model is that of checkpoint-4." in text
     assert f'"path/to/{tmp_path.name}/checkpoint-4", subfolder="transformer"' in text
+
+
+def test_the_page_shows_what_the_evaluation_has_found(tmp_path):
+    report = make_report(tmp_path)
+    report.write_page(8, "finished")
+    assert "Evaluation" not in read(tmp_path).text
+    column = Column("likeness/dino", "likeness (DINO)", "higher", "How alike they are.", "some-model")
+    figures = {name: {column.key: Figure(mean, None, None, 4)} for name, mean in (("base", 0.25), (NASTY, 0.75))}
+    report.comparison = Comparison({}, [Prompt("a", "a", "concept")], [column], figures, {}, [])
+    report.write_page(8, "finished")
+    page = read(tmp_path)
+    assert ("a", "href", "evaluation/comparison.html") in page.attributes and "script" not in page.tags
+    assert "0.250" in page.text and "0.750" in page.text and NASTY.split("<")[1] in page.text
+    assert "likeness (DINO)" in page.text and "some-model" in page.text and "How alike they are." in page.text
 
 
 @pytest.mark.parametrize("num_pictures, expected", [(1, "on 1 picture."), (7, "on 7 pictures."), (0, "on 1 caption.")])

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import train_dopsd_flux2
 import train_dopsd_zimage
 from dopsd.command_line import parse_settings
+from dopsd.evaluation.comparison import Column, Comparison, Figure, Prompt
 from dopsd.model_card import CardImage, escape, write_card, write_run_card
 from dopsd.output import LORA_FILE, LoRAOfChange
 from loopback_hub import TOKEN
@@ -378,3 +379,13 @@ def test_a_card_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, 
     (record,) = caplog.records
     assert re.search("README.md could not be written .*: make room; the weights are saved", record.getMessage())
     assert record.exc_info is None and not list(tmp_path.iterdir())
+
+
+def test_the_card_has_the_figures_of_the_evaluation(tmp_path):
+    assert "## Evaluation" not in write(tmp_path).content
+    column = Column("likeness/dino", "likeness (DINO)", "higher", "How alike they are.", "some/model_x")
+    figures = {name: {column.key: Figure(mean, None, None, 4)} for name, mean in (("base", 0.25), ("corgi", 0.75))}
+    comparison = Comparison({}, [Prompt("a", "a", "concept")] * 3, [column], figures, {}, [])
+    text = write(tmp_path, comparison=comparison).content
+    assert "## Evaluation" in text and "On 3 prompts" in text and "some/model\\_x" in text
+    assert re.search(r"\| base \| 0\.250 \|\n\| corgi \| 0\.750 \|", text)
