@@ -1,14 +1,16 @@
-"""Writes flags.md, the page of all flags, from the settings of both training scripts: python -m docs.make_flags"""
+"""Writes flags.md, the page of all flags, from the settings of all scripts: python -m docs.make_flags"""
 
 import re
-from argparse import SUPPRESS, Action
+from argparse import SUPPRESS, Action, ArgumentParser
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import evaluate_lora
 import train_dopsd_flux2
 import train_dopsd_zimage
 from dopsd.command_line import build_parser
+from dopsd.evaluation import settings as evaluation
 from dopsd.flag_types import MUST_MATCH, Range, annotations
 from dopsd.model_flags import ModelFlags
 from dopsd.settings import Settings
@@ -17,6 +19,11 @@ from dopsd.settings import Settings
 PAGE = Path(__file__).with_name("flags.md")
 MAX_DEFAULT = 100  # characters; a longer default stands below the meaning, which would else be squeezed
 MODELS: tuple[ModelFlags, ...] = (train_dopsd_flux2.MODEL, train_dopsd_zimage.MODEL)
+EVALUATION = """\
+# Flags of evaluate_lora.py
+
+What they do together, and what the figures mean: [evaluation.md](evaluation.md).
+"""
 INTRODUCTION = """\
 # All flags
 
@@ -36,12 +43,19 @@ when: [settings.md](settings.md). `python train_dopsd_flux2.py --help` prints th
 
 def flags_page() -> str:
     actions = [flag_actions(model) for model in MODELS]
-    return "\n".join([INTRODUCTION, *(section(group.name, actions) for group in fields(Settings))])
+    parts = [INTRODUCTION, *(section(group.name, actions) for group in fields(Settings)), EVALUATION]
+    own = shown_actions(evaluation.build_parser(evaluate_lora.TEXTS))
+    return "\n".join([*parts, *(evaluation_section(group, own) for group in evaluation.GROUPS)])
 
 
 def flag_actions(model: ModelFlags) -> dict[str, Action]:
+    """Flag -> its action, of a training script."""
+    return shown_actions(build_parser(model, ""))
+
+
+def shown_actions(parser: ArgumentParser) -> dict[str, Action]:
     """Flag -> its action, without those that `--help` hides: --no_... of a switch, flags of other models' teachers."""
-    return {action.dest: action for action in build_parser(model, "")._actions if action.help != SUPPRESS}
+    return {action.dest: action for action in parser._actions if action.help != SUPPRESS}
 
 
 def section(group: str, actions: list[dict[str, Action]]) -> str:
@@ -49,8 +63,7 @@ def section(group: str, actions: list[dict[str, Action]]) -> str:
     classes = [model.settings_class if group == "model" else None for model in MODELS]
     classes = [own or next(item.type for item in fields(Settings) if item.name == group) for own in classes]
     markers = {name: found for own in classes for name, found in annotations(own).items()}
-    title = classes[0]._argument_group_name
-    lines = [f"## {title[0].upper()}{title[1:]}", "", "| flag | value | default | |", "|---|---|---|---|"]
+    lines = header(classes[0])
     for name, found in markers.items():
         own = {model.name: by_name[name] for model, by_name in zip(MODELS, actions, strict=True) if name in by_name}
         value = joined({model: values(action, found) for model, action in own.items()})
@@ -59,12 +72,28 @@ def section(group: str, actions: list[dict[str, Action]]) -> str:
         meaning = joined({model: text for model, (_, text) in texts.items()})
         if len(own) < len(MODELS):
             meaning = f"{', '.join(own)} only. {meaning}"
-        if len(default) > MAX_DEFAULT:
-            default, meaning = "at the right", f"{meaning}<br>Default: {default}"
         star = " \\*" if MUST_MATCH in found else ""
-        cells = [f"`--{name}`{star}", value, default, meaning]
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        lines.append(line(f"`--{name}`{star}", value, default, meaning))
     return "\n".join([*lines, ""])
+
+
+def evaluation_section(group: type, actions: dict[str, Action]) -> str:
+    """One settings group of evaluate_lora.py as a heading and a table."""
+    lines = header(group)
+    for name, found in annotations(group).items():
+        lines.append(line(f"`--{name}`", values(actions[name], found), *describe(actions[name])))
+    return "\n".join([*lines, ""])
+
+
+def header(group: type) -> list[str]:
+    title = group._argument_group_name
+    return [f"## {title[0].upper()}{title[1:]}", "", "| flag | value | default | |", "|---|---|---|---|"]
+
+
+def line(flag: str, value: str, default: str, meaning: str) -> str:
+    if len(default) > MAX_DEFAULT:
+        default, meaning = "at the right", f"{meaning}<br>Default: {default}"
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in (flag, value, default, meaning))} |"
 
 
 def joined(texts: dict[str, str]) -> str:

@@ -19,6 +19,7 @@ PromptCount = Annotated[int, Range("a whole number from 1 to 200", 1, 200)]
 
 # What a subject is called without --class_word.
 DEFAULT_CLASS = {"person": "person", "pet": "animal", "object": "object"}
+DETERMINERS = frozenset("a an the one some its his her their my our your own".split())
 REQUIRED = {
     "pretrained_model_name_or_path": "the base model's hub id",
     "lora": "pytorch_lora_weights.safetensors",
@@ -87,11 +88,14 @@ class TrainingPictureSettings:
         "What the LoRAs were taught, which chooses the built-in prompts. Default: none, it is required without "
         "--prompts.",
     )
-    trigger_word: str | None = flag(None, "The new word, as WORD or WORD=CLASS. Default: none, the LoRAs have none.")
+    trigger_word: str | None = flag(
+        None, "The new word as in the captions, as WORD or WORD=CLASS. Default: none, the LoRAs have none."
+    )
     class_word: str | None = flag(
         None,
-        "What the subject is in words that every model knows, such as dog or 'oil painting'. Default: the kind's, "
-        "such as person; nothing for a style.",
+        "What the subject is in words that every model knows, such as dog or 'oil painting'. The built-in prompts "
+        "have it after the new word, as in 'a photo of sks dog'. Default: that of --trigger_word; without one, the "
+        "prompts have the new word alone.",
     )
 
 
@@ -243,7 +247,7 @@ def resolve(settings: EvaluationSettings, default_vlm: str) -> EvaluationSetting
     word, class_word = None, settings.class_word
     if settings.trigger_word is not None:
         trigger = TriggerWord.parse(settings.trigger_word)
-        word, class_word = trigger.word, class_word or trigger.class_words
+        word, class_word = trigger.word, class_word or without_determiners(trigger.class_words)
         if class_word and TriggerWord(word, "").is_in(class_word):
             raise InputError(
                 f"--class_word {class_word}: contains the new word {word}; name what it is in words that every model "
@@ -263,6 +267,11 @@ def resolve(settings: EvaluationSettings, default_vlm: str) -> EvaluationSetting
     if settings.mask_background and not settings.class_word:
         raise InputError("--mask_background: name what is to be separated with --class_word, such as dog")
     return settings
+
+
+def without_determiners(class_words: str) -> str:
+    """The words; nothing if they name no class. Training takes "sks=a", which makes "a corgi" of "sks corgi"."""
+    return "" if DETERMINERS.issuperset(class_words.lower().split()) else class_words
 
 
 def check_prompt_flags(settings: EvaluationSettings) -> None:

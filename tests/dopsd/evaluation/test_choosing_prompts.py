@@ -214,5 +214,13 @@ def test_unknown_flags_are_one_line(settings, capsys):
     assert "did you mean --num_seeds?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word, class_word", [("sks=a", "animal"), ("sks=its own", "animal"), ("sks=a dog", "a dog")])
+def test_a_determiner_is_no_class(settings, word, class_word):
+    chosen = settings("--kind", "pet", "--trigger_word", word)
+    assert (chosen.trigger_word, chosen.class_word) == ("sks", class_word)
+    bare = {"animal": "sks", "a dog": "sks dog"}[class_word]
+    assert built_in_prompts(chosen)[0] == f"a photo of {bare}"
+
+
 def test_strength_1_is_always_drawn(settings):
     assert settings("--kind", "pet", "--strengths", "0.8", "0.8").strengths == [0.8, 1.0]
