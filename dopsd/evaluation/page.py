@@ -44,7 +44,7 @@ td small, th small { display: block; color: var(--faint); font-weight: normal; }
 dl { max-width: 60rem; } dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; }
 .figures :is(td, th):first-child { text-align: left; }
 .figures :is(th, td:first-child) { white-space: normal; vertical-align: bottom; max-width: 12rem; min-width: 6rem; }
-.figures td:first-child { vertical-align: top; }
+.figures td:first-child { vertical-align: top; min-width: 7rem; }
 """
 
 

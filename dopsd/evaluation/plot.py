@@ -18,6 +18,7 @@ from .results import REFERENCE
 PLOT_FILE = "likeness_retention.png"
 COLOURS = ("#1b6b8f", "#c77d2e", "#1b7f5c", "#a0506b", "#5b6fb5", "#8a7a2c", "#b3261e", "#4d7d8c")
 WIDTH, HEIGHT, DPI = 9.5, 6.0, 110  # inches; dots per inch
+LEAST_SPAN = 0.05  # of both axes
 MAX_CHARACTERS = 40  # of a label
 LABEL_HEIGHT = 15  # pixels at 100 dots per inch
 RETAINED = f"{RETENTION}/{DINO}"
@@ -78,6 +79,9 @@ def plot_likeness(comparison: Comparison, contenders: list[Contender], path: Pat
     axes.set_xlabel(f"{column.label}, {column.model}: higher is better", parse_math=False)
     axes.set_ylabel("retention: higher is better")
     axes.margins(0.12)
+    axes.set_xlim(widened(*axes.get_xlim()))
+    axes.set_ylim(widened(*axes.get_ylim()))
+    axes.ticklabel_format(useOffset=False)
     axes.grid(color="#e3e6eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -86,6 +90,12 @@ def plot_likeness(comparison: Comparison, contenders: list[Contender], path: Pat
     agg.draw()
     save_png(Image.fromarray(np.asarray(agg.buffer_rgba())).convert("RGB"), path)
     return True
+
+
+def widened(low: float, high: float) -> tuple[float, float]:
+    """At least `LEAST_SPAN` wide, so that differences without a meaning do not look large."""
+    missing = max(0.0, LEAST_SPAN - (high - low)) / 2
+    return low - missing, high + missing
 
 
 def write_labels(axes: Axes, labels: list[Label]) -> None:
