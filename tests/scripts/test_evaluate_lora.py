@@ -185,4 +185,4 @@ def test_an_output_folder_that_is_in_use_is_not_written(command, flags, loras, t
 
 def test_help_says_how_the_models_are_deployed(command):
     text = " ".join(succeed(command("--help")).log.split())
-    assert "--together_with" in text and "4 for FLUX.2-klein and 8 for Z-Image-Turbo" in text and "{d" not in text
+    assert "--together_with" in text and "4 for FLUX.2-klein and 8 for Z-Image" in text and "{d" not in text
