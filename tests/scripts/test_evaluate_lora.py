@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from command_line import ROOT, Command, succeed
 from lora_files import KLEIN, Z_IMAGE, a_and_b, adapter_metadata
-from models import ONE_MODEL, SLOW, both_models
+from models import ONE_MODEL, SLOW, ZIMAGE, both_models
 from tiny_features import make_tiny_clip, make_tiny_clipseg, make_tiny_dino
 from waiting import wait_until
 
@@ -147,6 +147,7 @@ def test_a_mask_and_strengths_add_columns_and_rows(command, flags, loras, featur
         (["--dino_model", "{photos}"], "--dino_model {photos}: "),
         (["--instance_data_dir", "{one}"], "--instance_data_dir {one}: holds only 1 training picture"),
         (["--prompts", "none.txt"], "--prompts none.txt: cannot be read"),
+        (["--max_sequence_length", "20"], "--max_sequence_length 20: 'a photo of sks dog' is "),
         (["--resolution", "65"], "--resolution 65: not divisible into image tokens"),
         (["--pretrained_model_name_or_path", "{photos}"], "--pretrained_model_name_or_path {photos}: this is not"),
         (["--judge", "--vlm_name_or_path", "{dino}"], "--vlm_name_or_path {dino}: "),
@@ -163,6 +164,18 @@ def test_a_mistake_is_one_line(command, flags, loras, features, photos, tmp_path
     assert not drawn(tmp_path / "out")
 
 
+@ZIMAGE
+@pytest.mark.parametrize(
+    "others, problem",
+    [
+        (["--mixed_precision", "fp16"], "--mixed_precision fp16: Z-Image draws nothing in it"),
+        (["--kind", "edit", "--validation_image", "a.png"], "--validation_image: Z-Image takes no pictures to edit"),
+    ],
+)
+def test_what_a_model_cannot_do_is_one_line(command, flags, loras, others, problem):
+    assert problem in command(*flags(loras[:1], *others)).error
+
+
 @ONE_MODEL
 def test_an_output_folder_that_is_in_use_is_not_written(command, flags, loras, tmp_path):
     (tmp_path / "out").mkdir()
@@ -172,4 +185,4 @@ def test_an_output_folder_that_is_in_use_is_not_written(command, flags, loras, t
 
 def test_help_says_how_the_models_are_deployed(command):
     text = " ".join(succeed(command("--help")).log.split())
-    assert "--together_with" in text and "4 for FLUX.2-klein and 8 for Z-Image-Turbo" in text and "{d" not in text
+    assert "--together_with" in text and "4 for FLUX.2-klein and 8 for Z-Image" in text and "{d" not in text
