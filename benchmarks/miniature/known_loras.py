@@ -28,6 +28,7 @@ SUBJECT = GRID_CONCEPT  # what the LoRAs are to draw, on which the rivals' setti
 ANOTHER = REPORTED_CONCEPTS[1]
 ONE_PICTURE = faulty("one-picture", num_pictures=1)
 SEED = 0
+BLURRED = "blurred"  # the training adapter, which undoes distillation, as if it was a LoRA
 CHOSEN = MODEL.parent / "results" / "rivals_klein.json"
 
 
@@ -78,4 +79,4 @@ def make_loras(folder: Path) -> dict[str, Path]:
     for name, run in known_runs().items():
         experiment.short_result(run)
         loras[name] = folder / run.folder / LORA_WEIGHT_NAME_SAFE
-    return loras
+    return loras | {BLURRED: experiment.once.folder / ADAPTER / LORA_WEIGHT_NAME_SAFE}
