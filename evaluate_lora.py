@@ -49,7 +49,7 @@ from dopsd.errors import InputError, naming_flag
 from dopsd.evaluation.comparison import LoRA
 from dopsd.evaluation.contenders import all_contenders, check_loras, find_loras
 from dopsd.evaluation.deployment import Deployment
-from dopsd.evaluation.drawing import all_jobs, draw_missing, drawn_pictures
+from dopsd.evaluation.drawing import all_jobs, check_lengths, draw_missing, drawn_pictures
 from dopsd.evaluation.features import open_feature_models
 from dopsd.evaluation.judge import Judge
 from dopsd.evaluation.measures import measure
@@ -103,6 +103,7 @@ def main(settings: EvaluationSettings) -> None:
             device=device,
         )
     prompts = choose_prompts(settings, training.captions, written, basis)
+    check_lengths(prompts, deployment, settings)
     contenders = all_contenders(loras, together, settings.strengths)
     jobs = all_jobs(contenders, prompts, settings)
     size = settings.height, settings.width
@@ -112,7 +113,7 @@ def main(settings: EvaluationSettings) -> None:
         f"{settings.num_seeds} seeds, {settings.num_inference_steps} steps"
     )
     num_drawn = draw_missing(jobs, store, deployment, settings, device)
-    logger.info(f"{num_drawn} of {len(jobs)} pictures were missing and are drawn")
+    logger.info(f"Drew {num_drawn} of {len(jobs)} pictures; the others were there")
 
     # The pipeline is freed: what measures has the memory for itself.
     drawn = drawn_pictures(jobs, store, contenders)
@@ -155,6 +156,8 @@ def resolve(settings: EvaluationSettings, deployment: Deployment, device: torch.
         flags = f"--height {settings.height} --width {settings.width}"
         is_square = settings.height == settings.width == settings.resolution
         raise InputError(f"{f'--resolution {settings.resolution}' if is_square else flags}: {problem}")
+    if settings.mixed_precision == "fp16" and not deployment.works_in_fp16:
+        raise InputError(f"--mixed_precision fp16: {deployment.name} draws nothing in it; pass bf16 or no")
     return settings.replace(
         num_inference_steps=settings.num_inference_steps or deployment.num_inference_steps,
         mixed_precision=settings.mixed_precision or ("no" if device.type == "cpu" else "bf16"),

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from dopsd.loading import LOAD_ERRORS
 from dopsd.pretrained import read_configs
 
 from . import published
-from .z_image import is_turbo
+from .chat_template import apply_chat_template
+from .flux2_klein import Flux2KleinDOPSDPipeline
+from .z_image import ZImageDOPSDPipeline, is_turbo
+
+
+def count_tokens(pipeline: DiffusionPipeline, prompt: str, enable_thinking: bool) -> int:
+    return len(
+        pipeline.tokenizer(apply_chat_template(pipeline.tokenizer, prompt, enable_thinking=enable_thinking)).input_ids
+    )
 
 
 # FLUX.2-klein
@@ -69,6 +78,8 @@ MODELS = {
             negative_above=1.0,
             sizes=published.KLEIN_SIZES,
             can_edit=True,
+            works_in_fp16=True,
+            count_tokens=partial(count_tokens, enable_thinking=Flux2KleinDOPSDPipeline.enable_thinking),
             encode=encode_klein,
             call_arguments=klein_arguments,
         ),
@@ -83,6 +94,8 @@ MODELS = {
             negative_above=0.0,
             sizes=published.Z_IMAGE_SIZES,
             can_edit=False,
+            works_in_fp16=False,
+            count_tokens=partial(count_tokens, enable_thinking=ZImageDOPSDPipeline.enable_thinking),
             encode=encode_z_image,
             call_arguments=z_image_arguments,
         ),

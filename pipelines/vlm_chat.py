@@ -21,6 +21,7 @@ from .vision_encoder import (
     VISION_END,
     VISION_START,
     VISION_TOKENS,
+    PatchProjection,
     Qwen2VLImageProcessorPil,
 )
 
@@ -94,6 +95,7 @@ class VLMChat:
                 **self._options,
             )
             check_loaded("its model", info)
+        model.model.visual.patch_embed.proj = PatchProjection(model.model.visual.patch_embed.proj)
         try:
             yield partial(self._answer, model.eval().to(device))
         finally:

@@ -57,6 +57,7 @@ OTHER_FLAGS = {
 }
 # What `python -m` runs and has flags; the pages in `MODULE_PAGES` may name these.
 MODULES = {
+    "benchmarks.miniature.comparison",
     "benchmarks.miniature.evaluate",
     "benchmarks.miniature.experiment",
     "benchmarks.miniature.make",

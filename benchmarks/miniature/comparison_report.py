@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from benchmarks.miniature.files import replacing
 from benchmarks.miniature.report import machine
@@ -31,6 +32,7 @@ class Pair(NamedTuple):
     apart: float
 
 
+BASE_COLOUR, LORA_COLOUR, OTHER_STRENGTH = "#495057", "#d9480f", "#adb5bd"
 SHARE, GRAIN = 0.15, 0.05  # a share of 48 drawings has a standard error of up to 0.07
 PAIRS = (
     Pair("likeness/dino", "subject", SHARE),
@@ -94,7 +96,7 @@ def write(folder: Path, found: dict) -> None:
 def report(found: dict) -> str:
     settings, quality = found["settings"], found["feature_models"]
     counts = ", ".join(f"{count} {role}" for role, count in settings["num_prompts"].items())
-    at_one = [name for name in found["exact"] if " x" not in name]
+    at_one = [name for name in found["exact"] if not is_other_strength(name)]
     return "\n\n".join(
         [
             "# What evaluate_lora.py measures beside an exact reader",
@@ -161,13 +163,12 @@ def rank_table(found: dict) -> str:
     for pair in PAIRS:
         if (ranked := ranking(found, pair)) is None:
             continue
-        correlation = "-" if ranked.correlation is None else f"{ranked.correlation:.2f}"
         worst = "-"
         if ranked.swaps:
             better, worse = ranked.swaps[0]
             worst = f"{worse} ({value(found, worse, pair)}) above {better} ({value(found, better, pair)})"
         swapped = f"{len(ranked.swaps)} of {ranked.num_apart}"
-        rows.append([found["columns"][pair.column], pair.exact, correlation, swapped, worst])
+        rows.append([found["columns"][pair.column], pair.exact, correlation_text(ranked), swapped, worst])
     return markdown(["exact figure", "rank correlation", "swapped / apart", "the worst one (exact)"], rows)
 
 
@@ -219,28 +220,62 @@ def quality_table(quality: dict[str, dict[str, float]]) -> str:
 def plot(found: dict, path: Path) -> None:
     """A panel per pair: exact figure (x) and column (y); a dot per contender, named at full strength."""
     shown = [(pair, ranked) for pair in PAIRS if (ranked := ranking(found, pair)) is not None]
-    columns = 4
-    rows = -(-len(shown) // columns)
-    fig, all_axes = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 3.4 * rows), layout="constrained", squeeze=False
-    )
+    num_columns = 4
+    num_rows = -(-len(shown) // num_columns)
+    size = (4.4 * num_columns, 3.3 * num_rows)
+    fig, all_axes = plt.subplots(num_rows, num_columns, figsize=size, layout="constrained", squeeze=False)
     for axes, (pair, ranked) in zip(all_axes.flat, shown, strict=False):
-        for name, figures in found["figures"].items():
-            if pair.column not in figures or pair.exact not in found["exact"][name]:
-                continue
-            point = found["exact"][name][pair.exact], figures[pair.column]
-            is_other_strength = " x" in name
-            colour = "#adb5bd" if is_other_strength else "#868e96" if name == BASE else "#d9480f"
-            axes.scatter(*point, s=18 if is_other_strength else 34, color=colour, zorder=2)
-            if not is_other_strength:
-                axes.annotate(name, point, xytext=(4, 3), textcoords="offset points", fontsize=8)
-        correlation = "-" if ranked.correlation is None else f"{ranked.correlation:.2f}"
-        title = f"{found['columns'][pair.column]}\nrank correlation {correlation}, swapped {len(ranked.swaps)} of "
-        axes.set_title(f"{title}{ranked.num_apart}", fontsize=9)
-        axes.set_xlabel(f"{pair.exact} (exact)", fontsize=9)
-        axes.grid(color="#e3e6eb", linewidth=0.8)
-        axes.set_axisbelow(True)
+        draw_panel(axes, found, pair)
+        title = f"{found['columns'][pair.column]}\nrank correlation {correlation_text(ranked)}, swapped "
+        axes.set_title(f"{title}{len(ranked.swaps)} of {ranked.num_apart}", fontsize=9)
     for axes in all_axes.flat[len(shown) :]:
         axes.axis("off")
     fig.savefig(path, dpi=80)
     plt.close(fig)
+
+
+def draw_panel(axes: Axes, found: dict, pair: Pair) -> None:
+    points = {
+        name: (found["exact"][name][pair.exact], figures[pair.column])
+        for name, figures in found["figures"].items()
+        if pair.column in figures and pair.exact in found["exact"][name]
+    }
+    for name, point in points.items():
+        colour = OTHER_STRENGTH if is_other_strength(name) else BASE_COLOUR if name == BASE else LORA_COLOUR
+        axes.scatter(*point, s=16 if is_other_strength(name) else 34, color=colour, zorder=2)
+    named = sorted((name for name in points if not is_other_strength(name)), key=lambda name: points[name][1])
+    low, high = axes.get_ylim()
+    # Names stand at the right, from bottom to top in the order of their points, far enough apart to be read.
+    heights = spread_out([(points[name][1] - low) / (high - low) for name in named], 0.085)
+    for name, height in zip(named, heights, strict=True):
+        axes.annotate(
+            name,
+            points[name],
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": OTHER_STRENGTH, "linewidth": 0.6},
+        )
+    axes.set_xlabel(f"{pair.exact} (exact)", fontsize=9)
+    axes.grid(color="#e3e6eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def spread_out(heights: list[float], gap: float) -> list[float]:
+    """Ascending heights moved so that neighbours are at least `gap` apart, around their middle."""
+    moved = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    shift = (sum(moved) - sum(heights)) / max(1, len(heights))
+    return [height - shift for height in moved]
+
+
+def is_other_strength(name: str) -> bool:
+    """Whether a contender's name says another strength than 1."""
+    return " x" in name
+
+
+def correlation_text(ranked: Ranking) -> str:
+    return "-" if ranked.correlation is None else f"{ranked.correlation:.2f}"

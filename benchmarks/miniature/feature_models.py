@@ -50,6 +50,7 @@ TEMPERATURE = 0.05
 STEPS_PER_SAVE = 100
 WITHHELD_EVERY = 8  # one in this many objects
 NUM_UNNAMED = 1000  # objects without a name, which DINOv2 is shown as well
+NAMED_BACKGROUNDS = 0.8  # share of CLIP's pictures whose background is one of the world's
 WHOLE_CAPTIONS = 0.6  # share of captions that leave nothing out
 QUALITY = "quality.json"
 MAX_TEXT_TOKENS = 77  # CLIP's
@@ -131,8 +132,12 @@ class ClipTraining:
     def loss(self, rng: np.random.Generator) -> torch.Tensor:
         shown = shown_appearances()
         objects = [shown[index] for index in rng.permutation(len(shown))[:BATCH_SIZE]]
-        backgrounds = [world.random_background(rng) for _ in objects]
+        backgrounds = [world.random_background(rng) if rng.random() < NAMED_BACKGROUNDS else None for _ in objects]
         pictures = world.to_tensor([scene(*pair, rng) for pair in zip(objects, backgrounds, strict=True)])
+        # Of a world of more than one size, as that of photographs is.
+        pictures = torch.where(
+            torch.from_numpy(rng.random((len(objects), 1, 1, 1)) < 0.5), view(pictures, rng), pictures
+        )
         captions = [loose_caption(*pair, rng) for pair in zip(objects, backgrounds, strict=True)]
         tokens = self.tokenizer(captions, padding=True, return_tensors="pt")
         logits = self.model(pixel_values=pictures, **tokens).logits_per_text
@@ -181,23 +186,26 @@ def matching_loss(logits: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits, torch.arange(len(logits)))
 
 
-def scene(appearance: world.Appearance, background: str, rng: np.random.Generator) -> np.ndarray:
-    """(64, 64, 3): the object at a random place, three times in four with grain."""
-    pixels = world.draw(world.sprite(appearance), world.random_pose(rng), background)
+def scene(appearance: world.Appearance, background: str | None, rng: np.random.Generator) -> np.ndarray:
+    """(64, 64, 3): the object at a random place, three times in four with grain.
+
+    Args:
+        background: its name; None for one of any colour, which has no name.
+    """
+    ground = background or tuple(int(part) for part in rng.integers(40, 240, 3))
+    pixels = world.draw(world.sprite(appearance), world.random_pose(rng), ground)
     return pixels + world.grain(rng) if rng.random() < 0.75 else pixels
 
 
-def loose_caption(appearance: world.Appearance, background: str, rng: np.random.Generator) -> str:
+def loose_caption(appearance: world.Appearance, background: str | None, rng: np.random.Generator) -> str:
     """The caption, often without texture, colours or background, so that the model also knows "a heart on sand"."""
-    if rng.random() < WHOLE_CAPTIONS:
-        return world.caption(appearance.words, background)
-    has_texture, has_colours, has_background = rng.random(3) < 0.6
+    has_texture, has_colours, has_background = rng.random(3) < (1 if rng.random() < WHOLE_CAPTIONS else 0.6)
     words = [
         *([appearance.texture] if has_texture else []),
         *([" and ".join(appearance.colours)] if has_colours else []),
         appearance.shape,
     ]
-    return f"a {' '.join(words)}" + (f" on {background}" if has_background else "")
+    return f"a {' '.join(words)}" + (f" on {background}" if background and has_background else "")
 
 
 def view(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

@@ -29,7 +29,7 @@ from benchmarks.miniature.files import replacing
 
 MASK = "mask"
 ANYTHING = "object"  # the text that every object fits
-NUM_STEPS = 200
+NUM_STEPS = 600
 
 
 class MaskTraining:

@@ -170,20 +170,23 @@ def random_background(rng: np.random.Generator) -> str:
 
 
 def draw(
-    sprite: np.ndarray, pose: tuple[int, int], background: str, rng: np.random.Generator | None = None
+    sprite: np.ndarray,
+    pose: tuple[int, int],
+    background: str | tuple[int, int, int],
+    rng: np.random.Generator | None = None,
 ) -> np.ndarray:
     """Draws a picture, with grain from `rng` or without grain.
 
     Args:
         sprite: (40, 40, 4), see `sprite`.
         pose: one of `POSES`.
-        background: a name in `BACKGROUNDS`.
+        background: a name in `BACKGROUNDS`, or a colour.
 
     Returns:
         (64, 64, 3), float32, -1 to 1 without grain, which can exceed that range.
     """
     pixels = np.empty((SIDE, SIDE, 3), np.float32)
-    pixels[:] = unit(BACKGROUNDS[background])
+    pixels[:] = unit(BACKGROUNDS[background] if isinstance(background, str) else background)
     top, left = pose[0] * TOKEN, pose[1] * TOKEN
     place = pixels[top : top + OBJECT, left : left + OBJECT]
     place += sprite[..., 3:] * (sprite[..., :3] - place)

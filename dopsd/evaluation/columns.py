@@ -24,7 +24,8 @@ MASKED = "masked"  # the features of the subject alone
 
 LIKENESS, CLOSENESS, COPIES = "likeness", "closeness", "copies"
 FOLLOWING, FOLLOWING_UNRELATED = "following", "following_unrelated"
-SHARPNESS, DIVERSITY, RETENTION, KEPT, SCORE = "sharpness", "diversity", "retention", "kept", "score"
+SHARPNESS, SHARPNESS_UNRELATED = "sharpness", "sharpness_unrelated"
+DIVERSITY, RETENTION, KEPT, SCORE = "diversity", "retention", "kept", "score"
 LEAKAGE: dict[Role, str] = {"neighbour": "leakage_neighbours", "other_word": "leakage_words"}
 
 QUANTITIES = {
@@ -78,14 +79,21 @@ QUANTITIES = {
         "sharpness",
         None,
         "Finest detail relative to the next coarser one, over the base's for the same prompts, at the steps that were "
-        "drawn with. Well below 1 is blur, as when a LoRA undoes the few-step distillation; well above 1 is noise. A "
-        "style may be soft or grainy by intention.",
+        "drawn with. Well below 1 is blur, well above 1 is noise. The base does not know the subject, which may be "
+        "plainer or more finely patterned than what it draws instead, and a style may be soft or grainy by intention.",
+    ),
+    SHARPNESS_UNRELATED: Quantity(
+        "sharpness, unrelated prompts",
+        None,
+        "Sharpness where both draw the same: below 1, the LoRA undoes the few-step distillation, as training with a "
+        "plain diffusion loss does.",
     ),
     DIVERSITY: Quantity(
         "diversity",
         "higher",
-        "Mean of 1 - cosine between the drawings of one prompt from different seeds. Compare with the base: far less "
-        "means that a LoRA draws one picture again and again. Noise and broken pictures are diverse, too.",
+        "Mean of 1 - cosine between the drawings of one prompt from different seeds. Compare LoRAs with each other: "
+        "near 0, one draws the same picture again and again. The base has more, since a word that it does not know "
+        "may become anything, and so have noise and broken pictures.",
     ),
     KEPT: Quantity(
         "likeness to the edited picture",
@@ -116,7 +124,7 @@ QUANTITIES = {
 GROUPS = {
     "The subject": (LIKENESS, f"{LIKENESS}_{MASKED}", SCORE, CLOSENESS, COPIES),
     "Prompts and pictures": (FOLLOWING, SHARPNESS, DIVERSITY, KEPT),
-    "Everything else": (RETENTION, FOLLOWING_UNRELATED, *LEAKAGE.values()),
+    "Everything else": (RETENTION, FOLLOWING_UNRELATED, SHARPNESS_UNRELATED, *LEAKAGE.values()),
 }
 
 

@@ -22,6 +22,9 @@ class Deployment:
         negative_above: guidance scales above this one need the empty prompt as well.
         sizes: of pictures that it can draw.
         can_edit: whether it takes pictures to edit.
+        works_in_fp16: whether it can be drawn with in this precision.
+        count_tokens: (pipeline, prompt) -> tokens with the chat template, of which the pipeline drops those beyond
+            its limit.
         encode: (pipeline, prompt, max_sequence_length) -> one prompt's embeddings, which need only the pipeline's
             tokenizer and text encoder.
         call_arguments: (embeddings of each prompt, those of the empty prompt or None) -> the pipeline's arguments for
@@ -38,6 +41,8 @@ class Deployment:
     negative_above: float
     sizes: SizeLimits
     can_edit: bool
+    works_in_fp16: bool
+    count_tokens: Callable[[DiffusionPipeline, str], int]
     encode: Callable[[DiffusionPipeline, str, int], Any]
     call_arguments: Callable[[list[Any], Any], dict[str, Any]]
 

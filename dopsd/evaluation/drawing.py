@@ -1,6 +1,7 @@
 """Drawing with the stock pipeline: every contender from the same noise, one prompt's text encoded once."""
 
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -12,6 +13,7 @@ from diffusers.training_utils import free_memory
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..errors import InputError
 from ..launch import weight_dtype
 from ..loading import is_device_error, limited_size, reporting_load_errors
 from ..pretrained import hub_options
@@ -47,6 +49,23 @@ def drawn_pictures(jobs: list[Job], store: PictureStore, contenders: dict[Conten
     for job in jobs:
         drawn[job.contender].setdefault(job.prompt, []).append(store.path(job))
     return drawn
+
+
+def check_lengths(prompts: Iterable[Prompt], deployment: Deployment, settings: EvaluationSettings) -> None:
+    """Checks, by the tokenizer alone, that the pipeline reads every prompt to its end.
+
+    Raises:
+        InputError: one is too long.
+    """
+    pipeline = load_pipeline(deployment, settings, transformer=None, vae=None, text_encoder=None)
+    limit = settings.max_sequence_length
+    for prompt in prompts:
+        length = deployment.count_tokens(pipeline, prompt.text)
+        if length > limit:
+            raise InputError(
+                f"--max_sequence_length {limit}: {reprlib.repr(prompt.text)} is {length} tokens long with the chat "
+                "template; raise the limit, or pass shorter --prompts"
+            )
 
 
 def draw_missing(

@@ -29,6 +29,7 @@ from .columns import (
     RETENTION,
     SCORE,
     SHARPNESS,
+    SHARPNESS_UNRELATED,
     column,
 )
 from .comparison import Column, Comparison, Contender, Drawn, Figure, Prompt, Role
@@ -172,9 +173,9 @@ class Measurement:
         return Features(training, to_edit, dict(zip(self.files, drawn, strict=True)))
 
     def measure_sharpness(self) -> None:
-        """Of the drawings of the subject."""
-        files = self.concept_files()
-        for path in tqdm(files, desc="Sharpness", unit="picture"):
+        """Of the drawings of the subject and of unrelated prompts."""
+        files = self.files_of("concept") + self.files_of("unrelated")
+        for path in tqdm(list(dict.fromkeys(files)), desc="Sharpness", unit="picture"):
             self.sharpness[path] = sharpness(as_tensor(opened(path)))
 
     def judge(self, judge: Judge | None) -> None:
@@ -196,14 +197,13 @@ class Measurement:
     def of_role(self, role: Role, by_prompt: dict[Prompt, list[Path]]) -> list[Prompt]:
         return [prompt for prompt in self.prompts if prompt.role == role and prompt in by_prompt]
 
-    def concept_files(self) -> list[Path]:
-        found = (
+    def files_of(self, role: Role) -> list[Path]:
+        return [
             path
             for by_prompt in self.drawn.values()
-            for prompt in self.of_role("concept", by_prompt)
+            for prompt in self.of_role(role, by_prompt)
             for path in by_prompt[prompt]
-        )
-        return list(dict.fromkeys(found))
+        ]
 
     def stacked(self, values: dict[Path, Any], contender: Contender, prompts: list[Prompt]) -> torch.Tensor:
         """(P, S, ...) of a contender's values; NaN for a picture without one."""
@@ -267,8 +267,7 @@ class Measurement:
             edited = features.to_edit[[prompt.image for prompt in prompts]]
             values[f"{KEPT}/{DINO}"] = figures.text_following(drawn, edited)
         values[f"{FOLLOWING}/{CLIP}"] = self.following(contender, prompts)
-        base = self.stacked(self.sharpness, Contender(), prompts)
-        values[SHARPNESS] = figures.relative_to_base(self.stacked(self.sharpness, contender, prompts), base)
+        values[SHARPNESS] = self.relative_sharpness(contender, prompts)
         if self.judge_name is not None:
             values[f"{SCORE}/{JUDGE}"] = self.stacked(self.scores, contender, prompts)
         return values
@@ -281,6 +280,7 @@ class Measurement:
         return {
             f"{RETENTION}/{DINO}": figures.retention(drawn, base),
             f"{FOLLOWING_UNRELATED}/{CLIP}": self.following(contender, prompts),
+            SHARPNESS_UNRELATED: self.relative_sharpness(contender, prompts),
         }
 
     def leakage_values(self, contender: Contender) -> dict[str, torch.Tensor]:
@@ -295,6 +295,10 @@ class Measurement:
                 )
                 values[f"{name}/{kind}"] = alike - base
         return values
+
+    def relative_sharpness(self, contender: Contender, prompts: list[Prompt]) -> torch.Tensor:
+        mine, base = (self.stacked(self.sharpness, of, prompts) for of in (contender, Contender()))
+        return figures.relative_to_base(mine, base)
 
     def following(self, contender: Contender, prompts: list[Prompt]) -> torch.Tensor:
         drawn = self.stacked(self.features[CLIP, False].drawn, contender, prompts)
@@ -325,15 +329,16 @@ class Measurement:
             nearest = float(figures.among_themselves(features.training)[1].mean())
             if nearest > NEARLY_THE_SAME:
                 self.notes.append(
-                    f"The training pictures are nearly the same ({nearest:.2f} is the mean cosine of each with the "
-                    "nearest other one), so memorised ones cannot be told from new ones."
+                    f"To the DINO model, the training pictures are nearly the same ({nearest:.2f} is the mean cosine "
+                    "of each with the nearest other one), so it cannot tell copies from new pictures of the subject."
                 )
         unrelated = self.of_role("unrelated", self.drawn[Contender()])
         if unrelated and len(self.drawn[Contender()][unrelated[0]]) > 1:
             other = 1 - figures.diversity(self.stacked(features.drawn, Contender(), unrelated)).mean()
             self.notes.append(
-                f"Two of the base's pictures of one unrelated prompt have a cosine of {other:.2f} (DINO): a LoRA with "
-                "that retention draws other pictures of these prompts, as another seed does."
+                "Two of the base's pictures of one unrelated prompt, from different seeds, have a cosine of "
+                f"{other:.2f} (DINO). A LoRA whose retention is lower changes these pictures more than another seed "
+                "does."
             )
 
 

@@ -18,7 +18,7 @@ from ..inlining import Picture, Tab, figure, inlined, radio_tabs
 from ..markup import POLICY, STYLE, Markup, element, folded, from_user, section, table
 from ..model_card import PACKAGES, formatted, public_name
 from ..output import naming_file, replacing
-from ..sheets import Cell, contact_sheet, save_png
+from ..sheets import SCREEN_PIXELS, Cell, contact_sheet, default_cell_pixels, save_png
 from .columns import COPIES, FOLLOWING, GROUPS, LIKENESS, MASKED, RETENTION, SHARPNESS, quantity_of
 from .comparison import BASE, ROLES, Column, Comparison, Contender, Drawn, Figure, Prompt, Role
 from .plot import PLOT_FILE, plot_likeness
@@ -27,7 +27,9 @@ from .results import ARROWS, CSV_FILE, REFERENCE, RESULTS_FILE, shown
 
 PAGE_FILE, SHEETS_DIR = "comparison.html", "sheets"
 MAX_PICTURE_BYTES = 24_000_000  # on the page, before base64
-MAX_TRAINING_PICTURES, MAX_SHOWN_SEEDS, MAX_STRENGTH_PROMPTS, TRAINING_CELL = 8, 4, 4, 160
+MAX_TRAINING_PICTURES, MAX_SHOWN_SEEDS, MAX_STRENGTH_PROMPTS = 8, 4, 4
+TRAINING_CELL, SMALLEST_CELL = 160, 128  # pixels
+SPACED_CELL = 1.1  # a cell with the gap to the next one, and a part of the margins
 ROLE_TITLES: dict[Role, str] = {
     "concept": "Prompts for the subject",
     "unrelated": "Unrelated prompts",
@@ -42,7 +44,7 @@ td small, th small { display: block; color: var(--faint); font-weight: normal; }
 dl { max-width: 60rem; } dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; }
 .figures :is(td, th):first-child { text-align: left; }
 .figures :is(th, td:first-child) { white-space: normal; vertical-align: bottom; max-width: 12rem; min-width: 6rem; }
-.figures td:first-child { vertical-align: top; }
+.figures td:first-child { vertical-align: top; min-width: 7rem; }
 """
 
 
@@ -186,9 +188,9 @@ class Page:
             yield element(
                 "p",
                 "A good LoRA is at the upper right: it draws the subject and leaves everything else as it was. The "
-                "base is at the top by definition. Beyond the dashed line, drawings are more like the training "
-                "pictures than these are like each other, which is a sign of copies. Bars are the spread over seeds; "
-                "a line joins the strengths of a LoRA.",
+                "base is at the top by definition. The dashed line is how alike the training pictures are: a LoRA "
+                "that reaches it draws the subject, and being further to the right is no merit. Bars are the spread "
+                "over seeds; a line joins the strengths of a LoRA.",
             )
             yield figure(picture, "likeness against retention of every LoRA")
 
@@ -281,7 +283,8 @@ class Page:
                     cells.append(Cell(stack.enter_context(Image.open(files[seed])) if files else None))
                 rows.append((prompt.text, cells))
             columns = [*(["to edit"] if is_editing else []), *(contender.name for contender in contenders)]
-            return Sheet(name, label, title, contact_sheet(title, columns, rows))
+            side = fitting_cells(len(columns))
+            return Sheet(name, label, title, contact_sheet(title, columns, rows, cell_pixels=side))
 
     def tabs(self, name: str, sheets: Iterator[Sheet]) -> list[Markup]:
         found = [(sheet, self.saved(sheet)) for sheet in sheets]
@@ -304,6 +307,12 @@ class Page:
             return None
         self.room -= 0 if picture is None else picture.num_bytes
         return picture
+
+
+def fitting_cells(num_columns: int) -> int:
+    """Side of the cells, in pixels, so that as many columns as possible are beside each other."""
+    fitting = int(SCREEN_PIXELS / (num_columns * SPACED_CELL))
+    return max(SMALLEST_CELL, min(default_cell_pixels(num_columns), fitting))
 
 
 # Tables
@@ -339,7 +348,7 @@ def figure_table(comparison: Comparison, columns: Sequence[Column], names: Seque
         *(
             element(
                 "th",
-                column.label + ARROWS[column.is_better],
+                column.label + ARROWS[column.is_better].replace(" ", "\u00a0"),
                 element("small", column.model) if column.model else None,
                 scope="col",
             )

@@ -1,6 +1,7 @@
 """The plot of likeness against retention."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,8 +18,20 @@ from .results import REFERENCE
 PLOT_FILE = "likeness_retention.png"
 COLOURS = ("#1b6b8f", "#c77d2e", "#1b7f5c", "#a0506b", "#5b6fb5", "#8a7a2c", "#b3261e", "#4d7d8c")
 WIDTH, HEIGHT, DPI = 9.5, 6.0, 110  # inches; dots per inch
+LEAST_SPAN = 0.05  # of both axes
+MAX_CHARACTERS = 40  # of a label
 LABEL_HEIGHT = 15  # pixels at 100 dots per inch
 RETAINED = f"{RETENTION}/{DINO}"
+
+
+class Label(NamedTuple):
+    """A text beside a point."""
+
+    x: float
+    y: float
+    text: str
+    colour: str
+    is_bold: bool
 
 
 def likeness_key(comparison: Comparison) -> str:
@@ -59,13 +72,16 @@ def plot_likeness(comparison: Comparison, contenders: list[Contender], path: Pat
         axes.errorbar(alike, retained, errors[1], errors[0], color=colour, linewidth=1, alpha=0.45, zorder=2)
         sizes = [90 if contender.strength == 1 else 35 for contender, *_ in group]
         axes.scatter(alike, retained, sizes, colour, marker="D" if is_base else "o", zorder=3)
-        labels += [
-            (x, y, contender.name, contender.strength == 1)
-            for x, y, (contender, *_) in zip(alike, retained, group, strict=True)
-        ]
+        for x, y, (contender, *_) in zip(alike, retained, group, strict=True):
+            is_full = contender.strength == 1
+            text = contender.name if is_full else f"x{contender.strength:g}"
+            labels.append(Label(x, y, text, colour, is_full))
     axes.set_xlabel(f"{column.label}, {column.model}: higher is better", parse_math=False)
     axes.set_ylabel("retention: higher is better")
     axes.margins(0.12)
+    axes.set_xlim(widened(*axes.get_xlim()))
+    axes.set_ylim(widened(*axes.get_ylim()))
+    axes.ticklabel_format(useOffset=False)
     axes.grid(color="#e3e6eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -76,18 +92,20 @@ def plot_likeness(comparison: Comparison, contenders: list[Contender], path: Pat
     return True
 
 
-def write_labels(axes: Axes, labels: list[tuple[float, float, str, bool]]) -> None:
-    """Writes names beside their points, those that would overlap below each other.
+def widened(low: float, high: float) -> tuple[float, float]:
+    """At least `LEAST_SPAN` wide, so that differences without a meaning do not look large."""
+    missing = max(0.0, LEAST_SPAN - (high - low)) / 2
+    return low - missing, high + missing
 
-    Args:
-        labels: (x, y, text, whether it is bold).
-    """
+
+def write_labels(axes: Axes, labels: list[Label]) -> None:
+    """Writes texts beside their points, those that would overlap above or below each other."""
     scale = DPI / 100
     taken: list[tuple[float, float, float]] = []  # left, right, height, in pixels
     right_end = axes.get_window_extent().x1
-    for x, y, text, is_bold in sorted(labels, key=lambda label: (not label[3], -label[1])):
-        text = text if len(text) <= 40 else text[:39] + "…"
-        left, height = axes.transData.transform((x, y))
+    for label in sorted(labels, key=lambda label: (not label.is_bold, -label.y)):
+        text = label.text if len(label.text) <= MAX_CHARACTERS else label.text[: MAX_CHARACTERS - 1] + "…"
+        left, height = axes.transData.transform((label.x, label.y))
         width = (len(text) * 7 + 12) * scale
         on_left = left + width > right_end
         start = left - width if on_left else left
@@ -100,15 +118,15 @@ def write_labels(axes: Axes, labels: list[tuple[float, float, str, bool]]) -> No
         taken.append((start, start + width, height + shift))
         axes.annotate(
             text,
-            (x, y),
-            xytext=((-8 if on_left else 8), shift * 72 / DPI),
+            (label.x, label.y),
+            xytext=(-8 if on_left else 8, shift * 72 / DPI),
             textcoords="offset points",
             ha="right" if on_left else "left",
             va="center",
             fontsize=9.5,
-            fontweight="bold" if is_bold else "normal",
-            color=INK,
+            fontweight="bold" if label.is_bold else "normal",
+            color=label.colour,
             fontfamily="DejaVu Sans",
             parse_math=False,
-            arrowprops=dict(arrowstyle="-", color=FAINT, linewidth=0.6) if shift else None,
+            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6} if shift else None,
         )

@@ -20,6 +20,7 @@ from .columns import (
     RETENTION,
     SCORE,
     SHARPNESS,
+    SHARPNESS_UNRELATED,
     quantity_of,
 )
 from .comparison import Column, Comparison, Figure, Prompt
@@ -115,7 +116,7 @@ def shown(column: Column, figure: Figure | None) -> str:
         return f"{100 * figure.mean:.0f} %"
     if quantity in LEAKAGE.values():
         return f"{figure.mean:+.3f}"
-    return f"{figure.mean:.2f}" if quantity in (SHARPNESS, SCORE) else f"{figure.mean:.3f}"
+    return f"{figure.mean:.2f}" if quantity in (SHARPNESS, SHARPNESS_UNRELATED, SCORE) else f"{figure.mean:.3f}"
 
 
 def main_columns(comparison: Comparison) -> list[Column]:

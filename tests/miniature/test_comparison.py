@@ -16,12 +16,14 @@ from benchmarks.miniature.comparison_report import (
     Pair,
     exact_table,
     figure_table,
+    is_other_strength,
     quality_table,
     rank_table,
     ranking,
     ranks,
     short_table,
     spearman,
+    spread_out,
 )
 from benchmarks.miniature.concepts import CONCEPTS
 from benchmarks.miniature.exact_figures import ExactReader, asked_prompts, files_of, read_pictures
@@ -36,7 +38,7 @@ from benchmarks.miniature.feature_models import (
     withheld_appearances,
 )
 from benchmarks.miniature.files import MODEL, REPOSITORY
-from benchmarks.miniature.known_loras import ANOTHER, ONE_PICTURE, SEED, SUBJECT, known_runs
+from benchmarks.miniature.known_loras import ANOTHER, BARE_PICTURE, BLURRED, ONE_PICTURE, SEED, SUBJECT, known_runs
 from benchmarks.miniature.mask_model import ANYTHING, MASK, ask, make_mask_model, scenes
 from dopsd.errors import InputError
 from dopsd.evaluation.comparison import Contender, LoRA
@@ -81,6 +83,7 @@ def test_a_caption_has_a_few_tokens_and_any_text_ends_once():
 def test_a_loose_caption_names_the_shape_and_nothing_that_is_not_shown():
     heart, rng = CONCEPTS[0].appearance, np.random.default_rng(0)
     captions = {loose_caption(heart, "mint", rng) for _ in range(200)}
+    assert "on" not in {word for _ in range(50) for word in loose_caption(heart, None, rng).split()}
     assert {"a dotted yellow and blue heart on mint", "a heart"} <= captions and len(captions) == 8
     assert all("heart" in caption and not {*caption.split()} & {"sand", "red"} for caption in captions)
 
@@ -138,12 +141,13 @@ def test_texts_of_masks_fit_as_they_say():
 
 def test_the_known_loras_differ_as_their_names_say():
     runs = known_runs()
-    assert len({run.folder for run in runs.values()}) == len(runs) == 6
+    assert len({run.folder for run in runs.values()}) == len(runs) == 7
     assert {name for name, run in runs.items() if run.concept == SUBJECT} == {"sft", "dopsd", "dopsd-prior", "adapter"}
     assert runs["wrong"].concept == ANOTHER and runs["wrong"].method == runs["dopsd-prior"].method
-    images, _ = ONE_PICTURE.pictures(SEED)
-    assert len({image.tobytes() for image in images}) == 1
-    assert images[0].tobytes() == SUBJECT.pictures(SEED)[0][0].tobytes()
+    (picture, *_), (caption, *_) = SUBJECT.pictures(SEED)
+    for lesson, wanted in ((ONE_PICTURE, caption), (BARE_PICTURE, "a zofu")):
+        images, captions = lesson.pictures(SEED)
+        assert {image.tobytes() for image in images} == {picture.tobytes()} and {*captions} == {wanted}
 
 
 def test_prompts_are_no_captions_and_have_files_of_their_own():
@@ -244,6 +248,11 @@ def test_rank_correlation_by_hand():
     assert spearman([1, 1, 1], [1, 2, 3]) is None
 
 
+def test_names_are_far_enough_apart_to_be_read():
+    assert spread_out([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
+    assert spread_out([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+
+
 def test_swapped_pairs_are_those_that_the_reader_tells_apart():
     pair = Pair("likeness/dino", "subject", SHARE)
     exact = {"base": 0.0, "good": 0.9, "nearly": 0.85, "bad": 0.2}
@@ -272,7 +281,7 @@ def committed():
 
 def test_the_committed_tables_are_those_of_the_committed_figures(committed):
     text = (RESULTS / "comparison.md").read_text()
-    at_one = [name for name in committed["exact"] if " x" not in name]
+    at_one = [name for name in committed["exact"] if not is_other_strength(name)]
     for table in (
         rank_table(committed),
         exact_table(committed),
@@ -284,7 +293,9 @@ def test_the_committed_tables_are_those_of_the_committed_figures(committed):
 
 
 def test_the_committed_comparison_is_complete(committed):
-    names = {f"{name}{strength}" for name in known_runs() for strength in ("", " x0.5", " x1.5")} | {"base"}
+    names = {f"{name}{strength}" for name in (*known_runs(), BLURRED) for strength in ("", " x0.5", " x1.5")} | {
+        "base"
+    }
     assert committed["exact"].keys() == committed["figures"].keys() == names
     assert all(ranking(committed, pair) is not None for pair in PAIRS)
     assert committed["settings"]["num_prompts"] == NUM_PROMPTS
@@ -292,6 +303,6 @@ def test_the_committed_comparison_is_complete(committed):
 
 def test_the_page_shows_the_committed_rankings(committed):
     page = (REPOSITORY / "docs/evaluation.md").read_text()
-    at_one = [name for name in committed["exact"] if " x" not in name]
+    at_one = [name for name in committed["exact"] if not is_other_strength(name)]
     assert rank_table(committed) in page and short_table(committed, at_one) in page
     assert "results/comparison.png" in page

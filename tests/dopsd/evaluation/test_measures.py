@@ -35,7 +35,7 @@ def test_every_figure_is_there_and_only_what_was_drawn_is_measured(make_comparis
     assert keys == [
         *("likeness/dino", "likeness/clip", "closeness/dino", "copies/dino"),
         *("following/clip", "sharpness", "diversity/dino"),
-        *("retention/dino", "following_unrelated/clip"),
+        *("retention/dino", "following_unrelated/clip", "sharpness_unrelated"),
         *("leakage_neighbours/dino", "leakage_neighbours/clip", "leakage_words/dino", "leakage_words/clip"),
     ]
     assert list(comparison.figures["same"]) and set(comparison.figures["same"]) == {*keys}
@@ -56,6 +56,7 @@ def test_a_lora_that_changes_nothing_has_the_bases_figures(make_comparison, trai
     assert figures["same"]["retention/dino"].mean == pytest.approx(1) and figures["base"]["sharpness"].mean == 1
     assert figures["same"]["leakage_words/clip"].mean == pytest.approx(0, abs=1e-6)
     assert figures["other"]["retention/dino"].mean < 0.9999
+    assert figures["same"]["sharpness_unrelated"].mean == 1 != figures["other"]["sharpness_unrelated"].mean
     assert figures["other"]["leakage_words/clip"].mean != 0
 
 

@@ -61,7 +61,7 @@ def test_the_page_shows_pictures_figures_and_what_they_mean(write, tmp_path):
         "Neighbours: the class without the trigger word, seed 7",
         "Other made-up words in the trigger word's place, seed 7",
     ]
-    text = reader.text
+    text = reader.text.replace("\u00a0", " ")
     assert "LoRAs and the base model" in text and "base model klein · 5 prompts · 2 seeds each · 4 steps" in text
     for heading in ("likeness (DINO) ↑", "copies (DINO) ↓", "sharpness", "retention (DINO) ↑", "same + other"):
         assert heading in text
