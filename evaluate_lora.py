@@ -60,6 +60,7 @@ from dopsd.evaluation.prompts import PROMPTS_FILE, choose_prompts, subject_words
 from dopsd.evaluation.results import CSV_FILE, RESULTS_FILE, table_text, write_results
 from dopsd.launch import set_up_logging
 from dopsd.loading import check_weight_files, reporting_load_errors
+from dopsd.memory import logging_cost
 from dopsd.output import check_nothing_in_the_way, lock_output_dir, make_output_dir
 from dopsd.pretrained import hub_options, model_identity, transformer_skeleton
 from dopsd.sizes import size_problem
@@ -112,23 +113,25 @@ def main(settings: EvaluationSettings) -> None:
         f"Comparing {', '.join(lora.name for lora in loras)} with the base model: {len(prompts)} prompts, "
         f"{settings.num_seeds} seeds, {settings.num_inference_steps} steps"
     )
-    num_drawn = draw_missing(jobs, store, deployment, settings, device)
+    with logging_cost("Drawing"):
+        num_drawn = draw_missing(jobs, store, deployment, settings, device)
     logger.info(f"Drew {num_drawn} of {len(jobs)} pictures; the others were there")
 
     # The pipeline is freed: what measures has the memory for itself.
     drawn = drawn_pictures(jobs, store, contenders)
     to_edit = [one.images[0] for one in edited]
-    comparison = measure(
-        prompts,
-        drawn,
-        training.images,
-        models,
-        device=device,
-        settings=settings.as_dict(),
-        subject=settings.class_word or None,
-        to_edit=to_edit,
-        judge=Judge(chat, settings.kind, settings.class_word, output_dir) if settings.judge else None,
-    )
+    with logging_cost("Measuring"):
+        comparison = measure(
+            prompts,
+            drawn,
+            training.images,
+            models,
+            device=device,
+            settings=settings.as_dict(),
+            subject=settings.class_word or None,
+            to_edit=to_edit,
+            judge=Judge(chat, settings.kind, settings.class_word, output_dir) if settings.judge else None,
+        )
     write_results(output_dir, comparison)
     page = write_page(output_dir, comparison, drawn, training.images, to_edit)
     print(table_text(comparison))

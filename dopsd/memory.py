@@ -1,6 +1,9 @@
-"""Peak memory of training."""
+"""Peak memory, of training and of other stages."""
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -36,3 +39,12 @@ def peak_host_memory_gb() -> float:
 def log_host_memory() -> None:
     """Logs the peak of host memory, which loading the models decides."""
     logger.info(f"Host memory peak so far: {peak_host_memory_gb():.1f} GB")
+
+
+@contextmanager
+def logging_cost(stage: str) -> Iterator[None]:
+    """Context that logs how long a stage took and its peak memory, see `peak_memory_gb`. Nothing after an error."""
+    reset_peak_memory()
+    began = time.perf_counter()
+    yield
+    logger.info(f"{stage} took {time.perf_counter() - began:.1f} s, with a peak of {peak_memory_gb():.2f} GB")

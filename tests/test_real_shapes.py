@@ -22,8 +22,8 @@ def runner(tmp_path) -> Runner:
 
 @pytest.mark.exhaustive
 def test_a_killed_run_is_resumed_and_drawn_and_a_run_that_fails_is_a_row(monkeypatch, tmp_path, capsys):
-    arguments = ["--model", "tiny", "--work_dir", str(tmp_path), "--num_steps", "4", "--runs", "broken=--rank x"]
-    monkeypatch.setattr(sys, "argv", ["real_shapes", *arguments, "killed"])
+    arguments = ["--model", "tiny", "--work_dir", str(tmp_path), "--num_steps", "4", "--evaluated_run", "killed"]
+    monkeypatch.setattr(sys, "argv", ["real_shapes", *arguments, "--runs", "broken=--rank x", "killed"])
     real_shapes.main()
     results = json.loads((tmp_path / "real-shapes-tiny.json").read_text())
     broken, killed = results["rows"]
@@ -34,6 +34,10 @@ def test_a_killed_run_is_resumed_and_drawn_and_a_run_that_fails_is_a_row(monkeyp
     page = (tmp_path / "real-shapes-tiny.md").read_text()
     assert "| broken: `--rank x` | - | - |" in page and "| killed: `` | " in page
     assert "killed: " in capsys.readouterr().out
+    compared, offloaded = results["evaluations"]
+    assert compared["error"] is None and compared["num_drawn"] == 76 and compared["measuring_seconds"] > 0
+    assert offloaded["error"] is None and offloaded["num_drawn"] == 28 and offloaded["drawing_gb"] > 0
+    assert "`evaluate_lora.py --num_seeds 2 --strengths 0.5` | " in page
     log = (tmp_path / "tiny" / "logs" / "killed.log").read_text()
     assert "checkpoint-2" in log
 

@@ -20,6 +20,7 @@ import math
 import shlex
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from benchmarks.miniature.command_line import HelpFormatter, positive_int, run
 from benchmarks.miniature.files import REPOSITORY, make_folder, replacing
 from benchmarks.miniature.tables import markdown
 from benchmarks.real_shapes.checkpoint import SUBJECTS, Files
+from benchmarks.real_shapes.evaluation import EVALUATIONS, Evaluation, evaluate, make_feature_models
 from benchmarks.real_shapes.runs import NUM_FIRST_STEPS, RUNS, Row, Run, Runner, difference_of_losses
 from benchmarks.real_shapes.stock import drawn_change
 from benchmarks.startup import load_script
@@ -37,6 +39,9 @@ from dopsd.errors import InputError, first_line
 
 
 DEFAULT_RUNS = ("lora", "killed", "vlm", "int8", "nf4", "offload", "compile")
+EVALUATION_HEADINGS = (
+    *("s per picture", "drawing: peak, GB", "measuring, s", "measuring: peak, GB", "whole run, s", "result"),
+)
 HEADINGS = ("s per step", "peak, GB", "planned, GB", "host, GB", "planned, GB", "whole run, s", "result")
 
 
@@ -54,6 +59,11 @@ def parse_args() -> argparse.Namespace:
         "whose name begins with killed is killed and resumed.",
     )
     parser.add_argument("--drawn_runs", nargs="*", default=["killed"], metavar="NAME", help="Runs to draw with.")
+    parser.add_argument(
+        "--evaluated_run",
+        metavar="NAME",
+        help="Run whose LoRA evaluate_lora.py compares with the base. Default: none.",
+    )
     parser.add_argument("--train_mode", help="Of all runs, as in the training scripts. Default: theirs.")
     parser.add_argument("--num_steps", type=positive_int, default=6, help="Steps per run.")
     parser.add_argument("--time_limit", type=float, default=math.inf, help="Begin no run after so many seconds.")
@@ -73,7 +83,7 @@ def chosen_runs(texts: list[str]) -> dict[str, Run]:
     return chosen
 
 
-def report(model: str, machine: dict[str, str], rows: list[Row]) -> str:
+def report(model: str, machine: dict[str, str], rows: list[Row], evaluations: Sequence[Evaluation] = ()) -> str:
     """The results as a page of Markdown."""
     versions = ", ".join(f"{name} {value}" for name, value in machine.items())
     table = markdown(list(HEADINGS), [[f"{row.name}: `{' '.join(row.flags)}`", *cells(row)] for row in rows])
@@ -81,7 +91,11 @@ def report(model: str, machine: dict[str, str], rows: list[Row]) -> str:
         f"Seconds: the median of the steps after the first {NUM_FIRST_STEPS}. Planned: training and host memory as "
         "`--dry_run` computes them. Host: the most that the process had resident, mapped files included."
     )
-    return f"# {model}\n\n{versions}\n\n{table}\n\n{note}\n"
+    parts = [f"# {model}", versions, table, note]
+    if evaluations:
+        compared = [[f"`evaluate_lora.py {' '.join(one.flags)}`", *evaluation_cells(one)] for one in evaluations]
+        parts.append(markdown(list(EVALUATION_HEADINGS), compared))
+    return "\n\n".join(parts) + "\n"
 
 
 def cells(row: Row) -> list[str]:
@@ -129,12 +143,50 @@ def main() -> None:
         if one.is_killed and "lora" in rows and (difference := difference_of_losses(row, rows["lora"])) is not None:
             row.remarks.append(f"losses differ by at most {difference:.1e} from those of the run that was not killed")
         print(f"{time.monotonic() - started:.0f} s, {name}: {' | '.join(cells(row))}", flush=True)
-        for suffix, text in (
-            (".json", json.dumps({"environment": machine, "rows": [asdict(row) for row in rows.values()]}, indent=2)),
-            (".md", report(args.model, machine, list(rows.values()))),
-        ):
-            with replacing(output_dir / f"real-shapes-{args.model}{suffix}") as unfinished:
-                unfinished.write_text(text, encoding="utf-8")
+        write_results(args, output_dir, machine, [*rows.values()])
+    if args.evaluated_run in rows and rows[args.evaluated_run].error is None:
+        evaluations = compare(runner, args.evaluated_run, device)
+        write_results(args, output_dir, machine, [*rows.values()], evaluations)
+
+
+def write_results(
+    args: argparse.Namespace,
+    folder: Path,
+    machine: dict[str, str],
+    rows: list[Row],
+    evaluations: Sequence[Evaluation] = (),
+) -> None:
+    """Writes real-shapes-MODEL.json and .md."""
+    results = {"environment": machine, "rows": [*map(asdict, rows)], "evaluations": [*map(asdict, evaluations)]}
+    texts = {".json": json.dumps(results, indent=2), ".md": report(args.model, machine, rows, evaluations)}
+    for suffix, text in texts.items():
+        with replacing(folder / f"real-shapes-{args.model}{suffix}") as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+
+
+def compare(runner: Runner, name: str, device: torch.device) -> list[Evaluation]:
+    """Runs `evaluate_lora.py` on what a run has left, once with each of `EVALUATIONS`."""
+    files, folder = runner.files, runner.files.folder / "evaluation"
+    make_feature_models(folder, device, is_small=device.type == "cpu")
+    free_memory()
+    found = []
+    for flags in EVALUATIONS:
+        log = runner.log(f"evaluation-{len(found)}")
+        places = files.checkpoint, files.photographs, folder
+        found.append(evaluate(runner.output_dir(name), *places, runner.subject.side, flags, log))
+        print(f"evaluate_lora.py {' '.join(flags)}: {' | '.join(evaluation_cells(found[-1]))}", flush=True)
+    return found
+
+
+def evaluation_cells(one: Evaluation) -> list[str]:
+    figures = [
+        one.drawing_seconds / one.num_drawn if one.num_drawn and one.drawing_seconds else None,
+        one.drawing_gb,
+        one.measuring_seconds,
+        one.measuring_gb,
+        one.run_seconds,
+    ]
+    return [*("-" if figure is None else f"{figure:.3g}" for figure in figures), one.error or "compared"]
 
 
 def draw(row: Row, runner: Runner, device: torch.device) -> None:

@@ -1,12 +1,13 @@
 import resource
 import sys
+import time
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from dopsd.memory import log_host_memory, peak_host_memory_gb, peak_memory_gb, reset_peak_memory
+from dopsd.memory import log_host_memory, logging_cost, peak_host_memory_gb, peak_memory_gb, reset_peak_memory
 
 
 def test_the_peak_of_a_gpu_is_counted_from_the_last_reset(monkeypatch):
@@ -39,3 +40,20 @@ def test_the_units_of_the_peak_depend_on_the_system(monkeypatch, caplog, platfor
     caplog.set_level("INFO")
     log_host_memory()
     assert "Host memory peak so far: 3.0 GB" in caplog.text
+
+
+def test_the_cost_of_a_stage_is_logged_with_the_peak_since_it_began(monkeypatch, caplog):
+    peak = {"bytes": 5e9}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak["bytes"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.update(bytes=2e9))
+    monkeypatch.setattr(time, "perf_counter", iter([10.0, 13.5]).__next__)
+    caplog.set_level("INFO")
+    with logging_cost("Drawing"):
+        pass
+    assert "Drawing took 3.5 s, with a peak of 2.00 GB" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    with pytest.raises(ValueError), logging_cost("Drawing"):
+        raise ValueError
+    assert not caplog.text
