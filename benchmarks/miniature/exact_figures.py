@@ -13,6 +13,7 @@ from benchmarks.miniature import world
 from benchmarks.miniature.concepts import Concept, concept_task, neighbour_task, old_task, wrong_word_task
 from benchmarks.miniature.metrics import PictureReader, Reading, detail
 from benchmarks.miniature.tasks import Task
+from dopsd.errors import InputError
 from dopsd.evaluation.comparison import Contender, Prompt, Role
 from dopsd.evaluation.pictures import slug
 
@@ -59,11 +60,19 @@ def files_of(folder: Path, contender: Contender, prompt: Prompt, num_seeds: int)
 
     Args:
         folder: of the comparison's pictures.
+
+    Raises:
+        InputError: they are not in the contender's folder, such as those of a LoRA that had another name before.
     """
-    found = []
+    own, found = folder / slug(contender.name), []
     for seed in range(num_seeds):
-        (path,) = (folder / slug(contender.name)).glob(f"{slug(prompt.text)}-seed{seed}-*.png")
-        found.append(path)
+        paths = [*own.glob(f"{slug(prompt.text)}-seed{seed}-*.png")]
+        if len(paths) != 1:
+            raise InputError(
+                f"{own}: has {len(paths)} drawings of {prompt.text!r} with seed {seed}, not one; delete {folder} to "
+                "draw all again"
+            )
+        found += paths
     return found
 
 

@@ -233,7 +233,7 @@ def test_files_are_found_by_contender_prompt_and_seed(drawings):
     lora = LoRA("copier", folder / "x", "")
     first, second = files_of(folder, Contender((lora,)), asked[0].prompt, 2)
     assert first.parent.name == "copier" and "-seed0-" in first.name and "-seed1-" in second.name
-    with pytest.raises(ValueError):
+    with pytest.raises(InputError, match="has 0 drawings"):
         files_of(folder, Contender((lora,), 0.5), asked[0].prompt, 1)
 
 
