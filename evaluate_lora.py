@@ -113,7 +113,7 @@ def main(settings: EvaluationSettings) -> None:
         f"{settings.num_seeds} seeds, {settings.num_inference_steps} steps"
     )
     num_drawn = draw_missing(jobs, store, deployment, settings, device)
-    logger.info(f"{num_drawn} of {len(jobs)} pictures were missing and are drawn")
+    logger.info(f"Drew {num_drawn} of {len(jobs)} pictures; the others were there")
 
     # The pipeline is freed: what measures has the memory for itself.
     drawn = drawn_pictures(jobs, store, contenders)

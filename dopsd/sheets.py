@@ -281,10 +281,14 @@ def line_end(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
     return max(fitting, 1)
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Writes a PNG, completely or not at all."""
+def save_png(image: Image.Image, path: Path, compress_level: int = 6) -> None:
+    """Writes a PNG, completely or not at all.
+
+    Args:
+        compress_level: 1 takes a third of the time of 6, for a sixth more bytes.
+    """
     with replacing(path) as unfinished:
-        image.save(unfinished, format="PNG")
+        image.save(unfinished, format="PNG", compress_level=compress_level)
 
 
 def plot_curves(history: list[dict], path: Path, *, title: str) -> None:

@@ -111,6 +111,10 @@ def check_loras(
                 if not any(_PART.search(f".{name}") for name in raw):
                     raise ValueError(f"it holds {len(raw)} tensors such as {brief(min(raw, default='none'), 80)}")
                 weights, metadata = convert(deployment.pipeline_class, lora.path, raw)
+            if "dora_scale" in "".join(raw):
+                logger.warning(f"{lora.name}: stock diffusers leaves out the magnitudes of this DoRA (dora_scale)")
+            if any(not name.startswith(LORA_PREFIX) for name in weights):
+                logger.warning(f"{lora.name}: stock diffusers leaves out what it changes beside the transformer")
             with reporting_library_errors("it belongs to another model", advice):
                 check_modules(weights, modules)
                 check_finite(weights)

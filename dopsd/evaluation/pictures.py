@@ -19,9 +19,10 @@ from ..data.metadata import read_rows
 from ..data.pictures import Picture
 from ..data.requests import read_images
 from ..errors import InputError
-from ..output import naming_file, replacing
+from ..output import naming_file
 from ..settings import DataSettings
 from ..sharing import in_threads
+from ..sheets import save_png
 from ..sizes import SizeLimits
 from .comparison import Contender, Prompt
 from .settings import EvaluationSettings
@@ -217,8 +218,7 @@ class PictureStore:
         path = self.path(job)
         with naming_file(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                image.save(temporary, format="PNG")
+            save_png(image, path, compress_level=1)
         self._path_of[self.key(job)] = path
 
 

@@ -1,6 +1,8 @@
 """Settings of a comparison: a dataclass field per flag of `evaluate_lora.py`."""
 
+import os
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..command_line import DefaultsHelpFormatter, SettingsParser, check_text, tidy_actions
@@ -253,6 +255,12 @@ def resolve(settings: EvaluationSettings, default_vlm: str) -> EvaluationSetting
                 f"--class_word {class_word}: contains the new word {word}; name what it is in words that every model "
                 "knows"
             )
+    pictures = os.path.realpath(settings.instance_data_dir)
+    if Path(os.path.realpath(settings.output_dir)).is_relative_to(pictures):
+        raise InputError(
+            f"--output_dir {settings.output_dir}: is in --instance_data_dir, where drawings would be taken for "
+            "training pictures; choose another folder"
+        )
     settings = settings.replace(
         trigger_word=word,
         class_word=(class_word or "").strip() or DEFAULT_CLASS.get(settings.kind, ""),

@@ -196,7 +196,7 @@ def test_save_png_replaces_the_file_and_leaves_no_other_file(tmp_path):
 
 
 def test_save_png_keeps_the_previous_file_if_writing_fails(tmp_path, monkeypatch):
-    def fail_halfway(image, path, format):
+    def fail_halfway(image, path, **options):
         path.write_text("half a PNG")
         raise OSError("disk full")
 

@@ -75,7 +75,7 @@ def test_a_comparison_and_another_with_one_more_lora(command, flags, loras, tmp_
     out = tmp_path / "out"
     log = succeed(command(*flags(loras[:1]))).log
     # 2 prompts for the subject, 8 unrelated, 2 neighbours, 2 with other words; 2 seeds each.
-    assert "56 of 56 pictures were missing and are drawn" in log and len(drawn(out)) == 56
+    assert "Drew 56 of 56 pictures" in log and len(drawn(out)) == 56
     assert "\nfirst " in log and "\nbase " in log
     assert results(out)["figures"].keys() == {"base", "first"}
     page = (out / "comparison.html").read_text()
@@ -83,7 +83,7 @@ def test_a_comparison_and_another_with_one_more_lora(command, flags, loras, tmp_
     before = drawn(out)
     log = succeed(command(*flags([*loras, f"again={loras[0]}"], "--together_with", loras[1]))).log
     # The second LoRA, and both together on 10 prompts. The first under another name is there already.
-    assert f"{28 + 20} of {28 * 4 + 20 * 2} pictures" in log
+    assert f"Drew {28 + 20} of {28 * 4 + 20 * 2} pictures" in log
     after = drawn(out)
     assert {path: after[path] for path in before} == before and len(after) == 56 + 48
     figures = results(out)["figures"]
@@ -100,7 +100,7 @@ def test_an_editor_is_compared_on_pictures_to_edit(command, flags, loras, make_p
         make_picture(number, *size).save(tmp_path / f"{number}.png")
     images = ["--validation_image", tmp_path / "0.png", tmp_path / "1.png", "--resolution", 80]
     log = succeed(command(*flags(loras[:1], "--kind", "edit", "--class_word", "oil painting", *images))).log
-    assert "pictures were missing and are drawn" in log
+    assert "Drew 56 of 56 pictures" in log
     content = results(tmp_path / "out")
     assert {prompt["image"] for prompt in content["prompts"]} == {0, 1}
     sizes = {Image.open(path).size for path in drawn(tmp_path / "out")}
@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_and_draws_no_picture_twice(command, flags, loras, 
     damaged.write_bytes(damaged.read_bytes()[:50])
     log = succeed(command(*arguments)).log
     missing = 84 - len(kept) + 1
-    assert f"{missing} of 84 pictures were missing and are drawn" in log
+    assert f"Drew {missing} of 84 pictures" in log
     after = drawn(out)
     assert len(after) == 84 and all(after[path] == kept[path] for path in kept if path != damaged)
     assert not list(out.glob("pictures/*/.*"))

@@ -200,6 +200,7 @@ def test_a_file_that_cannot_be_used_is_one_line(settings, tmp_path, name, conten
         ("--kind pet --trigger_word dog=dog", "--trigger_word 'dog=dog': the class must not contain"),
         ("--kind pet --trigger_word sks --class_word sks", "--class_word sks: contains the new word"),
         ("--kind pet --strengths 0", "--strengths 0.0: must be a number above 0"),
+        ("--kind pet --instance_data_dir a --output_dir a/b", "--output_dir a/b: is in --instance_data_dir"),
         ("--kind pet --num_seeds 0", "--num_seeds 0: must be a whole number from 1 to 64"),
     ],
 )

@@ -174,6 +174,26 @@ def test_missing_and_damaged_files_are_one_line(check, tmp_path):
     assert check(folder)[0].path.name == "pytorch_lora_weights.safetensors"
 
 
+@ONE_MODEL
+@pytest.mark.parametrize(
+    "added, said",
+    [
+        ({"lora_unet_double_blocks_0_img_attn_proj.dora_scale": B}, "leaves out the magnitudes of this DoRA"),
+        ({"text_encoder.layers.0.q.lora_A.weight": A}, "leaves out what it changes beside the transformer"),
+        ({}, None),
+    ],
+)
+def test_what_stock_diffusers_leaves_out_is_said(check, tmp_path, added, said, caplog):
+    plain = PLAIN
+    if "dora_scale" in "".join(added):
+        layer = "lora_unet_double_blocks_0_img_attn_proj"
+        plain = {f"{layer}.{name}.weight": weight for name, weight in (("lora_down", A), ("lora_up", B))}
+    path = tmp_path / "mine.safetensors"
+    save_file({name: weight.clone() for name, weight in (plain | added).items()}, path)
+    check(path)
+    assert f"mine: stock diffusers {said}" in caplog.text if said else not caplog.text
+
+
 # Drawing
 
 
@@ -205,6 +225,7 @@ def assert_same(path: Path, image) -> None:
 BALL, BOAT = (Prompt(text, text, "concept") for text in ("a ball", "a boat on the sea"))
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # the stock pipeline with two LoRAs
 @both_models(quick="zimage")
 def test_every_contender_draws_what_stock_diffusers_draws(model, draw, check, tmp_path):
     loras = check(save_stock(tmp_path / "one.safetensors", model), save_stock(tmp_path / "two.safetensors", model, 1))
