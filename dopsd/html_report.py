@@ -22,8 +22,10 @@ from .data.training_data import TrainingData
 from .errors import InputError
 from .evaluation.after_training import EVALUATION_DIR
 from .evaluation.comparison import Comparison
-from .evaluation.page import PAGE_FILE, figure_table, meanings
+from .evaluation.page import PAGE_FILE, meanings
+from .evaluation.results import headings as figure_headings
 from .evaluation.results import main_columns
+from .evaluation.results import table_rows as figure_rows
 from .exam.figures import MEASURES
 from .exam.results import Exam
 from .exam.student import PROGRESS, SHARPNESS, ZOOM
@@ -374,15 +376,17 @@ class RunReport:
         if self.comparison is None:
             return None
         columns, page = main_columns(self.comparison), f"{EVALUATION_DIR}/{PAGE_FILE}"
+        # A line per figure, as on the terminal: there are more figures than contenders.
+        first, *rows = zip(figure_headings(columns), *figure_rows(self.comparison, columns), strict=True)
         return section(
             "Evaluation",
             element(
                 "p",
-                "The LoRA beside the base, on prompts that are no captions. The pictures and all figures: ",
+                "The LoRA beside the base, on prompts that are no captions. Pictures, all figures and their spread: ",
                 element("a", page, href=page),
                 ".",
             ),
-            figure_table(self.comparison, columns, [*self.comparison.figures]),
+            table(rows, first, class_="numbers"),
             folded("What the figures mean", meanings(columns)),
         )
 

@@ -43,6 +43,7 @@ PAIRS = (
     Pair("copies/dino", "copies", SHARE),
     Pair("following/clip", "as asked", SHARE),
     Pair("sharpness", "detail", GRAIN),
+    Pair("sharpness_unrelated", "old detail", GRAIN),
     Pair("diversity/dino", "changing", SHARE),
     Pair("retention/dino", "old same", SHARE),
     Pair("retention/dino", "old right", SHARE),
@@ -52,16 +53,21 @@ PAIRS = (
     Pair("leakage_words/dino", "other words", SHARE),
     Pair("leakage_words/clip", "other words", SHARE),
 )
+SHORT = (
+    *("likeness_masked/dino", "closeness/dino", "copies/dino", "diversity/dino", "sharpness", "retention/dino"),
+    "leakage_words/dino",
+)
 EXACT_NOTE = """\
 Shares of drawings. subject: of the concept's prompts, with the concept; as asked: on the background asked for, too;
 copies: with the concept at the place and on the background of a training picture. detail: grain of these drawings
 over the base's. changing: pairs of seeds of one prompt that differ in place or object. old right: of unrelated
-prompts, with what is asked for; old same: in place, object and background like the base's from the same noise.
-neighbours, other words: drawings of these prompts with the concept, less the base's share."""
+prompts, with what is asked for; old same: in place, object and background like the base's from the same noise; old
+detail: their grain over the base's. neighbours, other words: drawings of these prompts with the concept, less the
+base's share."""
 RANK_NOTE = f"""\
 rank correlation: Spearman's, over the contenders that have both figures. apart: pairs of contenders whose exact
-figures differ by {SHARE:g} ({GRAIN:g} for detail) or more; swapped: how many of these the column orders the other way;
-and the one of them that is furthest apart."""
+figures differ by {SHARE:g} ({GRAIN:g} for details) or more; swapped: how many of these the column orders the other
+way, or not at all; and the one of them that is furthest apart."""
 
 
 def results(settings: dict, quality: dict, found: Comparison, exact: dict[str, dict[str, float]]) -> dict:
@@ -116,8 +122,8 @@ class Ranking(NamedTuple):
 
     Attributes:
         correlation: Spearman's; None if one of the two is the same for all.
-        swaps: (better, worse) by the exact reader, of the pairs that the column orders the other way; the pair that
-            is furthest apart comes first.
+        swaps: (better, worse) by the exact reader, of the pairs that the column orders the other way or not at all;
+            the pair that is furthest apart comes first.
         num_apart: pairs that the exact reader tells apart.
     """
 
@@ -140,7 +146,7 @@ def ranking(found: dict, pair: Pair) -> Ranking | None:
         for better, worse in (sorted(one, key=truth.get, reverse=True),)
         if truth[better] - truth[worse] >= pair.apart - 1e-9
     ]
-    swaps = [(better, worse) for better, worse in ordered if value[better] < value[worse]]
+    swaps = [(better, worse) for better, worse in ordered if value[better] <= value[worse]]
     swaps.sort(key=lambda swap: truth[swap[1]] - truth[swap[0]])
     return Ranking(spearman([*truth.values()], [*value.values()]), swaps, len(ordered))
 
@@ -200,9 +206,6 @@ def short_table(found: dict, contenders: list[str]) -> str:
             row[found["columns"][pair.column]] = cells(found["figures"][name], [pair.column])[0]
         rows.append([name, *(row[heading] for heading in headings)])
     return markdown(headings, rows)
-
-
-SHORT = ("likeness/dino", "likeness_masked/dino", "copies/dino", "sharpness", "retention/dino", "leakage_words/dino")
 
 
 def cells(figures: dict[str, float], keys: list[str]) -> list[str]:

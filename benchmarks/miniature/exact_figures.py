@@ -13,6 +13,7 @@ from benchmarks.miniature import world
 from benchmarks.miniature.concepts import Concept, concept_task, neighbour_task, old_task, wrong_word_task
 from benchmarks.miniature.metrics import PictureReader, Reading, detail
 from benchmarks.miniature.tasks import Task
+from dopsd.errors import InputError
 from dopsd.evaluation.comparison import Contender, Prompt, Role
 from dopsd.evaluation.pictures import slug
 
@@ -59,11 +60,19 @@ def files_of(folder: Path, contender: Contender, prompt: Prompt, num_seeds: int)
 
     Args:
         folder: of the comparison's pictures.
+
+    Raises:
+        InputError: they are not in the contender's folder, such as those of a LoRA that had another name before.
     """
-    found = []
+    own, found = folder / slug(contender.name), []
     for seed in range(num_seeds):
-        (path,) = (folder / slug(contender.name)).glob(f"{slug(prompt.text)}-seed{seed}-*.png")
-        found.append(path)
+        paths = [*own.glob(f"{slug(prompt.text)}-seed{seed}-*.png")]
+        if len(paths) != 1:
+            raise InputError(
+                f"{own}: has {len(paths)} drawings of {prompt.text!r} with seed {seed}, not one; delete {folder} to "
+                "draw all again"
+            )
+        found += paths
     return found
 
 
@@ -117,12 +126,13 @@ class ExactReader:
             base: what the base's show of the same prompts, in the same order.
 
         Returns:
-            Shares of drawings, but for "detail".
+            Shares of drawings, but for "detail" and "old detail".
             "subject": of the concept's prompts, with the concept. "as asked": with it, on the background asked for.
             "copies": with the concept at the place and on the background of a training picture. "detail": their grain
             over the base's. "changing": pairs of seeds that differ in place or object. "old right": of unrelated
-            prompts, with what is asked for; "old same": in place, object and background like the base's of that seed.
-            "neighbours", "other words": of these prompts, with the concept, less the base's share.
+            prompts, with what is asked for; "old same": in place, object and background like the base's of that seed;
+            "old detail": their grain over the base's. "neighbours", "other words": of these prompts, with the concept,
+            less the base's share.
         """
 
         def share(role: Role, is_so: Callable[[Asked, Scene], bool], of: list[Seen] = seen) -> float | None:
@@ -145,8 +155,9 @@ class ExactReader:
             "subject": share("concept", is_subject),
             "as asked": share("concept", is_as_asked),
             "copies": share("concept", lambda asked, scene: scene in self.known),
-            "detail": self.detail([one for one, _ in subjects]) / self.detail([other for _, other in subjects]),
+            "detail": self.relative_detail(subjects) if subjects else None,
             "changing": float(np.mean(pairs)) if pairs else None,
+            "old detail": self.relative_detail(unrelated) if unrelated else None,
             "old right": share("unrelated", is_as_asked),
             "old same": float(np.mean(same)) if same else None,
         }
@@ -156,5 +167,9 @@ class ExactReader:
         return {name: round(value, 4) for name, value in found.items() if value is not None}
 
     @staticmethod
-    def detail(seen: list[Seen]) -> float:
-        return float(np.mean([detail(one.pictures, one.reading) for one in seen]))
+    def relative_detail(pairs: list[tuple[Seen, Seen]]) -> float:
+        """The grain of the first drawings over that of the second ones."""
+        first, second = (
+            np.mean([detail(one.pictures, one.reading) for one in seen]) for seen in zip(*pairs, strict=True)
+        )
+        return float(first / second)

@@ -197,12 +197,13 @@ def test_exact_figures_of_pictures_whose_content_is_known(drawings):
     folder, asked = drawings
     found = exact_figures(folder, ["copier"], asked, Settings({}, 2, strengths=(1.0,)))
     base, copier = found["base"], found["copier"]
-    assert base | {"detail": 1} == {
+    assert base == {
         "subject": 0,
         "as asked": 0,
         "copies": 0,
         "detail": 1,
         "changing": 1,
+        "old detail": 1,
         "old right": 1,
         "old same": 1,
         "neighbours": 0,
@@ -233,7 +234,7 @@ def test_files_are_found_by_contender_prompt_and_seed(drawings):
     lora = LoRA("copier", folder / "x", "")
     first, second = files_of(folder, Contender((lora,)), asked[0].prompt, 2)
     assert first.parent.name == "copier" and "-seed0-" in first.name and "-seed1-" in second.name
-    with pytest.raises(ValueError):
+    with pytest.raises(InputError, match="has 0 drawings"):
         files_of(folder, Contender((lora,), 0.5), asked[0].prompt, 1)
 
 
