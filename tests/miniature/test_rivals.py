@@ -395,7 +395,7 @@ def test_the_command_trains_measures_and_reports(tmp_path, monkeypatch):
     # Two steps of two samples, with the gradients of all weights.
     assert results["once"][UNDISTILLED]["forwards"] == round(2 * 2 * 3 * KLEIN.costs.base)
     assert {*results["once"][ADAPTER]["loss"]} == {*results["once"]["samples"]["loss"]}
-    assert results["chosen"]["SFT, repaired"] == {"learning_rate": 1e-3, "steps": 240, "scale": 0.5}
+    assert results["chosen"]["SFT, repaired"] == {"learning_rate": 1e-3, "steps": 120, "scale": 0.5}
     ((_, delta),) = results["reported"]["delta of undistilled + prior"].items()
     assert delta["steps"] == 4 and 0 <= delta["at_0.5"]["old"]["exact"] <= 1 and 0 <= delta["followed"]["new"]["exact"]
     text = (tmp_path / "rivals_klein.md").read_text()
