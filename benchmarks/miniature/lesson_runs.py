@@ -85,7 +85,7 @@ class LessonExperiment(Experiment):
     """Runs whose "concept" is a lesson for the editor."""
 
     def _measure(self, run: Run) -> dict:
-        trained = self._once(run, "trained.json", self._train) if run.method.is_trained else {}
+        trained = self.trained(run) if run.method.is_trained else {}
         pipeline = self.load(run)
         tasks = run.concept.tasks(self.eval_count, run.seed)
         if run.method.kind == "teacher":

@@ -49,8 +49,9 @@ The runs that the settings were chosen by: the largest sum of concept and old: e
 choice. "at the end of": the chosen rate, number of steps or scale is
 the smallest or largest of the grid, so that the method may be better beyond it."""
 STUDY_NOTE = """\
-Off-policy at the setting that was chosen for D-OPSD, and at its own if that is another, on the concept and the
-pictures by which settings were chosen, but with the seeds of the first table."""
+Off-policy at the setting that was chosen for D-OPSD, and at its own if that is another, on the concept, prompts and
+noise by which settings were chosen, but with the first of the reported seeds. "±": mean and standard deviation of
+five seeds."""
 FOLLOWED_NOTE = f"""\
 What delta transfer teaches, without a student: few steps along the base's velocity and the change that the LoRA makes
 in the many-step model. That LoRA was chosen by what the many-step model draws with it in {NUM_MANY_STEPS} steps, on

@@ -180,11 +180,11 @@ class RivalExperiment(Experiment):
         }
 
     def _measure_briefly(self, run: RivalRun) -> dict:
-        trained = self._once(run, "trained.json", self._train) if run.method.is_trained else {}
+        trained = self.trained(run) if run.method.is_trained else {}
         return self.grid_evaluator.evaluate(self.load(run), run.concept) | trained
 
     def _measure_many_steps(self, run: RivalRun) -> dict:
-        trained = self._once(run, "trained.json", self._train)
+        trained = self.trained(run)
         model = adapted(self.once.load_many_step(run.method.trained_on), self.folder / run.folder)
         return self.grid_evaluator.evaluate(model, run.concept, NUM_MANY_STEPS) | trained
 
@@ -209,7 +209,7 @@ class RivalExperiment(Experiment):
         if run.method.kind == "dopsd":
             return self.train_dopsd(run)
         if run.method.source is not None:
-            trained = self._once(run.source, "trained.json", self._train)
+            trained = self.trained(run.source)
             if run.method.kind == REPAIR:
                 return trained
         return self.train_rival(run)

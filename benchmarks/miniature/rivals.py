@@ -145,6 +145,7 @@ def run_all(experiment: RivalExperiment, plan: RivalPlan, num_workers: int) -> N
     reported = {run.folder: run for runs in plan.reported.values() for run in runs}
     sources = [run for run in reported.values() if run.method.source is None]
     others = [run for run in reported.values() if run.method.source is not None]
+    used = {run.source.folder: run.source for run in others}  # trained before, since several runs may use one LoRA
     has_stacks = plan.concepts == experiment.stacked_concepts  # the next concept's LoRA is trained as well
     trained = [run for run in reported.values() if run.method.is_trained]
     stacked = [run for run in trained if has_stacks and run.concept == plan.concepts[0]]
@@ -152,6 +153,7 @@ def run_all(experiment: RivalExperiment, plan: RivalPlan, num_workers: int) -> N
     studied = [run for by_method in study(plan).values() for runs in by_method.values() for run in runs]
     waves = [
         (_make_result, slowest_first(sources, experiment.architecture)),
+        (_make_lora, slowest_first(used.values(), experiment.architecture)),
         (_make_result, slowest_first(others, experiment.architecture)),
         (_make_stack, stacked),
         (_make_strengths, tried),
@@ -177,6 +179,10 @@ def _start_worker(experiment: RivalExperiment) -> None:
 
 def _make_once(part: str) -> None:
     worker_experiment.once.figures(part)
+
+
+def _make_lora(run: RivalRun) -> None:
+    worker_experiment.trained(run)
 
 
 def _make_short_result(run: RivalRun) -> None:

@@ -105,6 +105,10 @@ class Experiment:
             result["stack"] = json.loads(path.read_text())
         return result
 
+    def trained(self, run: Run) -> dict:
+        """What the run's training gave, "steps" among it; trains first if that is missing."""
+        return self._once(run, "trained.json", self._train)
+
     def stack(self, run: Run) -> dict:
         """Metrics with the run's LoRA and that of the same method for the next concept, for runs that are trained."""
         return self._once(run, "stack.json", self._measure_stack)
@@ -139,7 +143,7 @@ class Experiment:
             task = concept_task(run.concept, self.eval_count, references=images)
             pipeline = self.architecture.load(self.model, **run.method.flags)
             return {"new": self.evaluator.measure(pipeline, task)}
-        trained = self._once(run, "trained.json", self._train) if run.method.is_trained else {}
+        trained = self.trained(run) if run.method.is_trained else {}
         pipeline = self.load(run)
         metrics = self.evaluator.evaluate(pipeline, run.concept) | self.evaluator.evaluate_leaks(pipeline, run.concept)
         return metrics | {"retention": self.evaluator.retention(pipeline)} | trained

@@ -7,11 +7,19 @@ import pytest
 
 from benchmarks.miniature.architectures import ARCHITECTURES
 from benchmarks.miniature.files import MODEL, REPOSITORY
-from benchmarks.miniature.rival_methods import CHEAPER, INDIFFERENCE, RECIPES, choice
-from benchmarks.miniature.rival_report import EVIDENCE_COLUMNS, report_table, setting, study_table
+from benchmarks.miniature.plans import SEEDS
+from benchmarks.miniature.rival_methods import CHEAPER, FAMILIES, INDIFFERENCE, RECIPES, choice
+from benchmarks.miniature.rival_report import EVIDENCE_COLUMNS, recipe_of, report_table, setting, study_table
+from benchmarks.miniature.rival_runs import STRENGTHS
+from benchmarks.miniature.rival_study import CONDITIONS, HELD, UNHELD
 
 
 RESULTS, PAGE = MODEL.parent / "results", MODEL.parent / "rivals.md"
+# Families whose LoRAs were not sampled at other strengths; the page says why.
+WITHOUT_STRENGTHS = {
+    "klein": (),
+    "zimage": ("repair LoRA", "training adapter", "undistilled model", "delta transfer"),
+}
 models = pytest.mark.parametrize("model", ARCHITECTURES)
 
 
@@ -45,5 +53,30 @@ def test_the_pages_show_the_committed_comparison(model):
     assert report_table(reported) in report
     assert report_table(reported, EVIDENCE_COLUMNS, has_strengths=False) in evidence
     assert f"rivals_{model}.png" in evidence and f"rivals_{model}_sheet.png" in page
-    if results["study"]:
-        assert study_table(results["study"]) in report and study_table(results["study"]) in page
+
+
+def test_the_study_on_klein_is_complete_and_shown():
+    study = json.loads(committed("klein", ".json").read_text())["study"]
+    assert study.keys() == CONDITIONS.keys()
+    for by_method in study.values():
+        assert by_method.keys() >= {*HELD, *UNHELD}
+        assert all({"new", "old"} <= result.keys() for results in by_method.values() for result in results)
+    table = study_table(study)
+    assert table in committed("klein", ".md").read_text() and table in PAGE.read_text()
+
+
+@models
+def test_the_first_seed_of_each_method_with_strengths_has_all_of_them(model):
+    reported = json.loads(committed(model, ".json").read_text())["reported"]
+    without = {recipe.name for family in WITHOUT_STRENGTHS[model] for recipe in FAMILIES[family]}
+    first_seed = str(SEEDS[0])
+    for name, by_folder in reported.items():
+        recipe = recipe_of(name)
+        has_strengths = recipe is not None and recipe.name not in without
+        for folder, result in by_folder.items():
+            _, _, seed, _ = Path(folder).parts
+            wanted = STRENGTHS if has_strengths and seed == first_seed else ()
+            assert {key for key in result if key.startswith("at_")} == {f"at_{strength}" for strength in wanted}, (
+                folder
+            )
+            assert all({"new", "old"} == result[f"at_{strength}"].keys() for strength in wanted), folder

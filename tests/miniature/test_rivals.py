@@ -27,6 +27,7 @@ from benchmarks.miniature.methods import SharedSettings
 from benchmarks.miniature.once import ADAPTER, LORA, REPAIR, UNDISTILLED, Once, OnceSettings, adapted
 from benchmarks.miniature.rival_methods import (
     DOPSD_ALL,
+    DOPSD_ONE_PRIOR,
     GRID_CONCEPT,
     INDIFFERENCE,
     OFF_POLICY,
@@ -330,10 +331,12 @@ def test_the_study_trains_both_of_a_pair_alike_and_off_policy_at_its_own_setting
     best = {name: (3e-3, 120) for name in RECIPES if RECIPES[name].source is None}
     table = study(make_plan(best | {OFF_POLICY: (1e-3, 60)}, study_seeds=(0,)))
     assert list(table) == list(CONDITIONS) and len(table) == 5
-    runs = [run for by_method in table.values() for (run,) in by_method.values()]
-    assert len({run.folder for run in runs}) == 25
-    for by_method in table.values():
-        (dopsd,), (off_policy,) = by_method[DOPSD_ALL], by_method[OFF_POLICY]
+    runs = [run for by_method in table.values() for runs in by_method.values() for run in runs]
+    assert len(runs) == len({run.folder for run in runs}) == 4 * 5 + 2 * 5 + 3
+    for condition, by_method in table.items():
+        held, (dopsd,), (off_policy,) = by_method[DOPSD_ONE_PRIOR], by_method[DOPSD_ALL], by_method[OFF_POLICY]
+        is_repeated = condition == "one picture of four shows another object"
+        assert [run.seed for run in held] == ([0, 1, 2, 4, 5] if is_repeated else [0])
         assert dopsd.method.relative_steps == off_policy.method.relative_steps
         assert dopsd.method.flags["learning_rate"] == off_policy.method.flags["learning_rate"]
         assert dopsd.concept == off_policy.concept
@@ -392,7 +395,7 @@ def test_the_command_trains_measures_and_reports(tmp_path, monkeypatch):
     # Two steps of two samples, with the gradients of all weights.
     assert results["once"][UNDISTILLED]["forwards"] == round(2 * 2 * 3 * KLEIN.costs.base)
     assert {*results["once"][ADAPTER]["loss"]} == {*results["once"]["samples"]["loss"]}
-    assert results["chosen"]["SFT, repaired"] == {"learning_rate": 1e-3, "steps": 240, "scale": 0.5}
+    assert results["chosen"]["SFT, repaired"] == {"learning_rate": 1e-3, "steps": 120, "scale": 0.5}
     ((_, delta),) = results["reported"]["delta of undistilled + prior"].items()
     assert delta["steps"] == 4 and 0 <= delta["at_0.5"]["old"]["exact"] <= 1 and 0 <= delta["followed"]["new"]["exact"]
     text = (tmp_path / "rivals_klein.md").read_text()
