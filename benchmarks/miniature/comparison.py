@@ -4,7 +4,7 @@
 
 Trains feature models of the miniature's world (`feature_models`) and LoRAs (`known_loras`), compares these with
 `evaluate_lora.py`, reads the same drawings with the miniature's exact reader, and writes tables and a plot of both.
-Run the same command again to continue: what was made is kept. About twenty minutes of a core.
+Run the same command again to continue: what was made is kept. Less than half an hour of a core.
 """
 
 import os
