@@ -127,6 +127,7 @@ def own_flags(settings: Settings) -> dict[str, Any]:
         "mixed_precision": settings.training.mixed_precision,
         "lora": [f"{folder.resolve().name.replace('=', '-')}={folder}"],
         "instance_data_dir": data.instance_data_dir,
+        "instance_prompt": data.instance_prompt,
         "image_column": data.image_column,
         "caption_column": data.caption_column,
         "cond_image_column": data.cond_image_column,

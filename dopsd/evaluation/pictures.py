@@ -53,7 +53,7 @@ class TrainingPictures:
     Attributes:
         images: RGB, shrunk to at most `MAX_SIDE` pixels per side; of many pictures, a part that is spread evenly.
         digests: SHA-256 of their files.
-        captions: of all pictures.
+        captions: of all pictures, and that of `--instance_prompt`.
     """
 
     images: list[Image.Image]
@@ -98,6 +98,8 @@ def read_training_pictures(settings: EvaluationSettings) -> TrainingPictures:
 
     images, digests = zip(*tqdm(in_threads(read, used), "Reading pictures", len(used), leave=False), strict=True)
     captions = dict.fromkeys(caption for picture in found for caption in picture.captions)
+    if settings.instance_prompt is not None:
+        captions.setdefault(settings.instance_prompt)
     return TrainingPictures(list(images), list(digests), list(captions))
 
 

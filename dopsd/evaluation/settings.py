@@ -78,6 +78,9 @@ class TrainingPictureSettings:
         "Folder of the pictures that the LoRAs were trained on, with or without captions. Default: none, it is "
         "required.",
     )
+    instance_prompt: str | None = flag(
+        None, "Caption that all training pictures had, if they have none in the folder. Default: none."
+    )
     image_column: str = flag("image", "Column with the pictures, in a metadata.jsonl or metadata.csv.")
     caption_column: list[str] | None = flag(
         None, "Column with the captions, in a metadata.jsonl or metadata.csv. Default: all columns with texts."

@@ -45,14 +45,15 @@ def as_evaluated(settings):
 
 
 def test_the_flags_follow_from_the_run():
-    settings = run_settings(mixed_precision="bf16", validation_height=512, revision="v2", max_sequence_length=64)
+    given = {"revision": "v2", "max_sequence_length": 64, "instance_prompt": "a photo of sks dog"}
+    settings = run_settings(mixed_precision="bf16", validation_height=512, **given)
     found = as_evaluated(settings)
     assert (found.pretrained_model_name_or_path, found.revision, found.mixed_precision) == ("a/b", "v2", "bf16")
     assert found.lora == ["my-dog=runs/my=dog"] and found.instance_data_dir == "photos"
     assert (found.kind, found.trigger_word, found.class_word, found.seed) == ("pet", "sks", "dog", 7)
     assert (found.height, found.width, found.num_inference_steps, found.max_sequence_length) == (512, 1024, 4, 64)
     assert found.output_dir == str(evaluation_folder(settings)) == "runs/my=dog/evaluation"
-    assert found.variant is None and not found.judge
+    assert found.variant is None and not found.judge and found.instance_prompt == "a photo of sks dog"
 
 
 def test_more_flags_are_passed_on_and_win():

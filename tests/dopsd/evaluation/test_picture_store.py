@@ -10,6 +10,7 @@ from dopsd.errors import InputError
 from dopsd.evaluation import pictures
 from dopsd.evaluation.comparison import Contender, LoRA, Prompt
 from dopsd.evaluation.pictures import Edited, Job, PictureStore, read_edited, read_training_pictures, slug
+from dopsd.evaluation.prompts import make_prompts
 from dopsd.evaluation.settings import EvaluationSettings
 from pipelines.published import KLEIN_SIZES
 
@@ -108,6 +109,18 @@ def test_training_pictures_need_no_captions(photos, tmp_path):
     read = read_training_pictures(EvaluationSettings(instance_data_dir=str(photos)))
     assert [image.size for image in read.images] == [(64, 64), (128, 72), (70, 110)]
     assert read.captions == [] and len(set(read.digests)) == 3
+
+
+def test_the_prompt_that_all_pictures_were_trained_with_is_a_caption(photos):
+    prompt = "a photo of sks dog"
+    read = read_training_pictures(EvaluationSettings(instance_data_dir=str(photos), instance_prompt=prompt))
+    assert read.captions == [prompt]
+    drawn = make_prompts(evaluation_settings(), [prompt, "sks dog in the snow"], read.captions)
+    assert [one.text for one in drawn if one.role == "concept"] == ["sks dog in the snow"]
+
+
+def evaluation_settings() -> EvaluationSettings:
+    return EvaluationSettings(kind="pet", trigger_word="sks", class_word="dog")
 
 
 def test_captions_are_read_and_pictures_to_edit_are_no_training_pictures(make_picture, tmp_path):
