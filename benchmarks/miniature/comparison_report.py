@@ -40,10 +40,12 @@ PAIRS = (
     Pair("likeness_masked/dino", "subject", SHARE),
     Pair("likeness_masked/clip", "subject", SHARE),
     Pair("closeness/dino", "copies", SHARE),
-    Pair("copies/dino", "copies", SHARE),
+    Pair("copies", "copies", SHARE),
     Pair("following/clip", "as asked", SHARE),
     Pair("sharpness", "detail", GRAIN),
     Pair("sharpness_unrelated", "old detail", GRAIN),
+    Pair("detail", "detail", GRAIN),
+    Pair("detail_unrelated", "old detail", GRAIN),
     Pair("diversity/dino", "changing", SHARE),
     Pair("retention/dino", "old same", SHARE),
     Pair("retention/dino", "old right", SHARE),
@@ -54,7 +56,7 @@ PAIRS = (
     Pair("leakage_words/clip", "other words", SHARE),
 )
 SHORT = (
-    *("likeness_masked/dino", "closeness/dino", "copies/dino", "diversity/dino", "sharpness", "retention/dino"),
+    *("likeness_masked/dino", "closeness/dino", "copies", "diversity/dino", "sharpness", "detail", "retention/dino"),
     "leakage_words/dino",
 )
 EXACT_NOTE = """\

@@ -25,6 +25,7 @@ MASKED = "masked"  # the features of the subject alone
 LIKENESS, CLOSENESS, COPIES = "likeness", "closeness", "copies"
 FOLLOWING, FOLLOWING_UNRELATED = "following", "following_unrelated"
 SHARPNESS, SHARPNESS_UNRELATED = "sharpness", "sharpness_unrelated"
+DETAIL, DETAIL_UNRELATED = "detail", "detail_unrelated"
 DIVERSITY, RETENTION, KEPT, SCORE = "diversity", "retention", "kept", "score"
 LEAKAGE: dict[Role, str] = {"neighbour": "leakage_neighbours", "other_word": "leakage_words"}
 
@@ -52,8 +53,8 @@ QUANTITIES = {
     COPIES: Quantity(
         "copies",
         "lower",
-        "Share of the drawings that are closer to one training picture than these are to each other (by one standard "
-        "deviation). 0 is good. Blind if the training pictures are nearly the same, and a prompt that asks for what a "
+        "Share of the drawings that are nearly a training picture, pixel by pixel at low resolution: memorised, with "
+        "background and pose. 0 is good. Blind to copies that are cropped or mirrored; a prompt that asks for what a "
         "training picture shows makes one without a fault.",
     ),
     SCORE: Quantity(
@@ -78,15 +79,28 @@ QUANTITIES = {
     SHARPNESS: Quantity(
         "sharpness",
         None,
-        "Finest detail relative to the next coarser one, over the base's for the same prompts, at the steps that were "
-        "drawn with. Well below 1 is blur, well above 1 is noise. The base does not know the subject, which may be "
-        "plainer or more finely patterned than what it draws instead, and a style may be soft or grainy by intention.",
+        "Of edges: finest detail relative to the next coarser one, over the base's for the same prompts, at the steps "
+        "that were drawn with. Well below 1 is blur, well above 1 is noise. The base does not know the subject, whose "
+        "edges may be softer or harder than those that it draws instead. Blind to lost grain; see fine detail.",
     ),
     SHARPNESS_UNRELATED: Quantity(
         "sharpness, unrelated prompts",
         None,
         "Sharpness where both draw the same: below 1, the LoRA undoes the few-step distillation, as training with a "
         "plain diffusion loss does.",
+    ),
+    DETAIL: Quantity(
+        "fine detail",
+        None,
+        "Of grain and fine texture away from edges, over the base's for the same prompts. Well below 1 is smooth, as "
+        "after training that blurs the few steps; well above 1 is noise. The subject, or a style, may be plainer or "
+        "grainier than what the base draws instead.",
+    ),
+    DETAIL_UNRELATED: Quantity(
+        "fine detail, unrelated prompts",
+        None,
+        "Fine detail where both draw the same: below 1, the LoRA undoes the few-step distillation; far above 1, its "
+        "pictures are noisy.",
     ),
     DIVERSITY: Quantity(
         "diversity",
@@ -123,8 +137,8 @@ QUANTITIES = {
 # Heading -> quantities, for tables that fit a page.
 GROUPS = {
     "The subject": (LIKENESS, f"{LIKENESS}_{MASKED}", SCORE, CLOSENESS, COPIES),
-    "Prompts and pictures": (FOLLOWING, SHARPNESS, DIVERSITY, KEPT),
-    "Everything else": (RETENTION, FOLLOWING_UNRELATED, SHARPNESS_UNRELATED, *LEAKAGE.values()),
+    "Prompts and pictures": (FOLLOWING, SHARPNESS, DETAIL, DIVERSITY, KEPT),
+    "Everything else": (RETENTION, FOLLOWING_UNRELATED, SHARPNESS_UNRELATED, DETAIL_UNRELATED, *LEAKAGE.values()),
 }
 
 

@@ -9,6 +9,9 @@ from torch.nn.functional import cosine_similarity, normalize
 from .comparison import Figure
 
 
+MOST_DIFFERENT = 0.15  # of a copy, where black is -1 and white is 1
+
+
 def likeness(drawn: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
     """(P, S): mean cosine of (P, S, D) drawn pictures with the (N, D) training pictures."""
     return (normalize(drawn, dim=-1) @ normalize(training, dim=-1).T).mean(-1)
@@ -26,17 +29,20 @@ def among_themselves(training: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return others.mean(1), others.amax(1)
 
 
-def copy_threshold(nearest: torch.Tensor) -> float:
-    """The closeness from which a drawing counts as the copy of a training picture.
+def nearest_difference(pictures: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(P, S): root mean square difference of (P, S, D) pixels from the nearest of (N, D) others."""
+    return torch.cdist(pictures, others).amin(-1) / others.shape[-1] ** 0.5
 
-    It is one standard deviation above what the training pictures have among themselves, but at most half the way from
-    there to 1, which an identical picture has.
 
-    Args:
-        nearest: (N,), of each training picture with the one that is nearest to it.
+def copy_limit(training: torch.Tensor) -> float:
+    """The difference up to which a drawing counts as the copy of one of (N, D) training pictures.
+
+    It is half of what a training picture typically has from the nearest other one, and at most `MOST_DIFFERENT`.
     """
-    mean = float(nearest.mean())
-    return mean + min(float(nearest.std(correction=0)), (1 - mean) / 2)
+    if len(training) < 2:
+        return MOST_DIFFERENT
+    differences = torch.cdist(training, training).fill_diagonal_(torch.inf).amin(1) / training.shape[1] ** 0.5
+    return min(MOST_DIFFERENT, float(differences.quantile(0.5)) / 2)
 
 
 def text_following(drawn: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from ..exam.pixels import as_tensor, sharpness
+from ..exam.pixels import as_tensor, fine_detail, sharpness
 from ..model_card import public_name
 from . import figures
 from .columns import (
     CLIP,
     CLOSENESS,
     COPIES,
+    DETAIL,
+    DETAIL_UNRELATED,
     DINO,
     DIVERSITY,
     FOLLOWING,
@@ -39,6 +41,7 @@ from .judge import Judge
 
 FEW_PICTURES = 4
 NEARLY_THE_SAME = 0.95  # mean cosine of the training pictures with the nearest other one
+THUMBNAIL_SIDE = 16  # pixels, at which drawings and training pictures are compared pixel by pixel
 
 Source = Callable[[], Image.Image]  # opens a picture
 
@@ -86,7 +89,7 @@ def measure(
     """
     measured = Measurement(prompts, drawn, training, models, device, to_edit)
     measured.measure_features(subject)
-    measured.measure_sharpness()
+    measured.measure_pixels()
     measured.judge(judge)
     return measured.comparison(settings)
 
@@ -110,6 +113,8 @@ class Measurement:
         self.features: dict[tuple[str, bool], Features] = {}  # (CLIP or DINO, whether masked)
         self.texts: dict[Prompt, torch.Tensor] = {}
         self.sharpness: dict[Path, float] = {}
+        self.detail: dict[Path, float] = {}
+        self.thumbnails: dict[Path, torch.Tensor] = {}
         self.scores: dict[Path, float] = {}
         self.judge_name: str | None = None
         self.notes: list[str] = []
@@ -172,11 +177,14 @@ class Measurement:
         training, to_edit, drawn = features.split(parts)
         return Features(training, to_edit, dict(zip(self.files, drawn, strict=True)))
 
-    def measure_sharpness(self) -> None:
-        """Of the drawings of the subject and of unrelated prompts."""
+    def measure_pixels(self) -> None:
+        """Sharpness, fine detail and thumbnails of the drawings of the subject and of unrelated prompts."""
         files = self.files_of("concept") + self.files_of("unrelated")
-        for path in tqdm(list(dict.fromkeys(files)), desc="Sharpness", unit="picture"):
-            self.sharpness[path] = sharpness(as_tensor(opened(path)))
+        for path in tqdm(list(dict.fromkeys(files)), desc="Measuring pixels", unit="picture"):
+            image = opened(path)
+            pixels = as_tensor(image)
+            self.sharpness[path], self.detail[path] = sharpness(pixels), fine_detail(pixels)
+            self.thumbnails[path] = thumbnail(image)
 
     def judge(self, judge: Judge | None) -> None:
         """Asks about the drawings of the subject, each beside a training picture: the same one for all contenders."""
@@ -257,17 +265,16 @@ class Measurement:
             values[f"{name}/{kind}"] = figures.likeness(drawn, features.training)
         features = self.features[DINO, False]
         drawn = self.stacked(features.drawn, contender, prompts)
-        values[f"{CLOSENESS}/{DINO}"] = closest = figures.closeness(drawn, features.training)
-        if len(self.training) > 1:
-            _, nearest = figures.among_themselves(features.training)
-            values[f"{COPIES}/{DINO}"] = (closest > figures.copy_threshold(nearest)).float()
+        values[f"{CLOSENESS}/{DINO}"] = figures.closeness(drawn, features.training)
+        values[COPIES] = self.copies(contender, prompts)
         if drawn.shape[1] > 1:
             values[f"{DIVERSITY}/{DINO}"] = figures.diversity(drawn)
         if all(prompt.image is not None for prompt in prompts):
             edited = features.to_edit[[prompt.image for prompt in prompts]]
             values[f"{KEPT}/{DINO}"] = figures.text_following(drawn, edited)
         values[f"{FOLLOWING}/{CLIP}"] = self.following(contender, prompts)
-        values[SHARPNESS] = self.relative_sharpness(contender, prompts)
+        values[SHARPNESS] = self.over_base(self.sharpness, contender, prompts)
+        values[DETAIL] = self.over_base(self.detail, contender, prompts)
         if self.judge_name is not None:
             values[f"{SCORE}/{JUDGE}"] = self.stacked(self.scores, contender, prompts)
         return values
@@ -280,7 +287,8 @@ class Measurement:
         return {
             f"{RETENTION}/{DINO}": figures.retention(drawn, base),
             f"{FOLLOWING_UNRELATED}/{CLIP}": self.following(contender, prompts),
-            SHARPNESS_UNRELATED: self.relative_sharpness(contender, prompts),
+            SHARPNESS_UNRELATED: self.over_base(self.sharpness, contender, prompts),
+            DETAIL_UNRELATED: self.over_base(self.detail, contender, prompts),
         }
 
     def leakage_values(self, contender: Contender) -> dict[str, torch.Tensor]:
@@ -296,9 +304,15 @@ class Measurement:
                 values[f"{name}/{kind}"] = alike - base
         return values
 
-    def relative_sharpness(self, contender: Contender, prompts: list[Prompt]) -> torch.Tensor:
-        mine, base = (self.stacked(self.sharpness, of, prompts) for of in (contender, Contender()))
+    def over_base(self, values: dict[Path, float], contender: Contender, prompts: list[Prompt]) -> torch.Tensor:
+        mine, base = (self.stacked(values, of, prompts) for of in (contender, Contender()))
         return figures.relative_to_base(mine, base)
+
+    def copies(self, contender: Contender, prompts: list[Prompt]) -> torch.Tensor:
+        """(P, S): 1 for the copy of a training picture."""
+        training = torch.stack([thumbnail(image) for image in self.training])
+        drawn = self.stacked(self.thumbnails, contender, prompts)
+        return (figures.nearest_difference(drawn, training) <= figures.copy_limit(training)).float()
 
     def following(self, contender: Contender, prompts: list[Prompt]) -> torch.Tensor:
         drawn = self.stacked(self.features[CLIP, False].drawn, contender, prompts)
@@ -330,7 +344,8 @@ class Measurement:
             if nearest > NEARLY_THE_SAME:
                 self.notes.append(
                     f"To the DINO model, the training pictures are nearly the same ({nearest:.2f} is the mean cosine "
-                    "of each with the nearest other one), so it cannot tell copies from new pictures of the subject."
+                    "of each with the nearest other one), so closeness cannot tell copies from new pictures of the "
+                    "subject."
                 )
         unrelated = self.of_role("unrelated", self.drawn[Contender()])
         if unrelated and len(self.drawn[Contender()][unrelated[0]]) > 1:
@@ -340,6 +355,12 @@ class Measurement:
                 f"{other:.2f} (DINO). A LoRA whose retention is lower changes these pictures more than another seed "
                 "does."
             )
+
+
+def thumbnail(image: Image.Image) -> torch.Tensor:
+    """(D,), -1 to 1: the pixels of the picture's middle, a square, at low resolution."""
+    side = THUMBNAIL_SIDE, THUMBNAIL_SIDE
+    return as_tensor(ImageOps.fit(image.convert("RGB"), side, Image.Resampling.BOX)).flatten()
 
 
 def opened(path: Path) -> Image.Image:

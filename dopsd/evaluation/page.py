@@ -19,7 +19,7 @@ from ..markup import POLICY, STYLE, Markup, element, folded, from_user, section,
 from ..model_card import PACKAGES, formatted, public_name
 from ..output import naming_file, replacing
 from ..sheets import SCREEN_PIXELS, Cell, contact_sheet, default_cell_pixels, save_png
-from .columns import COPIES, FOLLOWING, GROUPS, LIKENESS, MASKED, RETENTION, SHARPNESS, quantity_of
+from .columns import COPIES, DETAIL, FOLLOWING, GROUPS, LIKENESS, MASKED, RETENTION, SHARPNESS, quantity_of
 from .comparison import BASE, ROLES, Column, Comparison, Contender, Drawn, Figure, Prompt, Role
 from .plot import PLOT_FILE, plot_likeness
 from .results import ARROWS, CSV_FILE, REFERENCE, RESULTS_FILE, shown
@@ -36,7 +36,7 @@ ROLE_TITLES: dict[Role, str] = {
     "neighbour": "Neighbours: the class without the trigger word",
     "other_word": "Other made-up words in the trigger word's place",
 }
-AT_STRENGTHS = (LIKENESS, f"{LIKENESS}_{MASKED}", COPIES, FOLLOWING, SHARPNESS, RETENTION)
+AT_STRENGTHS = (LIKENESS, f"{LIKENESS}_{MASKED}", COPIES, FOLLOWING, SHARPNESS, DETAIL, RETENTION)
 HIDDEN = {"cache_dir", "output_dir"}
 PATHS = {"instance_data_dir", "prompts", "validation_image", "lora", "together_with"}
 PAGE_STYLE = """
@@ -206,7 +206,7 @@ class Page:
             element(
                 "p",
                 "A LoRA that needs less or more than 1 was trained too long or too short, or for another scale. At a "
-                "strength that is too high, sharpness and prompt following drop first.",
+                "strength that is too high, retention drops first.",
             ),
             figure_table(self.comparison, columns, [BASE, *order]),
             *self.tabs("strengths", self.strength_sheets()),

@@ -12,6 +12,8 @@ from ..files import read_regular_file
 from ..output import naming_file, replacing
 from .columns import (
     COPIES,
+    DETAIL,
+    DETAIL_UNRELATED,
     DIVERSITY,
     FOLLOWING,
     LEAKAGE,
@@ -31,9 +33,11 @@ FORMAT = 1
 REFERENCE = "training pictures"
 # Those that say most, for tables that have room for only a few.
 MAIN = (
-    *(LIKENESS, f"{LIKENESS}_{MASKED}", SCORE, COPIES, FOLLOWING, SHARPNESS, DIVERSITY, RETENTION),
+    *(LIKENESS, f"{LIKENESS}_{MASKED}", SCORE, COPIES, FOLLOWING, SHARPNESS, DETAIL, DIVERSITY),
+    RETENTION,
     *LEAKAGE.values(),
 )
+COARSE = (SHARPNESS, SHARPNESS_UNRELATED, DETAIL, DETAIL_UNRELATED, SCORE)  # printed with two digits
 HEADING_CHARACTERS = 12
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 
@@ -116,7 +120,7 @@ def shown(column: Column, figure: Figure | None) -> str:
         return f"{100 * figure.mean:.0f} %"
     if quantity in LEAKAGE.values():
         return f"{figure.mean:+.3f}"
-    return f"{figure.mean:.2f}" if quantity in (SHARPNESS, SHARPNESS_UNRELATED, SCORE) else f"{figure.mean:.3f}"
+    return f"{figure.mean:.2f}" if quantity in COARSE else f"{figure.mean:.3f}"
 
 
 def main_columns(comparison: Comparison) -> list[Column]:

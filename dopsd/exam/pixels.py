@@ -42,21 +42,37 @@ def resized(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return interpolate(pixels[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
+def luminance(pixels: torch.Tensor) -> torch.Tensor:
+    """(1, H, W) of (3, H, W)."""
+    return (pixels * torch.tensor(LUMINANCE).view(3, 1, 1)).sum(0, keepdim=True)
+
+
+def block_energies(band: torch.Tensor) -> torch.Tensor:
+    """Mean square of (1, H, W) in each of its blocks, one after the other."""
+    return avg_pool2d(band.square(), min(BLOCK, *band.shape[1:])).flatten()
+
+
 def sharpness(pixels: torch.Tensor) -> float:
     """Amplitude of the finest octave over that of the next one, in the quarter of the blocks with the most edges.
 
     Both grow with contrast, so their ratio does not depend on it, nor on how much of the picture is out of focus.
     About 1 for photographs, 0.5 after a Gaussian blur of one pixel; 0 for a picture without edges.
     """
-    luminance = (pixels * torch.tensor(LUMINANCE).view(3, 1, 1)).sum(0, keepdim=True)
-    fine = smoothed(luminance, 1.0)
-    coarse = smoothed(fine, 2.0)
-    finest, next_octave = (
-        avg_pool2d(band.square(), min(BLOCK, *band.shape[1:])).flatten() for band in (luminance - fine, fine - coarse)
-    )
+    grey = luminance(pixels)
+    fine = smoothed(grey, 1.0)
+    finest, next_octave = (block_energies(band) for band in (grey - fine, fine - smoothed(fine, 2.0)))
     blocks = next_octave.topk(max(1, int(len(next_octave) * EDGE_SHARE))).indices
     energy = float(next_octave[blocks].sum())
     return math.sqrt(float(finest[blocks].sum()) / energy) if energy > 1e-9 else 0.0
+
+
+def fine_detail(pixels: torch.Tensor) -> float:
+    """Amplitude of the finest octave in the median block: grain and fine texture, hardly any edges. 0 is smooth.
+
+    It grows with contrast, and the more of a picture is textured, so it compares pictures of the same prompt.
+    """
+    grey = luminance(pixels)
+    return math.sqrt(float(block_energies(grey - smoothed(grey, 1.0)).median()))
 
 
 def background_colours(pixels: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:

@@ -9,7 +9,15 @@ from torch.nn.functional import avg_pool2d
 from dopsd.exam.alignment import align
 from dopsd.exam.closeness import distance_anywhere, distance_in_place, distance_of_features, missing, patches
 from dopsd.exam.figures import ANYWHERE, FEATURES, IN_PLACE, Measures, Trial
-from dopsd.exam.pixels import as_tensor, background_colours, background_mask, sharpness, shown_background, shrunk
+from dopsd.exam.pixels import (
+    as_tensor,
+    background_colours,
+    background_mask,
+    fine_detail,
+    sharpness,
+    shown_background,
+    shrunk,
+)
 
 
 WIDTH, HEIGHT = 192, 128
@@ -112,6 +120,15 @@ def test_blur_lowers_sharpness_and_contrast_does_not():
     soft = [sharpness(as_tensor(blurred(scene(8), radius))) / sharp for radius in (0.7, 1, 2)]
     assert soft == sorted(soft, reverse=True) and soft[1] < 0.65 and soft[2] < 0.45
     assert sharpness(as_tensor(noisy(scene(8), 20))) > sharp
+
+
+def test_fine_detail_is_that_of_flat_areas():
+    with_grain = fine_detail(as_tensor(noisy(with_square("red", 20), 20)))
+    half = fine_detail(as_tensor(noisy(with_square("red", 20), 10)))
+    assert half == pytest.approx(with_grain / 2, rel=0.1)
+    assert fine_detail(as_tensor(blurred(noisy(with_square("red", 20), 20), 1))) < with_grain / 3
+    assert fine_detail(as_tensor(with_square("red", 20))) < with_grain / 20  # its edges do not count
+    assert fine_detail(torch.zeros(3, 4, 6)) == 0
 
 
 def test_a_background_out_of_focus_does_not_lower_sharpness():

@@ -35,10 +35,18 @@ def test_training_pictures_among_themselves_leave_each_one_out():
     torch.testing.assert_close(nearest, torch.tensor([cos(60), cos(30), cos(30)]))
 
 
-def test_a_copy_is_closer_than_training_pictures_are_but_need_not_be_identical():
-    assert figures.copy_threshold(torch.tensor([0.5, 0.7])) == pytest.approx(0.7)
-    assert figures.copy_threshold(torch.tensor([0.8, 1.0])) == pytest.approx(0.95)
-    assert figures.copy_threshold(torch.tensor([0.6, 0.6])) == pytest.approx(0.6)
+def test_differences_are_from_the_nearest_picture_whatever_the_number_of_pixels():
+    drawn = torch.tensor([[[0.0, 0, 0, 0], [1, 1, 1, 1]]])
+    training = torch.tensor([[0.2, 0.2, 0.2, 0.2], [-1, -1, -1, -1]])
+    torch.testing.assert_close(figures.nearest_difference(drawn, training), torch.tensor([[0.2, 0.8]]))
+
+
+@pytest.mark.parametrize(
+    ("training", "limit"),
+    [([0.0], 0.15), ([0.0, 0.8], 0.15), ([0.0, 0.1], 0.05), ([0.0, 0.01, 0.5, 0.6, 1.0], 0.05)],
+)
+def test_a_copy_is_nearer_than_training_pictures_are_to_each_other(training, limit):
+    assert figures.copy_limit(torch.tensor(training)[:, None].expand(-1, 4)) == pytest.approx(limit)
 
 
 def test_texts_belong_to_the_prompts():

@@ -33,9 +33,9 @@ def test_every_figure_is_there_and_only_what_was_drawn_is_measured(make_comparis
     comparison = measured(prompts, drawn, training, models)
     keys = [column.key for column in comparison.columns]
     assert keys == [
-        *("likeness/dino", "likeness/clip", "closeness/dino", "copies/dino"),
-        *("following/clip", "sharpness", "diversity/dino"),
-        *("retention/dino", "following_unrelated/clip", "sharpness_unrelated"),
+        *("likeness/dino", "likeness/clip", "closeness/dino", "copies"),
+        *("following/clip", "sharpness", "detail", "diversity/dino"),
+        *("retention/dino", "following_unrelated/clip", "sharpness_unrelated", "detail_unrelated"),
         *("leakage_neighbours/dino", "leakage_neighbours/clip", "leakage_words/dino", "leakage_words/clip"),
     ]
     assert list(comparison.figures["same"]) and set(comparison.figures["same"]) == {*keys}
@@ -56,7 +56,8 @@ def test_a_lora_that_changes_nothing_has_the_bases_figures(make_comparison, trai
     assert figures["same"]["retention/dino"].mean == pytest.approx(1) and figures["base"]["sharpness"].mean == 1
     assert figures["same"]["leakage_words/clip"].mean == pytest.approx(0, abs=1e-6)
     assert figures["other"]["retention/dino"].mean < 0.9999
-    assert figures["same"]["sharpness_unrelated"].mean == 1 != figures["other"]["sharpness_unrelated"].mean
+    for key in ("sharpness", "sharpness_unrelated", "detail", "detail_unrelated"):
+        assert figures["same"][key].mean == pytest.approx(1) != figures["other"][key].mean
     assert figures["other"]["leakage_words/clip"].mean != 0
 
 
@@ -88,7 +89,7 @@ def test_drawings_that_are_training_pictures_are_copies(make_comparison, models,
     for number, path in enumerate(path for prompt in prompts[:2] for path in drawn[other][prompt]):
         training[number % 2].save(path)
     figures = measured(prompts, drawn, training, models).figures
-    assert figures["other"]["copies/dino"].mean == 1
+    assert figures["other"]["copies"].mean == 1 and figures["base"]["copies"].mean == 0
     assert figures["other"]["closeness/dino"].mean == pytest.approx(1, abs=1e-5)
 
 
@@ -96,7 +97,8 @@ def test_one_seed_has_no_diversity_and_one_picture_no_reference(make_comparison,
     prompts, drawn = make_comparison(num_seeds=1)
     comparison = measured(prompts, drawn, training[:1], models)
     keys = {column.key for column in comparison.columns}
-    assert not keys & {"diversity/dino", "copies/dino"} and "likeness/dino" in keys and not comparison.reference
+    assert "diversity/dino" not in keys and {"copies", "detail", "likeness/dino"} <= keys
+    assert not comparison.reference
     assert comparison.figures["base"]["likeness/dino"].over_seeds is None
     assert "Only one training picture is known" in comparison.notes[0]
 

@@ -63,7 +63,7 @@ def test_the_page_shows_pictures_figures_and_what_they_mean(write, tmp_path):
     ]
     text = reader.text.replace("\u00a0", " ")
     assert "LoRAs and the base model" in text and "base model klein · 5 prompts · 2 seeds each · 4 steps" in text
-    for heading in ("likeness (DINO) ↑", "copies (DINO) ↓", "sharpness", "retention (DINO) ↑", "same + other"):
+    for heading in ("likeness (DINO) ↑", "copies ↓", "sharpness", "retention (DINO) ↑", "same + other"):
         assert heading in text
     assert text.count("Mean cosine of the drawings with the training pictures.") == 1  # once for CLIP and DINO
     assert "training pictures among themselves" in text and "other x1.5" in text

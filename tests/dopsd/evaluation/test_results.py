@@ -12,13 +12,13 @@ from dopsd.evaluation.results import markdown_table, read_results, table_text, w
 
 
 def comparison() -> Comparison:
-    columns = [column(LIKENESS, DINO, "dino"), column(LIKENESS, CLIP, "clip"), column(COPIES, DINO, "dino")]
+    columns = [column(LIKENESS, DINO, "dino"), column(LIKENESS, CLIP, "clip"), column(COPIES)]
     columns += [column(SHARPNESS), column(RETENTION, DINO, "dino"), column("leakage_words", DINO, "dino")]
     figures = {
         "base": {"likeness/dino": Figure(0.25, 0.1, 0.02, 8), "sharpness": Figure(1.0, None, None, 2)},
         "a|b": {
             "likeness/dino": Figure(0.5, None, 0.02, 8),
-            "copies/dino": Figure(0.125, 0.2, None, 8),
+            "copies": Figure(0.125, 0.2, None, 8),
             "leakage_words/dino": Figure(0.0625, None, None, 4),
         },
     }
@@ -40,7 +40,7 @@ def test_the_csv_file_has_one_model_per_column(tmp_path):
     assert base["likeness/dino [dino]"] == "0.25" and base["likeness/dino over prompts [dino]"] == "0.1"
     assert base["likeness/dino over seeds [dino]"] == "0.02" and base["likeness/dino count [dino]"] == "8"
     assert base["sharpness"] == "1.0" and other["sharpness"] == "" and base["likeness/clip [clip]"] == ""
-    assert training["likeness/dino [dino]"] == "0.625" and training["copies/dino [dino]"] == ""
+    assert training["likeness/dino [dino]"] == "0.625" and training["copies"] == ""
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_the_terminals_table_has_the_main_figures():
 
 def test_the_cards_table_is_markdown():
     first, rule, base, other, _ = markdown_table(comparison()).splitlines()
-    assert first.startswith("|  | likeness (DINO) ↑ | copies (DINO) ↓ | sharpness |") and rule.count("---:") == 5
+    assert first.startswith("|  | likeness (DINO) ↑ | copies ↓ | sharpness |") and rule.count("---:") == 5
     assert base == "| base | 0.250 |  | 1.00 |  |  |" and other.startswith("| a\\|b | 0.500 | 12 % |")
 
 
