@@ -33,7 +33,7 @@ from .exam.table import NOTE, headings, table_rows
 from .exam.verdict import findings
 from .history import read_history
 from .inlining import Picture, Tab, figure, inlined, radio_tabs
-from .markup import POLICY, STYLE, Markup, element, folded, from_user, prompt_list, section, table
+from .markup import Markup, document, element, folded, from_user, prompt_list, section, table
 from .model import Model
 from .model_card import PACKAGES, CardImage, formatted, noun, public_name, shown_settings, usage
 from .output import (
@@ -204,17 +204,8 @@ class RunReport:
         steps = [n for n in numbered_sheets(self.folder, "validation") if n <= step]
         sheets = choose_sheets(self.read_sheet, steps[::-1])
         title = f"{self.folder.resolve().name}: step {step} of {self.settings.training.max_train_steps}, {state}"
-        head = element(
-            "head",
-            element("meta", charset="utf-8"),
-            element("meta", **{"http-equiv": "Content-Security-Policy"}, content=POLICY),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("link", rel="icon", href="data:,"),
-            element("title", title),
-            element("style", Markup(STYLE)),
-        )
-        body = element(
-            "body",
+        return document(
+            title,
             self.header(history, step, state),
             self.validation(sheets, step, state),
             self.preview(sheets),
@@ -227,7 +218,6 @@ class RunReport:
             self.usage(state),
             section("Versions", table([(name, version(name)) for name in PACKAGES])),
         )
-        return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
     def header(self, history: list[dict], step: int, state: State) -> Markup:
         """What is trained, on what, and how far it is."""

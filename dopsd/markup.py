@@ -1,4 +1,4 @@
-"""HTML for report.html: elements, its style, and what the page may load."""
+"""HTML for report.html and comparison.html: elements, their style, and what a page may load."""
 
 import html
 from collections.abc import Iterable
@@ -77,3 +77,22 @@ def folded(summary: str, *content: str) -> Markup:
 
 def prompt_list(prompts: Iterable[str]) -> Markup:
     return folded("The prompts", element("ol", *(from_user("li", prompt) for prompt in prompts)))
+
+
+def document(title: str, *parts: str | None, style: str = "") -> str:
+    """A whole page, which loads and runs nothing, as its Content-Security-Policy says.
+
+    Args:
+        parts: of its body.
+        style: rules after those of `STYLE`.
+    """
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", **{"http-equiv": "Content-Security-Policy"}, content=POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("link", rel="icon", href="data:,"),
+        element("title", title),
+        element("style", Markup(STYLE + style)),
+    )
+    return f"<!DOCTYPE html>\n{element('html', head, element('body', *parts), lang='en')}\n"

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ..inlining import Picture, Tab, figure, inlined, radio_tabs
-from ..markup import POLICY, STYLE, Markup, element, folded, from_user, section, table
+from ..markup import Markup, document, element, folded, from_user, section, table
 from ..model_card import PACKAGES, formatted, public_name
 from ..output import naming_file, replacing
 from ..sheets import SCREEN_PIXELS, Cell, contact_sheet, default_cell_pixels, save_png
@@ -104,16 +104,6 @@ class Page:
         self.left_out: list[str] = []
 
     def text(self) -> str:
-        title = f"{self.folder.resolve().name}: LoRAs compared"
-        head = element(
-            "head",
-            element("meta", charset="utf-8"),
-            element("meta", **{"http-equiv": "Content-Security-Policy"}, content=POLICY),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("link", rel="icon", href="data:,"),
-            element("title", title),
-            element("style", Markup(STYLE + PAGE_STYLE)),
-        )
         parts = [
             self.header(),
             section("Likeness against retention", *self.plot()),
@@ -128,7 +118,7 @@ class Page:
         if self.left_out:
             note = f"Not on this page, which would be too large: {', '.join(self.left_out)}."
             parts.append(element("p", note, class_="faint"))
-        return f"<!DOCTYPE html>\n{element('html', head, element('body', *parts), lang='en')}\n"
+        return document(f"{self.folder.resolve().name}: LoRAs compared", *parts, style=PAGE_STYLE)
 
     # Parts
 
