@@ -114,3 +114,22 @@ def browsing() -> Iterator[Page]:
             process.wait()
             os.close(commands)
             os.close(events)
+
+
+def check_page(page: Page, path: Path, num_images: int) -> None:
+    """Opens a file narrow and wide, light and dark: all pictures are shown, it fits, and loads and runs nothing."""
+    backgrounds = set()
+    for width, scheme in ((390, "light"), (1400, "dark")):
+        page.prefer(scheme)
+        page.resize(width)
+        page.open(path)
+        widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+        assert len(widths) == num_images and all(widths)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        requested = [event["request"]["url"] for event in page.named("Network.requestWillBeSent")]
+        assert [url for url in requested if not url.startswith("data:")] == [path.as_uri()]
+        for problem in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
+            assert not page.named(problem)
+    assert len(backgrounds) == 2
+    assert page.evaluate("document.scripts.length") == 0

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import train_dopsd_flux2
-from browser import CHROMIUM, browsing
+from browser import CHROMIUM, browsing, check_page
 from command_line import LORA_FILE, same_weights, succeed
 from dopsd import html_report
 from dopsd.command_line import parse_settings
@@ -347,22 +347,8 @@ def test_the_page_in_a_browser(tmp_path):
     report = make_report(tmp_path, instance_prompt=NASTY, validation_prompt=[NASTY, "x" * 300], num_pictures=12)
     report.write_curves()
     report.write_page(4, "finished")
-    backgrounds = set()
     with browsing() as page:
-        for width, scheme in ((390, "light"), (1400, "dark")):
-            page.prefer(scheme)
-            page.resize(width)
-            page.open(tmp_path / "report.html")
-            widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
-            assert len(widths) == 7 and all(widths)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-            requested = [event["request"]["url"] for event in page.named("Network.requestWillBeSent")]
-            assert [url for url in requested if not url.startswith("data:")] == [(tmp_path / "report.html").as_uri()]
-            for problem in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
-                assert not page.named(problem)
-        assert len(backgrounds) == 2
-        assert page.evaluate("document.scripts.length") == 0
+        check_page(page, tmp_path / "report.html", num_images=7)
         assert page.evaluate("document.title") == f"{tmp_path.name}: step 4 of 8, finished"
         # Choosing a step shows its sheet, and no other.
         visible = "[...document.images].filter(image => image.offsetParent).map(image => image.alt)"

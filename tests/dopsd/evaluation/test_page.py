@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from browser import CHROMIUM, browsing
+from browser import CHROMIUM, browsing, check_page
 from dopsd.errors import OutputError
 from dopsd.evaluation import page
 from dopsd.evaluation.features import open_feature_models
@@ -118,23 +118,8 @@ def test_a_page_that_cannot_be_written_is_an_error_that_names_it(write, tmp_path
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 def test_the_page_in_a_browser(write, tmp_path):
     write(names=("x" * 60, NASTY))
-    backgrounds = set()
     with browsing() as tab:
-        for width, scheme in ((390, "light"), (1400, "dark")):
-            tab.prefer(scheme)
-            tab.resize(width)
-            tab.open(tmp_path / "comparison.html")
-            widths = tab.evaluate("[...document.images].map(image => image.naturalWidth)")
-            assert len(widths) == 9 and all(widths)
-            assert tab.evaluate("document.documentElement.scrollWidth") <= width
-            backgrounds.add(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
-            requested = [event["request"]["url"] for event in tab.named("Network.requestWillBeSent")]
-            assert [url for url in requested if not url.startswith("data:")] == [
-                (tmp_path / "comparison.html").as_uri()
-            ]
-            for problem in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
-                assert not tab.named(problem)
-        assert len(backgrounds) == 2 and tab.evaluate("document.scripts.length") == 0
+        check_page(tab, tmp_path / "comparison.html", num_images=9)
         assert tab.evaluate("document.title") == f"{tmp_path.name}: LoRAs compared"
         visible = "[...document.images].filter(image => image.offsetParent).map(image => image.alt)"
         assert "Prompts for the subject, seed 7" in tab.evaluate(visible)
