@@ -126,10 +126,6 @@ def check_loras(
 def check_modules(weights: dict[str, torch.Tensor], modules: set[str]) -> None:
     """Raises ValueError if the weights change nothing in the transformer, or something that it does not have."""
     own = [name.removeprefix(LORA_PREFIX) for name in sorted(weights) if name.startswith(LORA_PREFIX)]
-    if 0 < len(own) < len(weights):
-        logger.warning(
-            "A LoRA also changes other parts than the transformer, which stock diffusers leaves as they are"
-        )
     if not own:
         raise ValueError("it changes nothing in the transformer")
     for name in own:

@@ -311,7 +311,7 @@ class Page:
 
 
 def cell_sized(path: Path, side: int) -> Image.Image:
-    """The picture as it is in a cell, so that a sheet needs neither open files nor the memory of full-size pictures."""
+    """The picture in the size of a cell: a sheet of many needs neither open files nor much memory."""
     with Image.open(path) as image:
         return fit(image, side)
 
