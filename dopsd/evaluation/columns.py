@@ -79,14 +79,15 @@ QUANTITIES = {
         "sharpness",
         None,
         "Finest detail relative to the next coarser one, over the base's for the same prompts, at the steps that were "
-        "drawn with. Well below 1 is blur, well above 1 is noise. The base does not know the subject, which may be "
-        "plainer or more finely patterned than what it draws instead, and a style may be soft or grainy by intention.",
+        "drawn with. Well below 1 is blur, well above 1 is noise. It is measured at edges, and does not see that "
+        "grain is lost elsewhere. The base does not know the subject, which may be plainer or more finely patterned "
+        "than what it draws instead, and a style may be soft or grainy by intention.",
     ),
     SHARPNESS_UNRELATED: Quantity(
         "sharpness, unrelated prompts",
         None,
         "Sharpness where both draw the same: below 1, the LoRA undoes the few-step distillation, as training with a "
-        "plain diffusion loss does.",
+        "plain diffusion loss does. About 1 is no proof that it does not, since lost grain is not seen.",
     ),
     DIVERSITY: Quantity(
         "diversity",
