@@ -12,7 +12,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
-from ..errors import naming_flag
+from ..errors import InputError, naming_flag
 from ..init_lora import convert, find_lora
 from ..loading import brief, reporting_library_errors
 from ..lora_roles import LORA_PREFIX
@@ -33,13 +33,17 @@ def find_loras(settings: EvaluationSettings) -> tuple[list[LoRA], LoRA | None]:
     """The LoRAs of `--lora` and that of `--together_with`, with names that differ.
 
     Raises:
-        InputError: there is no such LoRA.
+        InputError: there is no such LoRA, or nothing that it could be drawn together with.
     """
     taken = {BASE}
     loras = [find_one("--lora", argument, settings.cache_dir, taken) for argument in settings.lora]
     if settings.together_with is None:
         return loras, None
     together = find_one("--together_with", settings.together_with, settings.cache_dir, taken)
+    if all(lora.digest == together.digest for lora in loras):
+        raise InputError(
+            f"--together_with {settings.together_with}: is the LoRA of --lora itself; give another, or drop the flag"
+        )
     return loras, next((lora for lora in loras if lora.digest == together.digest), together)
 
 
