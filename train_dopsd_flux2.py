@@ -327,9 +327,10 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     checkpoints.save_final(stop)
     if accelerator.is_main_process:
         gallery.draw_story()
-        comparison = evaluate_run(settings, pipeline)
-        gallery.show_comparison(comparison)
-        write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir), comparison)
+        write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir))
+        if comparison := evaluate_run(settings, pipeline):
+            gallery.show_comparison(comparison)
+            write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir), comparison)
         if settings.publishing.push_to_hub:
             push_to_hub(settings)
     end_training(accelerator)

@@ -421,11 +421,10 @@ class Gallery(Studio):
                 self.write("story", self.last_step, *self.story_sheets())
         self.write_report(self.last_step, "finished")
 
-    def show_comparison(self, comparison: Comparison | None) -> None:
-        """Adds what `--evaluate` has found, if anything, to the report."""
-        if comparison is not None:
-            self.report.comparison = comparison
-            self.write_report(self.last_step, "finished")
+    def show_comparison(self, comparison: Comparison) -> None:
+        """Adds what `--evaluate` has found to the report."""
+        self.report.comparison = comparison
+        self.write_report(self.last_step, "finished")
 
     def story_sheets(self) -> list[Sheet]:
         """Some of the validations and some of the prompts, so that the story fits a screen's width and is not long."""

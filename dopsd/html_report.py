@@ -377,6 +377,7 @@ class RunReport:
                 ".",
             ),
             table(rows, first, class_="numbers"),
+            *(from_user("p", note) for note in self.comparison.notes),
             folded("What the figures mean", meanings(columns)),
         )
 

@@ -404,9 +404,11 @@ def compared(comparison: Comparison | None) -> list[str]:
     models = sorted({column.model for column in comparison.columns if column.model})
     return [
         "## Evaluation",
-        f"On {len(comparison.prompts)} prompts that are no captions, at the deployed number of steps, measured with "
-        f"{escape(' and '.join(models))}. base: without the LoRA. A name with x0.5: at that strength.",
+        f"On {len(comparison.prompts)} prompts that are no captions, at {comparison.settings['num_inference_steps']} "
+        f"steps, measured with {escape(' and '.join(models))}. base: without the LoRA. A name with x0.5: at that "
+        "strength.",
         markdown_table(comparison),
+        *map(escape, comparison.notes),
     ]
 
 

@@ -64,6 +64,7 @@ MODULES = {
     "benchmarks.miniature.make_zimage",
     "benchmarks.miniature.quickstart",
     "benchmarks.miniature.rivals",
+    "benchmarks.real_shapes",
     "benchmarks.startup",
     "benchmarks.step",
     "tests.faults",
@@ -234,7 +235,8 @@ def module_parser(module: str) -> Callable[[], object]:
     """Parses this process's command line as the module does."""
     if module == "tests.faults":
         return partial(importlib.import_module("faults.report").parse, None)
-    return importlib.import_module(module).parse_args
+    is_folder = ROOT.joinpath(*module.split(".")).is_dir()
+    return importlib.import_module(f"{module}.__main__" if is_folder else module).parse_args
 
 
 def module_flags(module: str) -> set[str]:

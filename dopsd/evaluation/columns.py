@@ -87,7 +87,7 @@ QUANTITIES = {
         "sharpness, unrelated prompts",
         None,
         "Sharpness where both draw the same: below 1, the LoRA undoes the few-step distillation, as training with a "
-        "plain diffusion loss does.",
+        "plain diffusion loss does. About 1 is no proof that it does not, since lost grain is not seen.",
     ),
     DETAIL: Quantity(
         "fine detail",

@@ -12,7 +12,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
-from ..errors import naming_flag
+from ..errors import InputError, naming_flag
 from ..init_lora import convert, find_lora
 from ..loading import brief, reporting_library_errors
 from ..lora_roles import LORA_PREFIX
@@ -33,13 +33,17 @@ def find_loras(settings: EvaluationSettings) -> tuple[list[LoRA], LoRA | None]:
     """The LoRAs of `--lora` and that of `--together_with`, with names that differ.
 
     Raises:
-        InputError: there is no such LoRA.
+        InputError: there is no such LoRA, or nothing that it could be drawn together with.
     """
     taken = {BASE}
     loras = [find_one("--lora", argument, settings.cache_dir, taken) for argument in settings.lora]
     if settings.together_with is None:
         return loras, None
     together = find_one("--together_with", settings.together_with, settings.cache_dir, taken)
+    if all(lora.digest == together.digest for lora in loras):
+        raise InputError(
+            f"--together_with {settings.together_with}: is the LoRA of --lora itself; give another, or drop the flag"
+        )
     return loras, next((lora for lora in loras if lora.digest == together.digest), together)
 
 
@@ -126,10 +130,6 @@ def check_loras(
 def check_modules(weights: dict[str, torch.Tensor], modules: set[str]) -> None:
     """Raises ValueError if the weights change nothing in the transformer, or something that it does not have."""
     own = [name.removeprefix(LORA_PREFIX) for name in sorted(weights) if name.startswith(LORA_PREFIX)]
-    if 0 < len(own) < len(weights):
-        logger.warning(
-            "A LoRA also changes other parts than the transformer, which stock diffusers leaves as they are"
-        )
     if not own:
         raise ValueError("it changes nothing in the transformer")
     for name in own:

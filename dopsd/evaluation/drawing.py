@@ -4,6 +4,7 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .comparison import Contender, Drawn, LoRA, Prompt, Role
 from .contenders import adapter_name, load_into, read_weights
 from .deployment import Deployment
 from .pictures import Job, PictureStore
+from .prompts import PROMPTS_FILE
 from .settings import EvaluationSettings
 
 
@@ -64,7 +66,8 @@ def check_lengths(prompts: Iterable[Prompt], deployment: Deployment, settings: E
         if length > limit:
             raise InputError(
                 f"--max_sequence_length {limit}: {reprlib.repr(prompt.text)} is {length} tokens long with the chat "
-                "template; raise the limit, or pass shorter --prompts"
+                f"template; raise the limit, or shorten it in {Path(settings.output_dir, PROMPTS_FILE)} and pass "
+                "that with --prompts"
             )
 
 

@@ -1,7 +1,7 @@
 """Measures what was drawn: features of every picture, then a figure for each contender and column."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ class Features:
     Attributes:
         training: (N, D).
         to_edit: (M, D), of the pictures to edit.
-        drawn: file -> (D,); NaN for a picture whose subject cannot be separated.
+        drawn: file -> (D,); masked, NaN for a picture that is not to show the subject, or whose subject cannot be
+            separated.
     """
 
     training: torch.Tensor
@@ -124,8 +125,8 @@ class Measurement:
     def measure_features(self, subject: str | None) -> None:
         sources: list[Source] = [lambda image=image: image for image in [*self.training, *self.to_edit]]
         sources += [lambda path=path: opened(path) for path in self.files]
-        passes = 2 if self.models.mask is None else 5
-        with tqdm(total=passes * len(sources), desc="Measuring", unit="picture") as bar:
+        masked = [] if self.models.mask is None else self.with_subject()
+        with tqdm(total=2 * len(sources) + 3 * len(masked), desc="Measuring", unit="picture") as bar:
 
             def reading(chosen: Iterable[Source]) -> Iterator[Image.Image]:
                 for source in chosen:
@@ -137,36 +138,55 @@ class Measurement:
             plain = list(dict.fromkeys(prompt.plain for prompt in self.prompts))
             texts = dict(zip(plain, self.models.clip.text_features(plain, self.device), strict=True))
             self.texts = {prompt: texts[prompt.plain] for prompt in self.prompts}
-            if self.models.mask is not None:
-                certainties = self.models.mask.certainties(reading(sources), subject, self.device)
-                self.measure_masked(sources, certainties, reading)
+            if masked:
+                self.measure_masked(sources, masked, subject, reading)
         if long := self.models.clip.too_long(plain):
             self.notes.append(
                 f"Prompts that are longer than the text limit of {public_name(self.models.clip.name_or_path)}, which "
                 f"reads only their beginning: {len(long)}."
             )
 
+    def with_subject(self) -> list[int]:
+        """Indices of what is to show the subject, among training pictures, pictures to edit and drawings."""
+        asked = {*self.files_of("concept")}
+        first = len(self.training) + len(self.to_edit)
+        return [
+            *range(len(self.training)),
+            *(first + number for number, path in enumerate(self.files) if path in asked),
+        ]
+
     def measure_masked(
         self,
         sources: list[Source],
-        certainties: list[torch.Tensor],
+        masked: list[int],
+        subject: str | None,
         reading: Callable[[Iterable[Source]], Iterator[Image.Image]],
     ) -> None:
-        """Features of the subjects alone, unless no training picture's can be separated."""
-        shown = [index for index, certainty in enumerate(certainties) if is_separable(certainty)]
-        num_training = sum(index < len(self.training) for index in shown)
-        num_drawn = sum(index >= len(self.training) + len(self.to_edit) for index in shown)
+        """Features of the subjects alone, unless no training picture's or no drawing's can be separated.
+
+        Args:
+            masked: see `with_subject`.
+        """
+        found = self.models.mask.certainties(reading(sources[index] for index in masked), subject, self.device)
+        certainties = {
+            index: certainty for index, certainty in zip(masked, found, strict=True) if is_separable(certainty)
+        }
+        num_training = sum(index < len(self.training) for index in certainties)
+        num_drawn = len(certainties) - num_training
         self.notes.append(
             f"The subject was separated in {num_training} of {len(self.training)} training pictures and {num_drawn} "
-            f"of {len(self.files)} drawings; masked figures are of these."
+            f"of {len(masked) - len(self.training)} drawings of it; masked figures are of these."
         )
         if not num_training or not num_drawn:
             return
-        cut = [lambda index=index: cutout(sources[index](), certainties[index]) for index in shown]
+        cut = [
+            lambda index=index, certainty=certainty: cutout(sources[index](), certainty)
+            for index, certainty in certainties.items()
+        ]
         for kind, model in ((CLIP, self.models.clip), (DINO, self.models.dino)):
-            found = model.features(reading(cut), self.device, BATCH_SIZE)
-            every = torch.full((len(sources), found.shape[1]), torch.nan)
-            every[shown] = found
+            rows = model.features(reading(cut), self.device, BATCH_SIZE)
+            every = torch.full((len(sources), rows.shape[1]), torch.nan)
+            every[list(certainties)] = rows
             features = self.divided(every)
             known = features.training[~features.training.isnan().any(1)]
             self.features[kind, True] = Features(known, features.to_edit, features.drawn)
@@ -250,7 +270,9 @@ class Measurement:
         if diversity in values:
             num_prompts, num_seeds = values[diversity].shape
             num_pairs = num_prompts * num_seeds * (num_seeds - 1) // 2
-            found[diversity] = figures.summary(values[diversity], num_pairs)
+            figure = figures.summary(values[diversity], num_pairs)
+            # Of two seeds, both have the same value, their distance: that they do not differ says nothing.
+            found[diversity] = figure if num_seeds > 2 else replace(figure, over_seeds=None)
         return {key: figure for key, figure in found.items() if figure is not None}
 
     def concept_values(self, contender: Contender) -> dict[str, torch.Tensor]:

@@ -5,7 +5,6 @@ The sheets are also files in a folder beside the page, where they are not compre
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from ..inlining import Picture, Tab, figure, inlined, radio_tabs
 from ..markup import Markup, document, element, folded, from_user, section, table
 from ..model_card import PACKAGES, formatted, public_name
 from ..output import naming_file, replacing
-from ..sheets import SCREEN_PIXELS, Cell, contact_sheet, default_cell_pixels, save_png
+from ..sheets import SCREEN_PIXELS, Cell, contact_sheet, default_cell_pixels, fit, save_png
 from .columns import COPIES, DETAIL, FOLLOWING, GROUPS, LIKENESS, MASKED, RETENTION, SHARPNESS, quantity_of
 from .comparison import BASE, ROLES, Column, Comparison, Contender, Drawn, Figure, Prompt, Role
 from .plot import PLOT_FILE, plot_likeness
@@ -28,6 +27,7 @@ from .results import ARROWS, CSV_FILE, REFERENCE, RESULTS_FILE, shown
 PAGE_FILE, SHEETS_DIR = "comparison.html", "sheets"
 MAX_PICTURE_BYTES = 24_000_000  # on the page, before base64
 MAX_TRAINING_PICTURES, MAX_SHOWN_SEEDS, MAX_STRENGTH_PROMPTS = 8, 4, 4
+MAX_SHOWN_PROMPTS = 40  # on a sheet, which could not be scrolled through, nor be a JPEG, with many more
 TRAINING_CELL, SMALLEST_CELL = 160, 128  # pixels
 SPACED_CELL = 1.1  # a cell with the gap to the next one, and a part of the margins
 ROLE_TITLES: dict[Role, str] = {
@@ -234,11 +234,13 @@ class Page:
             if any(prompt.role == role for prompt in self.drawn[contender])
         ]
         prompts = [prompt for prompt in self.comparison.prompts if prompt.role == role]
-        num_seeds = min(max_seeds, *(len(self.drawn[Contender()][prompt]) for prompt in prompts))
+        some = prompts[:MAX_SHOWN_PROMPTS]
+        part = f", the first {len(some)} of {len(prompts)}" if len(some) < len(prompts) else ""
+        num_seeds = min(max_seeds, *(len(self.drawn[Contender()][prompt]) for prompt in some))
         for number in range(num_seeds):
             seed = self.comparison.settings.get("seed", 0) + number
-            title = f"{ROLE_TITLES[role]}, seed {seed}"
-            yield self.sheet(f"{role}-seed{seed}", f"seed {seed}", title, contenders, prompts, number)
+            title = f"{ROLE_TITLES[role]}{part}, seed {seed}"
+            yield self.sheet(f"{role}-seed{seed}", f"seed {seed}", title, contenders, some, number)
 
     def strength_sheets(self) -> Iterator[Sheet]:
         """A sheet per LoRA: a column per strength, the base first."""
@@ -264,17 +266,16 @@ class Page:
             seed: index of the picture of each prompt.
         """
         is_editing = all(prompt.image is not None for prompt in prompts)
+        columns = [*(["to edit"] if is_editing else []), *(contender.name for contender in contenders)]
+        side = fitting_cells(len(columns))
         rows = []
-        with ExitStack() as stack:
-            for prompt in prompts:
-                cells = [Cell(self.to_edit[prompt.image])] if is_editing else []
-                for contender in contenders:
-                    files = self.drawn[contender].get(prompt)
-                    cells.append(Cell(stack.enter_context(Image.open(files[seed])) if files else None))
-                rows.append((prompt.text, cells))
-            columns = [*(["to edit"] if is_editing else []), *(contender.name for contender in contenders)]
-            side = fitting_cells(len(columns))
-            return Sheet(name, label, title, contact_sheet(title, columns, rows, cell_pixels=side))
+        for prompt in prompts:
+            cells = [Cell(self.to_edit[prompt.image])] if is_editing else []
+            for contender in contenders:
+                files = self.drawn[contender].get(prompt)
+                cells.append(Cell(cell_sized(files[seed], side) if files else None))
+            rows.append((prompt.text, cells))
+        return Sheet(name, label, title, contact_sheet(title, columns, rows, cell_pixels=side))
 
     def tabs(self, name: str, sheets: Iterator[Sheet]) -> list[Markup]:
         found = [(sheet, self.saved(sheet)) for sheet in sheets]
@@ -297,6 +298,12 @@ class Page:
             return None
         self.room -= 0 if picture is None else picture.num_bytes
         return picture
+
+
+def cell_sized(path: Path, side: int) -> Image.Image:
+    """The picture in the size of a cell: a sheet of many needs neither open files nor much memory."""
+    with Image.open(path) as image:
+        return fit(image, side)
 
 
 def fitting_cells(num_columns: int) -> int:
@@ -354,17 +361,22 @@ def figure_table(comparison: Comparison, columns: Sequence[Column], names: Seque
         for name in names
     ]
     if any(column.key in comparison.reference for column in columns):
-        cells = (figure_cell(column, comparison.reference.get(column.key)) for column in columns)
+        cells = (figure_cell(column, comparison.reference.get(column.key), "pictures") for column in columns)
         rows.append(element("tr", element("td", f"{REFERENCE} among themselves", class_="faint"), *cells))
     return element("div", element("table", header, *rows, class_="numbers figures"), class_="wide")
 
 
-def figure_cell(column: Column, measured: Figure | None) -> Markup:
+def figure_cell(column: Column, measured: Figure | None, unit: str = "prompts") -> Markup:
+    """The mean with its spreads.
+
+    Args:
+        unit: what `Figure.over_prompts` is the spread over.
+    """
     if measured is None:
         return element("td")
     spreads = [
         f"±{shown(column, Figure(value, None, None, 0)).removeprefix('+')} {over}"
-        for value, over in ((measured.over_prompts, "prompts"), (measured.over_seeds, "seeds"))
+        for value, over in ((measured.over_prompts, unit), (measured.over_seeds, "seeds"))
         if value is not None
     ]
     return element("td", shown(column, measured), *(element("small", text) for text in spreads))

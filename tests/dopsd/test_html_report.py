@@ -117,12 +117,12 @@ def test_the_page_shows_what_the_evaluation_has_found(tmp_path):
     assert "Evaluation" not in read(tmp_path).text
     column = Column("likeness/dino", "likeness (DINO)", "higher", "How alike they are.", "some-model")
     figures = {name: {column.key: Figure(mean, None, None, 4)} for name, mean in (("base", 0.25), (NASTY, 0.75))}
-    report.comparison = Comparison({}, [Prompt("a", "a", "concept")], [column], figures, {}, [])
+    report.comparison = Comparison({}, [Prompt("a", "a", "concept")], [column], figures, {}, ["They are few."])
     report.write_page(8, "finished")
     page = read(tmp_path)
     assert ("a", "href", "evaluation/comparison.html") in page.attributes and "script" not in page.tags
     assert "0.250" in page.text and "0.750" in page.text and NASTY.split("<")[1] in page.text
-    assert "likeness (DINO)" in page.text and "How alike they are." in page.text
+    assert "likeness (DINO)" in page.text and "How alike they are." in page.text and "They are few." in page.text
 
 
 @pytest.mark.parametrize("num_pictures, expected", [(1, "on 1 picture."), (7, "on 7 pictures."), (0, "on 1 caption.")])

@@ -385,7 +385,9 @@ def test_the_card_has_the_figures_of_the_evaluation(tmp_path):
     assert "## Evaluation" not in write(tmp_path).content
     column = Column("likeness/dino", "likeness (DINO)", "higher", "How alike they are.", "some/model_x")
     figures = {name: {column.key: Figure(mean, None, None, 4)} for name, mean in (("base", 0.25), ("corgi", 0.75))}
-    comparison = Comparison({}, [Prompt("a", "a", "concept")] * 3, [column], figures, {}, [])
+    settings, notes = {"num_inference_steps": 6}, ["Only 2 pictures_x are known."]
+    comparison = Comparison(settings, [Prompt("a", "a", "concept")] * 3, [column], figures, {}, notes)
     text = write(tmp_path, comparison=comparison).content
-    assert "## Evaluation" in text and "On 3 prompts" in text and "some/model\\_x" in text
+    assert "## Evaluation" in text and "On 3 prompts" in text and "at 6 steps" in text and "some/model\\_x" in text
+    assert "Only 2 pictures\\_x are known." in text
     assert re.search(r"\| base \| 0\.250 \|\n\| corgi \| 0\.750 \|", text)

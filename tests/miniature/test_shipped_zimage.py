@@ -40,7 +40,7 @@ def test_it_is_small_and_what_is_not_trained_is_what_the_code_makes(stock_pipeli
     for name, module in made.items():
         expected = module.state_dict()
         for key, weight in stock_pipeline.components[name].state_dict().items():
-            assert torch.equal(weight, expected[key]), (name, key)
+            torch.testing.assert_close(weight, expected[key], msg=f"{name}: {key}")  # CPUs round differently
     vlm = load_file(ZIMAGE_MODEL / VLM_FOLDER / WEIGHTS_FILE)
     for key, weight in made["text_encoder"].state_dict().items():
         assert torch.equal(vlm[f"model.language_model.{key}"], weight), key

@@ -147,7 +147,6 @@ def test_a_mask_and_strengths_add_columns_and_rows(command, flags, loras, featur
         (["--dino_model", "{photos}"], "--dino_model {photos}: "),
         (["--instance_data_dir", "{one}"], "--instance_data_dir {one}: holds only 1 training picture"),
         (["--prompts", "none.txt"], "--prompts none.txt: cannot be read"),
-        (["--max_sequence_length", "20"], "--max_sequence_length 20: 'a photo of sks dog' is "),
         (["--resolution", "65"], "--resolution 65: not divisible into image tokens"),
         (["--pretrained_model_name_or_path", "{photos}"], "--pretrained_model_name_or_path {photos}: this is not"),
         (["--judge", "--vlm_name_or_path", "{dino}"], "--vlm_name_or_path {dino}: "),
@@ -162,6 +161,14 @@ def test_a_mistake_is_one_line(command, flags, loras, features, photos, tmp_path
     result = command(*flags(loras[:1], *(text.format(**places) for text in others)))
     assert problem.format(**places) in result.error
     assert not drawn(tmp_path / "out")
+
+
+@ONE_MODEL
+def test_a_prompt_that_is_too_long_can_be_shortened_in_a_file(command, flags, loras, tmp_path):
+    saved = tmp_path / "out/prompts.json"
+    error = command(*flags(loras[:1], "--max_sequence_length", "20")).error
+    assert "--max_sequence_length 20: 'a photo of sks dog' is " in error and f"shorten it in {saved} and" in error
+    assert saved.is_file() and not drawn(tmp_path / "out")
 
 
 @ZIMAGE

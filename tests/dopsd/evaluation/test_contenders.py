@@ -102,6 +102,13 @@ def test_a_path_with_an_equals_sign_is_no_name(model, tmp_path):
     assert default_name("someone/style-lora") == "style-lora"
 
 
+def test_a_lora_is_not_drawn_together_with_itself(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    save_file(PLAIN, path)
+    with pytest.raises(InputError, match=r"--together_with x=.*mine\.safetensors: is the LoRA of --lora itself"):
+        find_loras(EvaluationSettings(lora=[str(path)], together_with=f"x={path}"))
+
+
 def test_every_lora_is_drawn_at_every_strength_and_together():
     dog, cat, style = (LoRA(name, Path(name), name) for name in ("dog", "cat", "style"))
     roles = all_contenders([dog, cat], style, [0.5, 1.0])
@@ -191,7 +198,8 @@ def test_what_stock_diffusers_leaves_out_is_said(check, tmp_path, added, said, c
     path = tmp_path / "mine.safetensors"
     save_file({name: weight.clone() for name, weight in (plain | added).items()}, path)
     check(path)
-    assert f"mine: stock diffusers {said}" in caplog.text if said else not caplog.text
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == bool(said) and all(f"mine: stock diffusers {said}" in message for message in messages)
 
 
 # Drawing

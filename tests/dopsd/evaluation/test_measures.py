@@ -103,10 +103,19 @@ def test_one_seed_has_no_diversity_and_one_picture_no_reference(make_comparison,
     assert "Only one training picture is known" in comparison.notes[0]
 
 
+def test_the_spread_of_diversity_over_seeds_needs_three_of_them(make_comparison, models, training):
+    two, three = (measured(*make_comparison(num_seeds), training, models).figures["base"] for num_seeds in (2, 3))
+    assert two["diversity/dino"].over_seeds is None and two["diversity/dino"].over_prompts is not None
+    assert three["diversity/dino"].over_seeds > 0 and two["likeness/dino"].over_seeds > 0
+
+
 def test_masked_figures_are_of_the_pictures_with_a_subject(feature_models, make_comparison, training, monkeypatch):
     prompts, drawn = make_comparison()
     models = open_feature_models(*map(str, feature_models.values()))
-    num_pictures = len(training) + sum(len(paths) for by_prompt in drawn.values() for paths in by_prompt.values())
+    # Unrelated prompts and neighbours are not masked: they are not to show it.
+    num_pictures = len(training) + sum(
+        len(by_prompt[prompt]) for by_prompt in drawn.values() for prompt in prompts[:2]
+    )
     shown = torch.zeros(8, 8)
     shown[2:5, 2:5] = 0.9
 

@@ -74,6 +74,29 @@ def test_the_page_shows_pictures_figures_and_what_they_mean(write, tmp_path):
     }
 
 
+def test_a_sheet_has_the_first_of_many_prompts_and_leaves_no_file_open(write, monkeypatch, tmp_path):
+    monkeypatch.setattr(page, "MAX_SHOWN_PROMPTS", 1)
+    seen = []
+
+    def contact_sheet(title, columns, rows, **options):
+        seen.extend(cell.image for _, cells in rows for cell in cells if cell.image)
+        assert len(rows) == 1 or title.startswith("Strengths")
+        return page_contact_sheet(title, columns, rows, **options)
+
+    page_contact_sheet = page.contact_sheet
+    monkeypatch.setattr(page, "contact_sheet", contact_sheet)
+    reader = write()
+    assert "Prompts for the subject, the first 1 of 2, seed 7" in shown(reader)
+    assert "Unrelated prompts, seed 7" in shown(reader) and "in plain words: a dog in snow" in reader.text
+    assert len(seen) > 20 and all(getattr(image, "fp", None) is None for image in seen)
+
+
+def test_the_spread_of_the_training_pictures_is_over_pictures(write):
+    text = write().text
+    of_training = text[text.index("training pictures among themselves") :].split("likeness", 1)[0]
+    assert " pictures" in of_training.removeprefix("training pictures") and " prompts" not in of_training
+
+
 def test_folders_of_this_machine_and_what_is_off_are_not_on_the_page(write):
     text = write().text
     assert "secret" not in text and "cache_dir" not in text and "--judge" not in text
