@@ -53,7 +53,7 @@ from dopsd.evaluation.drawing import all_jobs, check_lengths, draw_missing, draw
 from dopsd.evaluation.features import open_feature_models
 from dopsd.evaluation.judge import Judge
 from dopsd.evaluation.measures import measure
-from dopsd.evaluation.page import PAGE_FILE, write_page
+from dopsd.evaluation.page import PAGE_FILE, SHEETS_DIR, write_page
 from dopsd.evaluation.pictures import PICTURES_DIR, PictureStore, read_edited, read_training_pictures
 from dopsd.evaluation.prompt_writing import write_prompts
 from dopsd.evaluation.prompts import PROMPTS_FILE, choose_prompts, subject_words
@@ -78,7 +78,8 @@ def main(settings: EvaluationSettings) -> None:
     device = start()
     output_dir = Path(settings.output_dir)
     make_output_dir(output_dir)
-    check_nothing_in_the_way(output_dir, (PROMPTS_FILE, RESULTS_FILE, CSV_FILE, PAGE_FILE))
+    files = PROMPTS_FILE, RESULTS_FILE, CSV_FILE, PAGE_FILE
+    check_nothing_in_the_way(output_dir, files, folders=(PICTURES_DIR, SHEETS_DIR))
     lock = lock_output_dir(output_dir)  # noqa: F841 - held until the process ends
 
     # Everything that a user can get wrong is checked before any weight is loaded.

@@ -74,17 +74,19 @@ def make_output_dir(folder: Path) -> None:
         raise InputError(f"--output_dir {folder}: cannot be written ({first_line(error)}); choose another") from error
 
 
-def check_nothing_in_the_way(folder: Path, names: Iterable[str]) -> None:
+def check_nothing_in_the_way(folder: Path, names: Iterable[str], folders: Iterable[str] = ()) -> None:
     """Checks that what the run cannot do without can be written, before it trains.
 
     Args:
         names: of these files.
+        folders: names of folders, besides those of training.
 
     Raises:
         InputError: a folder has the name of a file, or a file that of a folder.
     """
     for path in folder.iterdir():
-        if (CHECKPOINT_NAME.fullmatch(path.name) or path.name == TRANSFORMER_DIR) and not path.is_dir():
+        is_folder = CHECKPOINT_NAME.fullmatch(path.name) or path.name in (TRANSFORMER_DIR, *folders)
+        if is_folder and not path.is_dir():
             raise InputError(f"--output_dir {folder}: its {path.name} is not a folder; remove it")
     for name in names:
         if os.path.lexists(folder / name) and not (folder / name).is_file():

@@ -16,6 +16,8 @@ DEFAULT_STRENGTHS = (0.5, 1.0, 1.5)
 # More pictures per prompt would take hours.
 SeedCount = Annotated[int, Range("a whole number from 1 to 64", 1, 64)]
 Strength = Annotated[float, Range("a number above 0 and at most 10", 0, 10, open_low=True)]
+# Models that pad every prompt to this length would take all memory.
+TextLength = Annotated[int, Range("a whole number from 1 to 4096", 1, 4096)]
 PromptCount = Annotated[int, Range("a whole number from 1 to 200", 1, 200)]
 
 
@@ -140,7 +142,7 @@ class DrawingSettings:
     resolution: Count = flag(1024, "Height and width of the pictures, in pixels.")
     height: Count | None = flag(None, "Height of the pictures, in pixels. Default: --resolution.")
     width: Count | None = flag(None, "Width of the pictures, in pixels. Default: --resolution.")
-    max_sequence_length: Count = flag(512, "Maximum number of tokens in a prompt.")
+    max_sequence_length: TextLength = flag(512, "Maximum number of tokens in a prompt.")
     batch_size: Count | None = flag(
         None, "Pictures that are drawn at once. Default: 4, halved as long as they do not fit the memory."
     )

@@ -63,15 +63,15 @@ def test_the_step_of_a_checkpoint(tmp_path, name, step):
     assert checkpoint_step(folder) == step
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-4"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-4", "sheets"])
 def test_what_is_in_the_way_is_named_before_training(tmp_path, name):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "metrics.jsonl").touch()
-    check_nothing_in_the_way(tmp_path, ["metrics.jsonl", "other"])
+    check_nothing_in_the_way(tmp_path, ["metrics.jsonl", "other"], folders=["sheets"])
     (tmp_path / name).unlink(missing_ok=True)
-    (tmp_path / name).touch() if name.startswith("checkpoint") else (tmp_path / name).mkdir()
+    (tmp_path / name).mkdir() if name.endswith(".jsonl") else (tmp_path / name).touch()
     with pytest.raises(InputError, match=f"^--output_dir {tmp_path}: its {name} is not a f.*; remove it$"):
-        check_nothing_in_the_way(tmp_path, ["metrics.jsonl", "other"])
+        check_nothing_in_the_way(tmp_path, ["metrics.jsonl", "other"], folders=["sheets"])
 
 
 # The lock

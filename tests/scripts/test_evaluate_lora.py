@@ -150,6 +150,7 @@ def test_a_mask_and_strengths_add_columns_and_rows(command, flags, loras, featur
         (["--resolution", "65"], "--resolution 65: not divisible into image tokens"),
         (["--pretrained_model_name_or_path", "{photos}"], "--pretrained_model_name_or_path {photos}: this is not"),
         (["--judge", "--vlm_name_or_path", "{dino}"], "--vlm_name_or_path {dino}: "),
+        (["--max_sequence_length", "100000"], "--max_sequence_length 100000: must be a whole number from 1 to 4096"),
         (["--num_seed", "3"], "unrecognized arguments: --num_seed 3; did you mean --num_seeds?"),
     ],
 )
