@@ -330,7 +330,7 @@ def main(settings: Settings, model: Model = MODEL) -> None:
     if accelerator.is_main_process:
         gallery.draw_story()
         write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir))
-        if comparison := evaluate_run(settings, pipeline):
+        if comparison := evaluate_run(settings, pipeline, optimizer):
             gallery.show_comparison(comparison)
             write_run_card(settings, model.card, gallery.card_images, last_retention(output_dir), comparison)
         if settings.publishing.push_to_hub:

@@ -58,11 +58,14 @@ def check_evaluation(settings: Settings) -> None:
         raise InputError(f"{flag}: {error}") from error
 
 
-def evaluate_run(settings: Settings, pipeline: DiffusionPipeline) -> Comparison | None:
+def evaluate_run(
+    settings: Settings, pipeline: DiffusionPipeline, optimizer: torch.optim.Optimizer
+) -> Comparison | None:
     """Runs evaluate_lora.py on the LoRA that the run has saved. If it fails, that is a warning in the log.
 
     Args:
         pipeline: is moved off the accelerator first, and is of no use afterwards.
+        optimizer: loses its state, for the same reason.
 
     Returns:
         What was found; None without `--evaluate`, or if it failed.
@@ -70,6 +73,7 @@ def evaluate_run(settings: Settings, pipeline: DiffusionPipeline) -> Comparison 
     kind = settings.evaluation.evaluate
     if kind is None:
         return None
+    optimizer.state.clear()
     if not settings.performance.is_sharded:
         release(pipeline)
     command = [sys.executable, str(SCRIPT), *evaluation_flags(settings)]

@@ -141,6 +141,16 @@ def pipeline():
 
 
 @pytest.fixture
+def optimizer():
+    """With a state."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    adam = torch.optim.AdamW([weight])
+    adam.step()
+    return adam
+
+
+@pytest.fixture
 def script(tmp_path, monkeypatch):
     """Stands in for evaluate_lora.py."""
 
@@ -158,21 +168,22 @@ def small_comparison() -> Comparison:
     return Comparison({}, [Prompt("a", "a", "concept")], [column], figures, {}, [])
 
 
-def test_what_was_found_is_returned(tmp_path, pipeline, script):
+def test_what_was_found_is_returned(tmp_path, pipeline, optimizer, script):
     settings = run_settings(output_dir=tmp_path / "run")
     folder = evaluation_folder(settings)
     folder.mkdir(parents=True)
     write_results(folder, small_comparison())
     script(f"import sys; open({str(tmp_path / 'arguments')!r}, 'w').write('\\n'.join(sys.argv[1:]))")
-    assert evaluate_run(settings, pipeline) == small_comparison()
+    assert evaluate_run(settings, pipeline, optimizer) == small_comparison()
     assert (tmp_path / "arguments").read_text().splitlines() == evaluation_flags(settings)
-    assert pipeline.components["transformer"].moves == 1
+    assert pipeline.components["transformer"].moves == 1 and not optimizer.state
 
 
-def test_without_the_flag_nothing_is_done(tmp_path, pipeline, script):
+def test_without_the_flag_nothing_is_done(tmp_path, pipeline, optimizer, script):
     script(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    assert evaluate_run(run_settings(evaluate=None), pipeline) is None
+    assert evaluate_run(run_settings(evaluate=None), pipeline, optimizer) is None
     assert not (tmp_path / "ran").exists() and pipeline.components["transformer"].moves == 0
+    assert optimizer.state
 
 
 @pytest.mark.parametrize(
@@ -182,17 +193,19 @@ def test_without_the_flag_nothing_is_done(tmp_path, pipeline, script):
         ("", "is not the results.json of a comparison"),
     ],
 )
-def test_a_failure_is_a_warning_that_says_how_to_evaluate_later(tmp_path, pipeline, script, caplog, text, problem):
+def test_a_failure_is_a_warning_that_says_how_to_evaluate_later(
+    tmp_path, pipeline, optimizer, script, caplog, text, problem
+):
     script(text)
     settings = run_settings(output_dir=tmp_path / "run")
     with caplog.at_level(logging.WARNING):
-        assert evaluate_run(settings, pipeline) is None
+        assert evaluate_run(settings, pipeline, optimizer) is None
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "--evaluate pet: " in warning and problem in warning and "the weights are saved" in warning
     assert f"script.py {shlex.join(evaluation_flags(settings))}" in warning
 
 
-def test_a_script_that_cannot_be_started_is_a_warning(tmp_path, pipeline, monkeypatch, caplog):
+def test_a_script_that_cannot_be_started_is_a_warning(tmp_path, pipeline, optimizer, monkeypatch, caplog):
     monkeypatch.setattr(sys, "executable", os.fspath(tmp_path / "no-python"))
-    assert evaluate_run(run_settings(output_dir=tmp_path / "run"), pipeline) is None
+    assert evaluate_run(run_settings(output_dir=tmp_path / "run"), pipeline, optimizer) is None
     assert "No such file" in caplog.text and "the weights are saved" in caplog.text
