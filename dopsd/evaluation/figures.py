@@ -45,9 +45,9 @@ def copy_limit(training: torch.Tensor) -> float:
     return min(MOST_DIFFERENT, float(differences.quantile(0.5)) / 2)
 
 
-def text_following(drawn: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """(P, S): cosine of (P, S, D) drawn pictures with the (P, D) texts that they were drawn from."""
-    return cosine_similarity(drawn, texts[:, None], dim=-1)
+def cosine_by_prompt(drawn: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """(P, S): cosine of (P, S, D) drawn pictures with what they were drawn from, (P, D) texts or pictures to edit."""
+    return cosine_similarity(drawn, given[:, None], dim=-1)
 
 
 def retention(drawn: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

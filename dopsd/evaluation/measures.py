@@ -116,6 +116,7 @@ class Measurement:
         self.sharpness: dict[Path, float] = {}
         self.detail: dict[Path, float] = {}
         self.thumbnails: dict[Path, torch.Tensor] = {}
+        self.training_thumbnails = torch.stack([thumbnail(image) for image in training])
         self.scores: dict[Path, float] = {}
         self.judge_name: str | None = None
         self.notes: list[str] = []
@@ -293,7 +294,7 @@ class Measurement:
             values[f"{DIVERSITY}/{DINO}"] = figures.diversity(drawn)
         if all(prompt.image is not None for prompt in prompts):
             edited = features.to_edit[[prompt.image for prompt in prompts]]
-            values[f"{KEPT}/{DINO}"] = figures.text_following(drawn, edited)
+            values[f"{KEPT}/{DINO}"] = figures.cosine_by_prompt(drawn, edited)
         values[f"{FOLLOWING}/{CLIP}"] = self.following(contender, prompts)
         values[SHARPNESS] = self.over_base(self.sharpness, contender, prompts)
         values[DETAIL] = self.over_base(self.detail, contender, prompts)
@@ -332,13 +333,12 @@ class Measurement:
 
     def copies(self, contender: Contender, prompts: list[Prompt]) -> torch.Tensor:
         """(P, S): 1 for the copy of a training picture."""
-        training = torch.stack([thumbnail(image) for image in self.training])
-        drawn = self.stacked(self.thumbnails, contender, prompts)
+        drawn, training = self.stacked(self.thumbnails, contender, prompts), self.training_thumbnails
         return (figures.nearest_difference(drawn, training) <= figures.copy_limit(training)).float()
 
     def following(self, contender: Contender, prompts: list[Prompt]) -> torch.Tensor:
         drawn = self.stacked(self.features[CLIP, False].drawn, contender, prompts)
-        return figures.text_following(drawn, torch.stack([self.texts[prompt] for prompt in prompts]))
+        return figures.cosine_by_prompt(drawn, torch.stack([self.texts[prompt] for prompt in prompts]))
 
     def reference(self) -> dict[str, Figure]:
         """The training pictures among themselves; their spread over pictures is in the place of that over prompts."""

@@ -124,30 +124,25 @@ class Page:
 
     def header(self) -> Markup:
         settings = self.comparison.settings
-        loras = [name for name in self.comparison.figures if name != BASE]
         base_model = public_name(str(settings.get("pretrained_model_name_or_path", "the base model")))
         steps = settings.get("num_inference_steps")
         facts = [f"base model {base_model}", f"{len(self.comparison.prompts)} prompts"]
         facts += [f"{settings['num_seeds']} seeds each"] if "num_seeds" in settings else []
         facts += [f"{steps} steps"] if steps else []
         is_one = len(self.full_strength()) == 2
-        return (
+        return element(
+            "header",
+            from_user("h1", self.folder.resolve().name),
+            element("p", f"{'A LoRA' if is_one else 'LoRAs'} and the base model, on the same prompts and noise."),
+            element("p", " · ".join(facts)),
+            *(from_user("p", note) for note in self.comparison.notes),
+            *self.training_sheet(),
             element(
-                "header",
-                from_user("h1", self.folder.resolve().name),
-                element("p", f"{'A LoRA' if is_one else 'LoRAs'} and the base model, on the same prompts and noise."),
-                element("p", " · ".join(facts)),
-                *(from_user("p", note) for note in self.comparison.notes),
-                *self.training_sheet(),
-                element(
-                    "p",
-                    f"Written {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}. All figures are in {RESULTS_FILE} and "
-                    f"{CSV_FILE} beside this page, all pictures in full size in the folders beside it.",
-                    class_="faint",
-                ),
-            )
-            if loras
-            else element("header", from_user("h1", self.folder.resolve().name))
+                "p",
+                f"Written {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}. All figures are in {RESULTS_FILE} and "
+                f"{CSV_FILE} beside this page, all pictures in full size in the folders beside it.",
+                class_="faint",
+            ),
         )
 
     def full_strength(self) -> list[str]:

@@ -50,7 +50,9 @@ def test_a_copy_is_nearer_than_training_pictures_are_to_each_other(training, lim
 
 
 def test_texts_belong_to_the_prompts():
-    torch.testing.assert_close(figures.text_following(DRAWN, at(0, 30)), torch.tensor([[1, 0.5], [cos(60), cos(60)]]))
+    torch.testing.assert_close(
+        figures.cosine_by_prompt(DRAWN, at(0, 30)), torch.tensor([[1, 0.5], [cos(60), cos(60)]])
+    )
 
 
 def test_retention_compares_the_same_prompt_and_seed():
