@@ -16,6 +16,7 @@ from benchmarks.miniature.tasks import Task
 from dopsd.errors import InputError
 from dopsd.evaluation.comparison import Contender, Prompt, Role
 from dopsd.evaluation.pictures import slug
+from dopsd.exam.pixels import as_tensor
 
 
 MANY = 64  # prompts to choose from
@@ -78,7 +79,7 @@ def files_of(folder: Path, contender: Contender, prompt: Prompt, num_seeds: int)
 
 def read_pictures(paths: Iterable[Path]) -> torch.Tensor:
     """(N, 3, 64, 64), -1 to 1."""
-    return world.to_tensor([np.asarray(Image.open(path).convert("RGB"), np.float32) / 127.5 - 1 for path in paths])
+    return torch.stack([as_tensor(Image.open(path)) for path in paths])
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class ExactReader:
     def __init__(self, concept: Concept, training: list[Image.Image]):
         self.concept = concept
         self.reader = PictureReader(world.all_appearances())
-        pixels = world.to_tensor([np.asarray(image, np.float32) / 127.5 - 1 for image in training])
+        pixels = torch.stack([*map(as_tensor, training)])
         self.known = {*self.scenes(self.reader.read(pixels))}
 
     def scenes(self, reading: Reading) -> list[Scene]:

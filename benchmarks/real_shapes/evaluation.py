@@ -24,6 +24,7 @@ from transformers import (
 
 from benchmarks.miniature.feature_models import make_tokenizer
 from benchmarks.miniature.files import REPOSITORY, replacing
+from benchmarks.real_shapes.runs import last_line
 
 
 # Arguments of the parts' configurations: those of the flags' defaults, and small ones for a CPU.
@@ -145,8 +146,7 @@ def evaluate(
     result.run_seconds = time.perf_counter() - began
     text = log.read_text(errors="replace")
     if status:
-        lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
-        result.error = f"exit status {status}: {(lines or ['nothing was printed'])[-1]}"[-500:]
+        result.error = f"exit status {status}: {last_line(log)}"
     if drew := DREW.search(text):
         result.num_drawn = int(drew[1])
     costs = {stage: (float(seconds), float(peak)) for stage, seconds, peak in COST.findall(text)}

@@ -159,12 +159,12 @@ class Runner:
             killed = start(command)
             self.wait(killed, lambda: bool(list_checkpoints(self.output_dir(name))))
             if killed.returncode != -9 or not list_checkpoints(self.output_dir(name)):
-                raise RunFailed(f"not killed after a checkpoint, but ended: {self.last_line(name)}")
+                raise RunFailed(f"not killed after a checkpoint, but ended: {last_line(self.log(name))}")
             command += ["--resume_from_checkpoint", "latest"]
         process = start(command)
         host_gb = self.wait(process)
         if process.returncode:
-            raise RunFailed(f"exit status {process.returncode}: {self.last_line(name)}")
+            raise RunFailed(f"exit status {process.returncode}: {last_line(self.log(name))}")
         return host_gb
 
     def wait(self, process: subprocess.Popen, should_kill: Callable[[], bool] = lambda: False) -> float:
@@ -178,10 +178,6 @@ class Runner:
             if time.monotonic() > last or should_kill():
                 process.kill()
             time.sleep(POLL_SECONDS)
-
-    def last_line(self, name: str) -> str:
-        lines = re.split(r"[\r\n]", self.log(name).read_text(errors="replace"))
-        return next((line.strip() for line in reversed(lines) if line.strip()), "nothing was printed")[-500:]
 
     def read_metrics(self, row: Row) -> None:
         """Fills in what the steps logged. Some have been logged before an error, too."""
@@ -198,6 +194,12 @@ class Runner:
         row.remarks += re.findall(
             r"Compiled \d+ graphs.*|--compile: the compiler failed.*", self.log(row.name).read_text()
         )
+
+
+def last_line(log: Path) -> str:
+    """The last thing that a process printed, or the end of it."""
+    lines = re.split(r"[\r\n]", log.read_text(errors="replace"))
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing was printed")[-500:]
 
 
 def planned(text: str) -> dict[str, float]:
